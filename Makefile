@@ -1,0 +1,77 @@
+# What people and CI do here. Needs python3 (3.11 to 3.14), pip, git and make; everything else lands in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= ../shared/data
+MODEL := sentence-transformers/all-MiniLM-L6-v2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test check format lock weights bench bench-shapes quality golden clean
+
+help:  ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.python requirements/run.txt pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/run.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed requirements/bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bench.txt
+	touch $@
+
+install: $(VENV)/.installed  ## put the command at .venv/bin/npu-proxy
+
+weights: install
+	@$(BIN)/npu-proxy list 2>/dev/null | grep -q '^$(MODEL) ' || $(BIN)/npu-proxy pull $(MODEL)
+
+demo: weights  ## install, fetch the default model, embed real sentences, print which are alike
+	$(BIN)/python examples/alike.py
+
+serve: weights  ## serve the default model at http://127.0.0.1:8080
+	$(BIN)/npu-proxy serve
+
+test: $(VENV)/.dev weights  ## run the tests; offline once the weights are there
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(MAKE) --no-print-directory test
+
+format: $(VENV)/.dev  ## format and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: $(VENV)/.bench weights  ## STS-B and SciFact figures of the default model
+	$(BIN)/python bench/quality.py --data $(DATA)
+
+bench: $(VENV)/.bench weights  ## throughput, latency, memory and start against peers, into bench/results/
+	$(BIN)/python bench/run.py --data $(DATA)
+
+bench-shapes: $(VENV)/.bench weights  ## cost of each row shape, which engine/packing.py chooses by
+	$(BIN)/python bench/shapes.py --data $(DATA)
+
+golden:  ## make the golden models of tests/golden again (installs torch and transformers in .venv-golden)
+	$(PYTHON) -m venv .venv-golden
+	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers
+	.venv-golden/bin/python tests/golden/make.py
+
+lock: $(VENV)/.python  ## write requirements/*.txt again from pyproject.toml
+	$(BIN)/python -m pip install --quiet uv
+	mkdir -p requirements
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 pyproject.toml -o requirements/run.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group dev -o requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
+
+clean:  ## remove the environments and what tools leave
+	rm -rf $(VENV) .venv-golden .venv-peers .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,47 @@
+"""npu-proxy: embeds text on Intel NPUs, GPUs and CPUs, as a Python library and as a server."""
+
+from npu_proxy.engine.engine import AsyncEngine, Engine
+from npu_proxy.errors import (
+    DeadlineError,
+    DeviceError,
+    EmptyInputError,
+    InputError,
+    ModelError,
+    ModelNotFoundError,
+    NpuProxyError,
+    OverloadedError,
+    PullError,
+    SettingsError,
+    StoppedError,
+    TooLongError,
+    UnavailableError,
+)
+from npu_proxy.settings import Settings
+from npu_proxy.types import DType, EmbedRequest, EmbedResult, Lane, Pooling, Truncate
+from npu_proxy.version import __version__
+
+__all__ = [
+    "AsyncEngine",
+    "DType",
+    "DeadlineError",
+    "DeviceError",
+    "EmbedRequest",
+    "EmbedResult",
+    "EmptyInputError",
+    "Engine",
+    "InputError",
+    "Lane",
+    "ModelError",
+    "ModelNotFoundError",
+    "NpuProxyError",
+    "OverloadedError",
+    "Pooling",
+    "PullError",
+    "Settings",
+    "SettingsError",
+    "StoppedError",
+    "TooLongError",
+    "Truncate",
+    "UnavailableError",
+    "__version__",
+]

@@ -1,0 +1,5 @@
+"""``python -m npu_proxy``."""
+
+from npu_proxy.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What computes rows. Device trouble never leaks above this package."""

@@ -1,0 +1,373 @@
+"""Engine and AsyncEngine: the two faces of one pipeline, and their life cycle."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from npu_proxy.devices.base import Device
+from npu_proxy.devices.openvino import OpenVinoCpu
+from npu_proxy.engine.finish import check_output, finish
+from npu_proxy.engine.pipeline import Limits, Pipeline, Stats
+from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.errors import DeadlineError, EmptyInputError, InputError, OverloadedError, StoppedError
+from npu_proxy.models.layout import read_spec
+from npu_proxy.models.store import Store
+from npu_proxy.settings import Settings
+from npu_proxy.types import DType, EmbedRequest, EmbedResult, Lane, ModelSpec, TextInput, Ticket, Truncate
+
+Array = npt.NDArray[Any]
+State = Literal["new", "running", "stopping", "stopped"]
+
+
+class Options(TypedDict, total=False):
+    """What every verb takes besides the texts; see EmbedRequest for the meanings."""
+
+    input_type: str | None
+    prompt_name: str | None
+    dimensions: int | None
+    normalize: bool
+    truncate: Truncate | Literal["error", "end", "start"]
+    dtype: DType | str
+    timeout: float | None
+    """Seconds until DeadlineError; None takes the setting `timeout` (`bulk_timeout` a batch when streaming)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What an engine runs on. Made from settings by ``load``; tests make their own."""
+
+    spec: ModelSpec
+    encoder: TextEncoder
+    device: Device
+
+
+def load(settings: Settings) -> Parts:
+    """Read the model, its tokenizer, and compile it. No network. Raises ModelError, ModelNotFoundError, DeviceError."""
+    name, folder = Store(settings.store).resolve(settings.model)
+    spec = read_spec(folder, name=name, pooling=settings.pooling)
+    encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
+    device = OpenVinoCpu(
+        spec, threads=settings.threads, streams=settings.streams, row_tokens=settings.row_tokens, packed=settings.packing
+    )
+    return Parts(spec=spec, encoder=encoder, device=device)
+
+
+class Engine:
+    """Embeds texts. A context manager; starts at the first use as well, and stops once.
+
+    >>> with Engine() as engine:                                                        # doctest: +SKIP
+    ...     engine.embed(["one text", "another"]).shape
+    (2, 384)
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        device: str | None = None,
+        settings: Settings | None = None,
+        *,
+        parts: Callable[[Settings], Parts] = load,
+    ) -> None:
+        """``model`` and ``device`` override the settings' own. Nothing is loaded before ``start``."""
+        settings = settings or Settings()
+        self.settings = replace(
+            settings,
+            model=settings.model if model is None else str(model),
+            device=settings.device if device is None else device,
+        )
+        self._load = parts
+        self._state: State = "new"
+        self._change = threading.Lock()
+        self._pipeline: Pipeline | None = None
+        self._parts: Parts | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """`new`, `running`, `stopping` or `stopped`."""
+        return self._state
+
+    def start(self) -> Self:
+        """Load and compile the model; does nothing when running. Raises StoppedError after a stop."""
+        with self._change:
+            if self._state == "running":
+                return self
+            if self._state != "new":
+                raise StoppedError("this engine was stopped; make a new one")
+            parts = self._load(self.settings)
+            limits = Limits(
+                batch_delay=self.settings.batch_delay,
+                aging=self.settings.aging,
+                window=self.settings.window,
+                max_items=self.settings.max_queue_items,
+                max_tokens=self.settings.max_queue_tokens,
+            )
+            self._parts = parts
+            self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec.pooling, limits)
+            self._state = "running"
+        return self
+
+    def stop(self, drain: float | None = None) -> None:
+        """Finish open requests for up to ``drain`` seconds (the setting's by default), fail the rest, end all threads."""
+        with self._change:
+            if self._pipeline is not None and self._parts is not None and self._state == "running":
+                self._state = "stopping"
+                self._pipeline.stop(self.settings.drain if drain is None else drain)
+                self._parts.device.close()
+            self._state = "stopped"
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # After an error nobody waits for what is still under way.
+        self.stop(drain=0.0 if error else None)
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model that is served: width, limits, prompts, fingerprint."""
+        return self._running()[0].spec
+
+    @property
+    def device(self) -> Device:
+        """The device that embeds."""
+        return self._running()[0].device
+
+    def stats(self) -> Stats:
+        """Counters, queue depth and the life of the stages, at this moment."""
+        return self._running()[1].stats()
+
+    # -- verbs ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: EmbedRequest) -> Future[EmbedResult]:
+        """Queue a request. The future gives an EmbedResult, with an error a text where one failed.
+
+        Cancelling it drops the request's texts before they cost inference. Raises InputError for a request that is
+        wrong as a whole, OverloadedError at the queue's limit, StoppedError when the engine is not running.
+        """
+        parts, pipeline = self._running()
+        _check_texts(request.texts)
+        check_output(request, parts.spec.width)
+        prompt = parts.encoder.prompt(request)
+        future: Future[EmbedResult] = Future()
+
+        def done(ticket: Ticket) -> None:
+            pipeline.forget(ticket)
+            if future.set_running_or_notify_cancel():
+                future.set_result(finish(ticket, width=parts.spec.width, fingerprint=parts.spec.fingerprint))
+
+        now = time.monotonic()
+        deadline = now + self.settings.timeout if request.deadline is None else request.deadline
+        ticket = Ticket(request, deadline, now, done, future.cancelled)
+        few = len(request.texts) <= self.settings.interactive_texts
+        pipeline.submit(ticket, prompt, request.lane or (Lane.INTERACTIVE if few else Lane.BULK))
+        future.add_done_callback(lambda done: ticket.fail_all(_CANCELLED) if done.cancelled() else None)
+        return future
+
+    def embed(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> Array:
+        """Vectors [n, width] of texts, in order; float32 unless ``dtype`` says otherwise ([n] strings for base64).
+
+        Raises the first error of any text, once all of them are done.
+        """
+        if isinstance(texts, str):
+            raise InputError("texts must be a list of texts; for one text call embed_query, or embed([text])", param="texts")
+        if len(texts) > BATCH_SIZE:
+            return np.stack(list(self.stream(texts, **options)))
+        result = self._wait(self.submit(_request(texts, options, self.settings.timeout)))
+        return np.asarray(result.raise_first().embeddings)
+
+    def stream(
+        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
+    ) -> Iterator[Array]:
+        """One vector a text, in order, from any iterable, with bounded memory however long it is.
+
+        batch_size: texts a request; a few requests are under way at once. parallel: None works in this process; N
+        starts N worker processes of their own engines (0: one a core), for offline work on many cores.
+        """
+        for result in self.results(texts, batch_size=batch_size, parallel=parallel, **options):
+            yield from result.raise_first().embeddings  # type: ignore[misc]  # rows of an array, or strings
+
+    def results(
+        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
+    ) -> Iterator[EmbedResult]:
+        """As ``stream``, but a whole EmbedResult a batch, with token counts and the errors of single texts."""
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}", param="batch_size")
+        if parallel is not None:
+            from npu_proxy.engine.parallel import results as parallel_results
+
+            yield from parallel_results(self.settings, _batches(texts, batch_size), parallel, options)
+            return
+        under_way: deque[Future[EmbedResult]] = deque()
+        try:
+            for batch in _batches(texts, batch_size):
+                under_way.append(self._submit_patiently(batch, options, under_way))
+                while under_way and (under_way[0].done() or len(under_way) * batch_size > STREAM_TEXTS):
+                    yield self._wait(under_way.popleft())
+            while under_way:
+                yield self._wait(under_way.popleft())
+        finally:
+            for future in under_way:
+                future.cancel()
+
+    def embed_query(self, text: str) -> list[float]:
+        """One vector as a list, with the model's query prompt where it has one (the LangChain signature)."""
+        return self.embed([text], input_type="query")[0].tolist()
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Vectors as lists, with the model's document prompt where it has one (the LangChain signature)."""
+        return self.embed(texts, input_type="document").tolist() if texts else []
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _running(self) -> tuple[Parts, Pipeline]:
+        if self._state == "new":
+            self.start()
+        if self._parts is None or self._pipeline is None or self._state == "stopped":
+            raise StoppedError("the engine is not running; make a new one")
+        return self._parts, self._pipeline
+
+    def _submit_patiently(
+        self, batch: Sequence[TextInput], options: Options, under_way: deque[Future[EmbedResult]]
+    ) -> Future[EmbedResult]:
+        """Submit; while the queue is full, wait for own work to finish, or a moment, up to the bulk timeout."""
+        give_up = time.monotonic() + self.settings.bulk_timeout
+        while True:
+            try:
+                return self.submit(_request(batch, options, self.settings.bulk_timeout))
+            except OverloadedError as error:
+                left = give_up - time.monotonic()
+                if left <= 0:
+                    raise
+                pending = next((future for future in under_way if not future.done()), None) or Future[EmbedResult]()
+                try:
+                    pending.exception(timeout=min(left, error.retry_after))
+                except FutureTimeoutError:
+                    continue
+
+    def _wait(self, future: Future[EmbedResult]) -> EmbedResult:
+        """The deadline ends the wait; this limit is for the case that the engine itself is gone."""
+        try:
+            return future.result(timeout=max(self.settings.timeout, self.settings.bulk_timeout) * 2 + 60)
+        except FutureTimeoutError:
+            future.cancel()
+            raise DeadlineError("the engine gave no answer at all; this is a fault of npu-proxy, please report it") from None
+
+
+_CANCELLED = StoppedError("the caller cancelled this request")
+
+BATCH_SIZE = 256
+"""Texts of one request when a caller brings more at once."""
+STREAM_TEXTS = 1024
+"""Texts a stream keeps under way."""
+
+
+class AsyncEngine:
+    """The same verbs, awaited. ``async with``, or astart and astop; both may be called twice and at once."""
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        device: str | None = None,
+        settings: Settings | None = None,
+        *,
+        engine: Engine | None = None,
+    ) -> None:
+        """Wraps ``engine``, or a new Engine of these arguments."""
+        self.engine = engine or Engine(model, device, settings)
+
+    async def astart(self) -> Self:
+        """Load the model without blocking the event loop."""
+        await asyncio.to_thread(self.engine.start)
+        return self
+
+    async def astop(self, drain: float | None = None) -> None:
+        """Stop without blocking the event loop."""
+        await asyncio.to_thread(self.engine.stop, drain)
+
+    async def __aenter__(self) -> Self:
+        return await self.astart()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.astop(drain=0.0 if error else None)
+
+    async def submit(self, request: EmbedRequest) -> EmbedResult:
+        """As Engine.submit; cancelling the task drops the request."""
+        return await asyncio.wrap_future(self.engine.submit(request))
+
+    async def embed(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> Array:
+        """As Engine.embed."""
+        if isinstance(texts, str) or len(texts) > BATCH_SIZE:
+            return await asyncio.to_thread(self.engine.embed, texts, **options)
+        result = await self.submit(_request(texts, options, self.engine.settings.timeout))
+        return np.asarray(result.raise_first().embeddings)
+
+    async def stream(
+        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
+    ) -> AsyncIterator[Array]:
+        """As Engine.stream; the iterable is read in a thread."""
+        results = self.engine.results(texts, batch_size=batch_size, parallel=parallel, **options)
+        try:
+            while (result := await asyncio.to_thread(next, results, None)) is not None:
+                for vector in result.raise_first().embeddings:
+                    yield vector  # type: ignore[misc]
+        finally:
+            close = getattr(results, "close", None)
+            if close:
+                await asyncio.to_thread(close)
+
+    async def embed_query(self, text: str) -> list[float]:
+        """As Engine.embed_query."""
+        return (await self.embed([text], input_type="query"))[0].tolist()
+
+    async def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """As Engine.embed_documents."""
+        return (await self.embed(texts, input_type="document")).tolist() if texts else []
+
+
+def _request(texts: Sequence[TextInput], options: Options, timeout: float) -> EmbedRequest:
+    seconds = options.get("timeout")
+    try:
+        return EmbedRequest(
+            texts=texts,
+            input_type=options.get("input_type"),
+            prompt_name=options.get("prompt_name"),
+            dimensions=options.get("dimensions"),
+            normalize=options.get("normalize", True),
+            truncate=Truncate(options.get("truncate", Truncate.END)),
+            dtype=DType(options.get("dtype", DType.FLOAT32)),
+            deadline=time.monotonic() + (timeout if seconds is None else seconds),
+        )
+    except ValueError as error:
+        raise InputError(f"{error}; truncate is one of {', '.join(Truncate)}, dtype one of {', '.join(DType)}") from error
+
+
+def _check_texts(texts: Sequence[TextInput]) -> None:
+    if not texts:
+        raise EmptyInputError("there is no text to embed", param="input")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str | list | tuple | np.ndarray):
+            raise InputError(f"text {index} is a {type(text).__name__}; expected a string or a list of token ids", param="input")
+
+
+def _batches(texts: Iterable[TextInput], size: int) -> Iterator[Sequence[TextInput]]:
+    source = iter(texts)
+    while batch := list(itertools.islice(source, size)):
+        yield batch

@@ -1,0 +1,335 @@
+"""The three stages and the threads that move texts through them: tokenize, infer (one thread a device stream), finish.
+
+Decisions are elsewhere (queue.py, packing.py). A stage cannot die: whatever its step raises fails the jobs in its hands
+and the stage goes on. One lock guards all shared state; nothing slow happens under it. Every wait has a limit.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from npu_proxy.devices.base import Device
+from npu_proxy.engine.packing import Plan, pack
+from npu_proxy.engine.queue import Depth, JobQueue
+from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.errors import DeadlineError, DeviceError, NpuProxyError, OverloadedError, StoppedError
+from npu_proxy.graph.heads import fill_pool
+from npu_proxy.types import Encoding, Job, Lane, Output, Pack, Pooling, Ticket, Vector
+
+log = logging.getLogger("npu_proxy.engine")
+
+HANDOFF_SECONDS = 0.5
+"""No wait between stages is longer; after it the stage looks whether it should stop."""
+_CHUNK = 64
+"""Texts tokenized at once, so that an interactive text waits for one chunk of a bulk request at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the pipeline must know of the settings; seconds, texts and tokens."""
+
+    batch_delay: float
+    aging: float
+    window: int
+    max_items: int
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start. Read it through Pipeline.stats()."""
+
+    requests: int = 0
+    texts: int = 0
+    tokens: int = 0
+    rows: int = 0
+    positions: int = 0
+    merged: int = 0
+    refused: int = 0
+    infer_seconds: float = 0.0
+    faults: int = 0
+    executed: dict[str, int] = field(default_factory=dict[str, int])
+    errors: dict[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """A moment of the pipeline: counters, what waits, and whether every stage's thread lives."""
+
+    counters: Counters
+    depth: Depth
+    open_texts: int
+    stages: dict[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Some texts of a ticket, on their way to the tokenizer."""
+
+    ticket: Ticket
+    prompt: str
+    lane: Lane
+    indices: range
+
+
+class Pipeline:
+    """Takes tickets, answers each of their texts exactly once. Thread-safe."""
+
+    def __init__(self, encoder: TextEncoder, device: Device, pooling: Pooling, limits: Limits) -> None:
+        self._encoder = encoder
+        self._device = device
+        self._by_index = pooling.by_index
+        self._fill_pool = partial(fill_pool, pooling)
+        self._limits = limits
+        self._row_tokens = max(shape.bins * shape.positions for shape in device.shapes)
+        self._lock = threading.Lock()
+        self._texts_came = threading.Condition(self._lock)
+        self._jobs_came = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
+        self._chunks: dict[Lane, deque[_Chunk]] = {Lane.INTERACTIVE: deque(), Lane.BULK: deque()}
+        self._tokenizing = 0
+        self._jobs = JobQueue(aging=limits.aging, window=limits.window)
+        self._open: set[int] = set()
+        self._tickets: dict[int, Ticket] = {}
+        self._open_texts = 0
+        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._order = itertools.count()
+        self._done: queue.SimpleQueue[tuple[Pack, Output | NpuProxyError] | None] = queue.SimpleQueue()
+        self._counters = Counters()
+        self._accepting = True
+        self._stopping = threading.Event()
+        steps: list[tuple[str, Callable[[], None]]] = [("tokenize", self._tokenize), ("finish", self._finish)]
+        steps += [(f"infer-{number}", self._infer) for number in range(device.streams)]
+        self._threads = [threading.Thread(target=self._run, args=step, name=f"npu-proxy-{step[0]}", daemon=True) for step in steps]
+        for thread in self._threads:
+            thread.start()
+
+    # -- the door ------------------------------------------------------------------------------------------------
+
+    def submit(self, ticket: Ticket, prompt: str, lane: Lane) -> None:
+        """Take a ticket in. Raises OverloadedError past the queue's limits, StoppedError when not running."""
+        count = len(ticket.vectors)
+        with self._lock:
+            if not self._accepting:
+                raise StoppedError("the engine is stopping or stopped; start it before sending texts")
+            tokens = self._jobs.depth.tokens
+            if self._open_texts and (self._open_texts + count > self._limits.max_items or tokens > self._limits.max_tokens):
+                self._counters.refused += 1
+                raise OverloadedError(
+                    f"the queue is full ({self._open_texts} texts of at most {self._limits.max_items}, {tokens} tokens of at"
+                    f" most {self._limits.max_tokens}); try again later, or raise `max_queue_items` or `max_queue_tokens`",
+                    retry_after=max(1.0, tokens / self._speed()),
+                )
+            self._counters.requests += 1
+            self._tickets[id(ticket)] = ticket
+            self._open_texts += count
+            heapq.heappush(self._deadlines, (ticket.deadline, next(self._order), ticket))
+            for start in range(0, count, _CHUNK):
+                self._chunks[lane].append(_Chunk(ticket, prompt, lane, range(start, min(start + _CHUNK, count))))
+            self._texts_came.notify()
+
+    def forget(self, ticket: Ticket) -> None:
+        """A ticket has all its answers; called by its ``done``."""
+        with self._lock:
+            if self._tickets.pop(id(ticket), None) is None:
+                return
+            self._open_texts -= len(ticket.vectors)
+            for error in filter(None, ticket.errors):
+                self._counters.errors[error.kind] = self._counters.errors.get(error.kind, 0) + 1
+            if not self._tickets:
+                self._idle.notify_all()
+
+    def stats(self) -> Stats:
+        """A consistent copy of the counters and what waits."""
+        with self._lock:
+            now = self._counters
+            copy = replace(now, executed=dict(now.executed), errors=dict(now.errors), merged=self._jobs.merged)
+            return Stats(
+                counters=copy,
+                depth=self._jobs.depth,
+                open_texts=self._open_texts,
+                stages={thread.name.removeprefix("npu-proxy-"): thread.is_alive() for thread in self._threads},
+            )
+
+    def stop(self, drain: float) -> None:
+        """Refuse new tickets, give the open ones ``drain`` seconds, fail the rest, end the threads."""
+        with self._lock:
+            self._accepting = False
+            self._idle.wait_for(lambda: not self._tickets, timeout=drain)
+            self._stopping.set()
+            self._texts_came.notify_all()
+            self._jobs_came.notify_all()
+        self._done.put(None)  # wakes the finish stage
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=10 * HANDOFF_SECONDS)
+        with self._lock:
+            self._jobs.clear()
+            left = list(self._tickets.values())
+        for ticket in left:
+            ticket.fail_all(StoppedError("the engine was stopped before this text was embedded"))
+
+    # -- the stages ----------------------------------------------------------------------------------------------
+
+    def _run(self, name: str, step: Callable[[], None]) -> None:
+        while not self._stopping.is_set():
+            try:
+                step()
+            except BaseException:  # a stage never dies; its step has failed the jobs it held
+                log.exception("stage %s: unexpected error, going on", name)
+                with self._lock:
+                    self._counters.faults += 1
+                self._stopping.wait(0.01)
+
+    def _tokenize(self) -> None:
+        with self._lock:
+            lanes = self._chunks
+            self._texts_came.wait_for(lambda: any(lanes.values()) or self._stopping.is_set(), timeout=HANDOFF_SECONDS)
+            lane = lanes[Lane.INTERACTIVE] or lanes[Lane.BULK]
+            if not lane or self._stopping.is_set():
+                return
+            chunk = lane.popleft()
+            self._tokenizing += 1
+        encodings: Sequence[Encoding | NpuProxyError] = ()
+        try:
+            ticket = chunk.ticket
+            if ticket.open and not ticket.abandoned():
+                texts = [ticket.request.texts[index] for index in chunk.indices]
+                encodings = self._encoder.encode(texts, chunk.prompt, ticket.request.truncate)
+        except Exception as error:  # these texts fail, the stage goes on
+            encodings = [_wrapped(error, "tokenizing failed")] * len(chunk.indices)
+        finally:
+            self._enqueue(chunk, encodings)
+
+    def _enqueue(self, chunk: _Chunk, encodings: Sequence[Encoding | NpuProxyError]) -> None:
+        ticket, now = chunk.ticket, time.monotonic()
+        with self._lock:
+            self._tokenizing -= 1
+            for index, encoding in zip(chunk.indices, encodings, strict=False):
+                if isinstance(encoding, Encoding):
+                    ticket.encodings[index] = encoding
+                    self._jobs.add(encoding, ticket, index, chunk.lane, now)
+            self._jobs_came.notify_all()
+        for index, encoding in zip(chunk.indices, encodings, strict=False):
+            if not isinstance(encoding, Encoding):
+                ticket.fail(index, encoding)
+
+    def _infer(self) -> None:
+        taken = self._take()
+        if taken is None:
+            return
+        jobs, plan = taken
+        row = Pack([jobs[index] for bin in plan.bins for index in bin], (), plan.shape, {})
+        answer: Output | NpuProxyError
+        try:
+            row = pack(jobs, plan, self._fill_pool, by_index=self._by_index)
+            answer = self._device.infer(row)
+        except Exception as error:  # these jobs fail, the stage goes on
+            answer = _wrapped(error, "the device failed")
+        self._done.put((row, answer))
+
+    def _take(self) -> tuple[list[Job], Plan] | None:
+        """The next row, when there is work and (if company is coming) the batch delay of the oldest job is over."""
+        with self._lock:
+            self._jobs_came.wait_for(lambda: self._jobs.oldest() is not None or self._stopping.is_set(), HANDOFF_SECONDS)
+            oldest = self._jobs.oldest()
+            if oldest is not None and self._jobs.depth.tokens < self._row_tokens and self._company():
+                due = oldest + self._limits.batch_delay
+                self._jobs_came.wait_for(self._wait_is_over, timeout=max(0.0, min(HANDOFF_SECONDS, due - time.monotonic())))
+            if self._stopping.is_set():
+                return None
+            return self._jobs.take(self._device.shapes, time.monotonic())
+
+    def _wait_is_over(self) -> bool:
+        return self._stopping.is_set() or self._jobs.depth.tokens >= self._row_tokens or not self._company()
+
+    def _company(self) -> bool:
+        """Whether further texts are on their way to the queue."""
+        return bool(self._tokenizing or any(self._chunks.values()))
+
+    def _finish(self) -> None:
+        with self._lock:
+            next_deadline = self._deadlines[0][0] if self._deadlines else float("inf")
+        try:
+            wait = min(HANDOFF_SECONDS, max(0.001, next_deadline - time.monotonic()))
+            done = self._done.get(timeout=wait)
+        except queue.Empty:
+            done = None
+        if done is not None:
+            self._answer(*done)
+        self._expire(time.monotonic())
+
+    def _answer(self, row: Pack, answer: Output | NpuProxyError) -> None:
+        with self._lock:
+            waiters = [self._jobs.finish(job) for job in row.jobs]
+            if isinstance(answer, Output):
+                self._count(row, answer)
+        now = time.monotonic()
+        for number, (job, who) in enumerate(zip(row.jobs, waiters, strict=True)):
+            try:
+                outcome = answer if isinstance(answer, NpuProxyError) else _vector(answer, row, number)
+            except Exception as error:  # this text fails, its row goes on
+                outcome = _wrapped(error, "finishing failed")
+            for ticket, index in who:
+                if isinstance(outcome, NpuProxyError):
+                    ticket.fail(index, outcome)
+                    continue
+                assert isinstance(answer, Output)
+                ticket.device = answer.device
+                ticket.queued_seconds = max(ticket.queued_seconds, now - answer.seconds - job.queued_at)
+                ticket.infer_seconds += answer.seconds * job.encoding.tokens / max(1, row.tokens)
+                ticket.answer(index, outcome)
+
+    def _count(self, row: Pack, answer: Output) -> None:
+        counters = self._counters
+        counters.texts += len(row.jobs)
+        counters.tokens += row.tokens
+        counters.rows += 1
+        counters.positions += row.shape.bins * row.shape.positions
+        counters.infer_seconds += answer.seconds
+        counters.executed[answer.device] = counters.executed.get(answer.device, 0) + len(row.jobs)
+
+    def _expire(self, now: float) -> None:
+        """Answer the tickets whose time ran out; their jobs are dropped when they would come up."""
+        expired: list[Ticket] = []
+        with self._lock:
+            while self._deadlines and (self._deadlines[0][0] <= now or not self._deadlines[0][2].open):
+                expired.append(heapq.heappop(self._deadlines)[2])
+        for ticket in expired:
+            if ticket.open:
+                seconds = ticket.deadline - ticket.submitted_at
+                ticket.fail_all(
+                    DeadlineError(f"no answer within {seconds:.3g} seconds; raise the timeout, or send fewer texts at once")
+                )
+
+    def _speed(self) -> float:
+        """Tokens a second so far; a guess of a thousand before the first row."""
+        counters = self._counters
+        return counters.tokens / counters.infer_seconds * self._device.streams if counters.infer_seconds else 1000.0
+
+
+def _vector(answer: Output, row: Pack, number: int) -> Vector | DeviceError:
+    """The vector [width] of a row's job, or the DeviceError that its numbers are not finite."""
+    slot = row.slots[number]
+    vector = answer.vectors[slot.bin, slot.segment].copy()
+    if not np.isfinite(vector).all():
+        return DeviceError(f"device {answer.device} answered with numbers that are not finite")
+    return vector
+
+
+def _wrapped(error: Exception, what: str) -> NpuProxyError:
+    if isinstance(error, NpuProxyError):
+        return error
+    log.error("%s", what, exc_info=error)
+    return NpuProxyError(f"{what}: {type(error).__name__}")

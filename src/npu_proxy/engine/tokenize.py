@@ -1,0 +1,160 @@
+"""Texts to token ids, with exact counts, before anything is queued.
+
+The limit is the model's own; truncation and padding that a tokenizer.json bakes in are switched off.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from npu_proxy.errors import EmptyInputError, InputError, ModelError, NpuProxyError, TooLongError
+from npu_proxy.types import EmbedRequest, Encoding, ModelSpec, TextInput, Truncate
+
+Sanitize = Literal["none", "basic", "nfkc"]
+OnEmpty = Literal["error", "placeholder"]
+
+PLACEHOLDER = "[EMPTY]"
+"""What is embedded for an empty text when ``on_empty`` says so."""
+
+_CHARACTERS_A_TOKEN = 16
+"""How much of a long text is tokenized at first, for each token that can be kept; more only where that was too little."""
+
+
+class TextEncoder:
+    """A model's tokenizer and prompts. Thread-safe: it has no state that changes."""
+
+    def __init__(self, spec: ModelSpec, *, sanitize: Sanitize = "none", on_empty: OnEmpty = "error") -> None:
+        self._spec = spec
+        self._sanitize: Sanitize = sanitize
+        self._on_empty: OnEmpty = on_empty
+        try:
+            self._tokenizer = Tokenizer.from_file(str(spec.tokenizer_file))
+        except Exception as error:  # the bindings raise bare Exception for whatever is wrong with the file
+            raise ModelError(f"{spec.name}: tokenizer.json cannot be read: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # The tokenizer's own lower-casing is in its normalizer; sentence-transformers adds this one where asked.
+        self._lower_case = spec.lower_case
+        empty = self._tokenizer.encode("")
+        self._frame = _frame(self._tokenizer, spec)
+        self.special_tokens = len(empty.ids)
+        """Tokens that are added to every text."""
+        # BertPreTokenizer always splits at white space, so what follows a space cannot change the tokens before it.
+        self._splits_at_space = type(self._tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer"
+
+    def prompt(self, request: EmbedRequest) -> str:
+        """The text put before each text of a request; raises InputError for a prompt the model does not have."""
+        prompts = self._spec.prompts
+        if request.prompt_name is not None:
+            if request.prompt_name not in prompts:
+                known = ", ".join(sorted(prompts)) or "none"
+                message = f"the model has no prompt `{request.prompt_name}`; its prompts: {known}"
+                raise InputError(message, param="prompt_name")
+            return prompts[request.prompt_name]
+        if request.input_type is not None:
+            names = {"query": ("query",), "document": ("document", "passage", "corpus")}.get(request.input_type)
+            if names is None:
+                message = f"input_type must be `query` or `document`, not `{request.input_type}`"
+                raise InputError(message, param="input_type")
+            return next((prompts[name] for name in names if name in prompts), "")
+        return prompts.get(self._spec.default_prompt or "", "")
+
+    def encode(self, texts: Sequence[TextInput], prompt: str, truncate: Truncate) -> list[Encoding | NpuProxyError]:
+        """Encode texts (str or token ids) in one batch; what is wrong with a text stands in its place."""
+        prepared = [self._prepare(text, prompt) for text in texts]
+        strings = [text for text in prepared if isinstance(text, str)]
+        encoded = iter(self._encode_strings(strings, truncate))
+        results: list[Encoding | NpuProxyError] = []
+        for text in prepared:
+            if isinstance(text, NpuProxyError):
+                results.append(text)
+                continue
+            results.append(self._fit(next(encoded) if isinstance(text, str) else text, truncate))
+        return results
+
+    def _prepare(self, text: TextInput, prompt: str) -> str | list[int] | NpuProxyError:
+        if not isinstance(text, str):
+            return self._check_ids(text)
+        if self._sanitize != "none":
+            text = _sanitize(text, self._sanitize)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return InputError(
+                "the text holds a lone surrogate, which is no Unicode character; sanitize=`basic` removes it",
+                param="input",
+            )
+        if not text:
+            if self._on_empty == "error":
+                return EmptyInputError("the text is empty; on_empty=`placeholder` embeds `[EMPTY]` instead", param="input")
+            text = PLACEHOLDER
+        text = prompt + text
+        return text.lower() if self._lower_case else text
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int] | NpuProxyError:
+        if not ids:
+            return EmptyInputError("the list of token ids is empty", param="input")
+        worst = next((i for i in ids if not 0 <= i < self._spec.vocabulary), None)
+        if worst is None:
+            return [*self._frame[0], *ids, *self._frame[1]]
+        message = (
+            f"token id {worst} is outside this model's vocabulary of {self._spec.vocabulary}; ids of another tokenizer"
+            " (langchain-openai sends cl100k ids unless check_embedding_ctx_length=False) mean nothing here: send text"
+        )
+        return InputError(message, param="input")
+
+    def _encode_strings(self, texts: list[str], truncate: Truncate) -> list[list[int]]:
+        """Ids with special tokens of each text; of a text that will be cut at its end, at least one more than fit."""
+        heads = [self._head(text, _CHARACTERS_A_TOKEN) if truncate is Truncate.END else text for text in texts]
+        results = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(heads)]
+        for index, text in enumerate(texts):
+            head, share = heads[index], _CHARACTERS_A_TOKEN
+            while len(head) < len(text) and len(results[index]) <= self._spec.max_length:
+                share *= 8
+                head = self._head(text, share)
+                results[index] = self._tokenizer.encode(head).ids
+        return results
+
+    def _head(self, text: str, characters_a_token: int) -> str:
+        """The start of a text too long to be kept whole, up to a white space; the text itself where that is not exact."""
+        size = characters_a_token * self._spec.max_length
+        if not self._splits_at_space or len(text) <= size:
+            return text
+        cut = text.rfind(" ", 0, size)
+        return text[:cut] if cut > 0 else text
+
+    def _fit(self, ids: list[int], truncate: Truncate) -> Encoding | NpuProxyError:
+        limit = self._spec.max_length
+        if len(ids) <= limit:
+            return Encoding(np.array(ids, np.int32), truncated=False)
+        if truncate is Truncate.ERROR:
+            return TooLongError(limit=limit, tokens=len(ids))
+        before, after = self._frame
+        inner = ids[len(before) : len(ids) - len(after)]
+        keep = limit - len(before) - len(after)
+        inner = inner[:keep] if truncate is Truncate.END else inner[len(inner) - keep :]
+        return Encoding(np.array([*before, *inner, *after], np.int32), truncated=True)
+
+
+def _frame(tokenizer: Tokenizer, spec: ModelSpec) -> tuple[list[int], list[int]]:
+    """The special tokens that stand before and behind every text, seen by encoding a text with and without them."""
+    sample = next((text for text in ("a", "the", "1", ".") if tokenizer.encode(text, add_special_tokens=False).ids), None)
+    if sample is None:
+        raise ModelError(f"{spec.name}: tokenizer.json turns every text into nothing")
+    plain = tokenizer.encode(sample, add_special_tokens=False).ids
+    whole = tokenizer.encode(sample).ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    raise ModelError(f"{spec.name}: tokenizer.json does not put special tokens around a text, but inside it")
+
+
+def _sanitize(text: str, how: Sanitize) -> str:
+    """Remove NUL and lone surrogates ("basic"), and normalize to NFKC besides ("nfkc")."""
+    text = "".join(character for character in text if character != "\0" and not "\ud800" <= character <= "\udfff")
+    return unicodedata.normalize("NFKC", text) if how == "nfkc" else text

@@ -1,0 +1,73 @@
+"""What stands on top of an encoder: pooling of the tokens of each text, then Dense modules.
+
+Pooling is one gather (cls, last token) or one matrix product (the mean family), so a row returns [bins, segments,
+width] and not every token. L2 normalization is not here: the host does it in float32 (engine/finish.py).
+
+Source of the definitions: sentence-transformers ``models/Pooling.py`` and ``models/Dense.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from openvino import opset15 as op
+
+from npu_proxy.graph.packed import Node, RowInputs, constant, integers, linear, take_rows
+from npu_proxy.types import Dense, Pooling
+
+
+def fill_pool(pooling: Pooling, pool: npt.NDArray[np.generic], segment: int, start: int, count: int) -> None:
+    """Write the pooling input of one text that lies at ``start`` to ``start + count`` of a bin.
+
+    pool: the bin's part of the input, [segments] int32 positions or [segments, positions] float32 weights.
+    """
+    end = start + count
+    match pooling:
+        case Pooling.CLS:
+            pool[segment] = start
+        case Pooling.LAST_TOKEN:
+            pool[segment] = end - 1
+        case Pooling.MEAN:
+            pool[segment, start:end] = 1 / count
+        case Pooling.MEAN_SQRT_LENGTH:
+            pool[segment, start:end] = count**-0.5
+        case Pooling.WEIGHTED_MEAN:
+            pool[segment, start:end] = np.arange(1, count + 1) / (count * (count + 1) / 2)
+        case Pooling.MAX:
+            pool[segment, start:end] = 1
+
+
+def pool(hidden: Node, inputs: RowInputs, pooling: Pooling) -> Node:
+    """Token vectors [bins, positions, width] (or [bins, segments, width], gathered) -> text vectors [bins, segments, width]."""
+    if pooling.by_index:
+        return hidden
+    if pooling is Pooling.MAX:
+        taken = op.unsqueeze(op.greater(inputs.pool, constant(np.float32(0))), integers(3))
+        lowest = constant(np.float32(-60000))  # finite in fp16
+        return op.reduce_max(op.select(taken, op.unsqueeze(hidden, integers(1)), lowest), integers(2), False)
+    return op.matmul(inputs.pool, hidden, False, False)
+
+
+def wanted_rows(x: Node, inputs: RowInputs, pooling: Pooling) -> Node:
+    """The rows of ``x`` [bins, positions, ...] that pooling will read: all of them, or one a text."""
+    return take_rows(x, inputs.pool) if pooling.by_index else x
+
+
+ACTIVATIONS: dict[str, Callable[[Node], Node]] = {
+    "torch.nn.modules.linear.Identity": lambda x: x,
+    "torch.nn.modules.activation.Tanh": op.tanh,
+    "torch.nn.modules.activation.ReLU": op.relu,
+    "torch.nn.modules.activation.Sigmoid": op.sigmoid,
+    "torch.nn.modules.activation.GELU": lambda x: op.gelu(x, "erf"),
+    "torch.nn.modules.activation.SiLU": op.swish,
+}
+"""Dense activations by the name that sentence-transformers stores."""
+
+
+def dense(x: Node, modules: Sequence[Dense]) -> Node:
+    """Apply the Dense modules of ``modules.json`` in their order."""
+    for module in modules:
+        x = ACTIVATIONS[module.activation](linear(x, module.weight, module.bias))
+    return x

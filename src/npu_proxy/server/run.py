@@ -1,0 +1,98 @@
+"""The server's process: listen at once, load behind it, say when ready, drain on SIGTERM, exit 0."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from npu_proxy.engine.engine import AsyncEngine
+from npu_proxy.errors import NpuProxyError
+from npu_proxy.server.app import State, create_app
+from npu_proxy.settings import Settings
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a signal that asked for a clean stop is a success: it is not raised again afterwards."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.handle_exit(number, frame)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def serve(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code: 0 after a drain, 2 when the model cannot be loaded, 1 otherwise."""
+    engine = AsyncEngine(settings=settings)
+    outcome = {"code": 0}
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[None]:
+        task = asyncio.create_task(_load(app.state.npu_proxy, server, outcome))
+        yield
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await engine.astop()
+
+    config = uvicorn.Config(
+        create_app(engine, settings, lifespan),
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+    )
+    server = _Server(config)
+    server.run()
+    if not server.started and not outcome["code"]:
+        return 1
+    return outcome["code"]
+
+
+async def _load(state: State, server: _Server, outcome: dict[str, int]) -> None:
+    """Load the model, then print the ready line; a model that cannot be loaded ends the server with the reason."""
+    try:
+        await state.engine.astart()
+        while not (server.started or server.should_exit):  # noqa: ASYNC110 (uvicorn tells of its socket in no other way)
+            await asyncio.sleep(0.01)
+    except NpuProxyError as error:
+        state.failure = str(error)
+        outcome["code"] = 2
+        print(f"npu-proxy: {error}", file=sys.stderr, flush=True)
+        server.should_exit = True
+        return
+    except Exception:
+        outcome["code"] = 1
+        server.should_exit = True
+        raise
+    spec, device = state.engine.engine.spec, state.engine.engine.device
+    print(
+        f"npu-proxy ready: http://{_address(server, state.settings)} model {spec.name} ({spec.width} wide, up to"
+        f" {spec.max_length} tokens) on {device.name}, fingerprint {spec.fingerprint}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _address(server: _Server, settings: Settings) -> str:
+    """Host and port as they are bound, also where the port was 0."""
+    sockets = [socket for one in server.servers for socket in one.sockets]
+    port = sockets[0].getsockname()[1] if sockets else settings.port
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{host}:{port}"

@@ -1,0 +1,292 @@
+"""The one named type a hop, in the order in which a text meets them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from npu_proxy.errors import NpuProxyError
+
+Vector = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
+TextInput = str | Sequence[int]
+"""A text, or the token ids of one in the model's own vocabulary, without special tokens."""
+
+
+class Truncate(StrEnum):
+    """What happens to a text beyond the model's limit: an error, or its end or its start is cut off."""
+
+    ERROR = "error"
+    END = "end"
+    START = "start"
+
+
+class DType(StrEnum):
+    """What the vectors of a result are made of; see engine/finish.py for the arithmetic."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    BINARY = "binary"
+    UBINARY = "ubinary"
+    BASE64 = "base64"
+
+
+class Pooling(StrEnum):
+    """How the token vectors of a text become one vector; the arithmetic is in graph/heads.py."""
+
+    CLS = "cls"
+    LAST_TOKEN = "lasttoken"
+    MEAN = "mean"
+    MEAN_SQRT_LENGTH = "mean_sqrt_len_tokens"
+    WEIGHTED_MEAN = "weightedmean"
+    MAX = "max"
+
+    @property
+    def by_index(self) -> bool:
+        """Whether one position a text is enough, so that the last layer is computed for that position only."""
+        return self in (Pooling.CLS, Pooling.LAST_TOKEN)
+
+
+class Lane(StrEnum):
+    """Interactive jobs go first; bulk jobs age, so that they cannot starve."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A Dense module: weight [out, in] float32, bias [out] or None, activation by its stored (torch) name."""
+
+    weight: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32] | None
+    activation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All that a model's own files say about how it embeds; made by models/layout.py, never guessed."""
+
+    name: str
+    folder: Path
+    family: str
+    """``model_type`` of config.json, the key of graph.build.FAMILIES."""
+    config: Mapping[str, Any]
+    """config.json as it stands."""
+    weight_files: Sequence[Path]
+    tokenizer_file: Path
+    pooling: Pooling
+    dense: Sequence[Dense]
+    width: int
+    """Numbers in a vector."""
+    max_length: int
+    """Tokens of a text, special tokens included."""
+    vocabulary: int
+    normalizes: bool
+    """Whether the model ends in a Normalize module (information: what a caller gets is the request's `normalize`)."""
+    lower_case: bool
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+    fingerprint: str
+
+
+# -- the way of one text ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedRequest:
+    """Texts to embed and how. ``deadline`` is a time.monotonic() second; None takes the engine's default."""
+
+    texts: Sequence[TextInput]
+    input_type: str | None = None
+    """`query` or `document`: picks the model's prompt of that meaning, none where the model has none."""
+    prompt_name: str | None = None
+    """A prompt of the model by name; an unknown name is an error."""
+    dimensions: int | None = None
+    """Matryoshka: the first so many numbers, renormalized."""
+    normalize: bool = True
+    truncate: Truncate = Truncate.END
+    dtype: DType = DType.FLOAT32
+    lane: Lane | None = None
+    """None: interactive for up to ``Settings.interactive_texts`` texts, else bulk."""
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids [n] int32 with special tokens, within the model's limit, and whether something was cut off."""
+
+    ids: Ids
+    truncated: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are embedded."""
+        return len(self.ids)
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request under way: collects an answer for each of its texts, then calls ``done`` exactly once.
+
+    Any thread may answer; an answer to a text that has one is ignored.
+    """
+
+    request: EmbedRequest
+    deadline: float
+    submitted_at: float
+    done: Callable[[Ticket], None]
+    abandoned: Callable[[], bool]
+    """Whether the caller has gone; jobs of such a ticket are dropped before they cost inference."""
+    vectors: list[Vector | None] = field(init=False)
+    """Full-width, not normalized."""
+    errors: list[NpuProxyError | None] = field(init=False)
+    encodings: list[Encoding | None] = field(init=False)
+    device: str = ""
+    queued_seconds: float = 0.0
+    infer_seconds: float = 0.0
+    _open: int = field(init=False)
+    _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        count = len(self.request.texts)
+        self.vectors = [None] * count
+        self.errors = [None] * count
+        self.encodings = [None] * count
+        self._open = count
+
+    @property
+    def open(self) -> int:
+        """How many texts have no answer yet."""
+        return self._open
+
+    def answer(self, index: int, vector: Vector) -> None:
+        """Give text ``index`` its vector [width]."""
+        self._settle(index, vector, None)
+
+    def fail(self, index: int, error: NpuProxyError) -> None:
+        """Give text ``index`` its error."""
+        self._settle(index, None, error)
+
+    def fail_all(self, error: NpuProxyError) -> None:
+        """Give every text that has no answer this error."""
+        for index in range(len(self.vectors)):
+            self._settle(index, None, error)
+
+    def _settle(self, index: int, vector: Vector | None, error: NpuProxyError | None) -> None:
+        with self._lock:
+            if self.vectors[index] is not None or self.errors[index] is not None:
+                return
+            self.vectors[index], self.errors[index] = vector, error
+            self._open -= 1
+            last = self._open == 0
+        if last:
+            self.done(self)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One distinct text in the queue and everybody who waits for it (equal texts in flight are merged)."""
+
+    encoding: Encoding
+    lane: Lane
+    queued_at: float
+    waiters: list[tuple[Ticket, int]]
+    started: bool = False
+
+    @property
+    def deadline(self) -> float:
+        """The latest deadline of those who wait."""
+        return max(ticket.deadline for ticket, _ in self.waiters)
+
+    def wanted(self, now: float) -> bool:
+        """Whether anybody still waits for it."""
+        return any(ticket.deadline > now and not ticket.abandoned() for ticket, _ in self.waiters)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a job's vector stands in a row's output."""
+
+    bin: int
+    segment: int
+
+
+class Shaped(Protocol):
+    """What packing must know of a row's shape (graph.packed.RowShape is one)."""
+
+    @property
+    def bins(self) -> int: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pack:
+    """The jobs in one row, where each lies, and the row's input arrays by graph input name."""
+
+    jobs: Sequence[Job]
+    slots: Sequence[Slot]
+    shape: Shaped
+    inputs: Mapping[str, npt.NDArray[Any]]
+
+    @property
+    def tokens(self) -> int:
+        """Useful tokens; the rest of bins x positions is padding."""
+        return sum(job.encoding.tokens for job in self.jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a device made of a row: vectors [bins, segments, width] float32, which device, seconds on it."""
+
+    vectors: npt.NDArray[np.float32]
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds from submit to answer, spent waiting (slowest text) and in inference (sum over rows)."""
+
+    total: float
+    queued: float
+    infer: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedResult:
+    """The answer to an EmbedRequest, in its order.
+
+    embeddings: array [n, width] of the dtype asked for ([n, width / 8] for binary and ubinary), or n strings for base64.
+    errors: None or what went wrong, a text; the vector of a failed text is NaN (0 for integers, "" for base64).
+    """
+
+    embeddings: npt.NDArray[Any] | list[str]
+    tokens: Sequence[int]
+    truncated: Sequence[bool]
+    errors: Sequence[NpuProxyError | None]
+    device: str
+    fingerprint: str
+    timings: Timings
+
+    def raise_first(self) -> EmbedResult:
+        """Raise the first text's error, if any; else return self."""
+        for error in self.errors:
+            if error is not None:
+                raise error
+        return self

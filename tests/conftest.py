@@ -1,0 +1,112 @@
+"""Fixtures: tiny golden models, the real default model, real data, and engines over a fake device."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from npu_proxy import Engine, Settings
+from npu_proxy.devices.fake import FakeDevice
+from npu_proxy.engine.engine import Parts
+from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.models.catalog import DEFAULT_MODEL
+from npu_proxy.models.layout import read_spec
+from npu_proxy.models.store import Store
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "modules.json").exists())
+DATA = Path(os.environ.get("NPU_PROXY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def golden(name: str) -> tuple[Path, list[str], np.ndarray]:
+    """Folder, texts and vectors [n, width] of a golden model."""
+    folder = GOLDEN / name
+    return folder, json.loads((folder / "texts.json").read_text()), np.load(folder / "vectors.npy")
+
+
+def smallest_cosine(one: np.ndarray, other: np.ndarray) -> float:
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return float(((one * other).sum(1) / lengths).min())
+
+
+def fake_engine(device: FakeDevice | None = None, **settings: object) -> Engine:
+    """An engine with the golden tokenizer and a fake device; not started."""
+    spec = read_spec(GOLDEN / "mean")
+    device = device or FakeDevice(width=spec.width)
+
+    def parts(settings: Settings) -> Parts:
+        encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
+        return Parts(spec=spec, encoder=encoder, device=device)
+
+    return Engine(settings=Settings(**settings), parts=parts)
+
+
+SMALL_SHAPES = (RowShape(bins=1, positions=64, segments=4), RowShape(bins=2, positions=64, segments=4))
+
+
+@pytest.fixture(scope="session")
+def default_model() -> str:
+    """The default model, which `make test` has put into the store."""
+    if Store(Settings().store).find(DEFAULT_MODEL) is None:
+        pytest.skip("the default model is not in the store; `make weights` fetches it")
+    return DEFAULT_MODEL
+
+
+@pytest.fixture(scope="session")
+def real_engine(default_model: str) -> Iterator[Engine]:
+    with Engine(default_model) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def reference() -> tuple[list[dict], np.ndarray]:
+    """The reference texts and their vectors [319, 384] from sentence-transformers."""
+    if not DATA.is_dir():
+        pytest.skip(f"the reference data is not at {DATA.name}; set NPU_PROXY_TEST_DATA")
+    rows = [json.loads(line) for line in (DATA / "reference_minilm.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    return rows, np.load(DATA / "reference_minilm.npy")
+
+
+class Server:
+    """A server in a process of its own, as users run it."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "npu_proxy", "serve", "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+        self.log: list[str] = []
+        self.url = ""
+
+    def wait_ready(self) -> "Server":
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := re.search(r"npu-proxy ready: (http://\S+)", line):
+                self.url = found[1]
+                return self
+        raise AssertionError(f"the server ended: {self.log}")
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout=30)
+        finally:
+            self.process.kill()
+            assert self.process.stderr is not None
+            self.process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def server(default_model: str) -> Iterator[Server]:
+    running = Server().wait_ready()
+    yield running
+    assert running.stop() == 0

@@ -1,0 +1,100 @@
+"""Packing is a pure function: nothing is lost, nothing overflows, the oldest goes, little is wasted."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npu_proxy.engine.packing import Plan, cost, fill_bins, pack, plan_row
+from npu_proxy.graph.heads import fill_pool
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.types import Encoding, Job, Lane, Pooling
+
+SHAPES = [
+    RowShape(bins=b, positions=p, segments=max(1, p // 8)) for b, p in ((1, 32), (16, 32), (1, 64), (8, 64), (1, 256), (2, 256))
+]
+lengths_of_texts = st.lists(st.integers(1, 256), min_size=1, max_size=200)
+
+
+def jobs_of(lengths: list[int]) -> list[Job]:
+    return [
+        Job(Encoding(np.arange(1, n + 1, dtype=np.int32) + 1000 * i, truncated=False), Lane.BULK, 0.0, [])
+        for i, n in enumerate(lengths)
+    ]
+
+
+@given(lengths_of_texts)
+def test_a_row_holds_its_limits_and_the_first_text(lengths: list[int]) -> None:
+    plan = plan_row(lengths, SHAPES)
+    chosen = [index for bin in plan.bins for index in bin]
+    assert 0 in chosen
+    assert len(chosen) == len(set(chosen))
+    assert len(plan.bins) <= plan.shape.bins
+    for bin in plan.bins:
+        assert sum(lengths[index] for index in bin) <= plan.shape.positions
+        assert len(bin) <= plan.shape.segments
+
+
+@given(lengths_of_texts)
+def test_repeated_rows_take_every_text_once(lengths: list[int]) -> None:
+    waiting = list(range(len(lengths)))
+    taken: list[int] = []
+    while waiting:
+        plan = plan_row([lengths[i] for i in waiting], SHAPES)
+        row = [waiting[index] for bin in plan.bins for index in bin]
+        assert row
+        taken += row
+        waiting = [i for i in waiting if i not in set(row)]
+    assert sorted(taken) == list(range(len(lengths)))
+
+
+@given(lengths_of_texts, st.sampled_from(list(Pooling)))
+def test_the_arrays_say_what_the_plan_says(lengths: list[int], pooling: Pooling) -> None:
+    jobs = jobs_of(lengths)
+    plan = plan_row(lengths, SHAPES)
+    row = pack(jobs, plan, lambda *place: fill_pool(pooling, *place), by_index=pooling.by_index)
+    assert row.tokens == int((row.inputs["segment_ids"] >= 0).sum())
+    for job, slot in zip(row.jobs, row.slots, strict=True):
+        here = row.inputs["segment_ids"][slot.bin] == slot.segment
+        np.testing.assert_array_equal(row.inputs["input_ids"][slot.bin][here], job.encoding.ids)
+        np.testing.assert_array_equal(row.inputs["position_ids"][slot.bin][here], np.arange(job.encoding.tokens))
+        if pooling is Pooling.MEAN:
+            weights = row.inputs["pool"][slot.bin, slot.segment]
+            np.testing.assert_allclose(weights[here], 1 / job.encoding.tokens)
+            assert weights[~here].sum() == 0
+
+
+def test_a_single_short_text_takes_the_smallest_row() -> None:
+    assert str(plan_row([10], SHAPES).shape) == "1x32"
+    assert str(plan_row([40, 20], SHAPES).shape) == "1x64"
+
+
+def test_a_deep_queue_fills_rows() -> None:
+    rng = random.Random(0)
+    waiting = [min(256, max(3, int(rng.lognormvariate(3.9, 0.9)))) for _ in range(4000)]
+    tokens = sum(waiting)
+    positions = 0
+    while len(waiting) > 200:
+        window = waiting[:512]
+        plan = plan_row(window, SHAPES)
+        gone = {index for bin in plan.bins for index in bin}
+        positions += plan.shape.bins * plan.shape.positions
+        waiting = [n for i, n in enumerate(window) if i not in gone] + waiting[512:]
+    assert positions / (tokens - sum(waiting)) < 1.06
+
+
+def test_longer_bins_cost_more_a_token() -> None:
+    short, long = RowShape(bins=8, positions=64, segments=8), RowShape(bins=2, positions=256, segments=32)
+    assert cost(short) < cost(long)
+
+
+def test_a_text_longer_than_every_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="257 tokens fits no row"):
+        plan_row([257], SHAPES)
+
+
+def test_fill_bins_prefers_the_longest_that_fits() -> None:
+    plan = fill_bins([30, 5, 34, 20, 60], RowShape(bins=2, positions=64, segments=8))
+    assert plan == Plan(plan.shape, [[0, 2], [4]])

@@ -1,0 +1,96 @@
+"""The queue's decisions: lanes, aging, merging, dropping."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npu_proxy.engine.queue import JobQueue, leading_lane
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.types import EmbedRequest, Encoding, Lane, Ticket
+
+SHAPES = [RowShape(bins=1, positions=64, segments=8)]
+
+
+def ticket(deadline: float = 1e9, gone: bool = False) -> Ticket:
+    return Ticket(EmbedRequest(texts=["x"]), deadline, 0.0, lambda ticket: None, lambda: gone)
+
+
+def encoding(*ids: int) -> Encoding:
+    return Encoding(np.array(ids, np.int32), truncated=False)
+
+
+@given(
+    now=st.floats(0, 100),
+    oldest=st.none() | st.floats(0, 100),
+    last=st.floats(0, 100),
+    aging=st.floats(0.01, 10),
+    interactive=st.booleans(),
+)
+def test_lanes(now: float, oldest: float | None, last: float, aging: float, interactive: bool) -> None:
+    lane = leading_lane(now=now, oldest_bulk=oldest, last_bulk=last, aging=aging, interactive=interactive)
+    if lane is Lane.BULK:
+        assert oldest is not None
+        assert not interactive or now - max(oldest, last) >= aging
+    elif lane is Lane.INTERACTIVE:
+        assert interactive
+        assert oldest is None or now - max(oldest, last) < aging
+    else:
+        assert oldest is None
+        assert not interactive
+
+
+@given(st.lists(st.integers(20, 64), min_size=1, max_size=60), st.integers(1, 40))
+def test_aging_keeps_bulk_moving_under_endless_interactive_load(lengths: list[int], arrivals: int) -> None:
+    queue = JobQueue(aging=1.0, window=64)
+    bulk = [queue.add(encoding(*range(1000 * i, 1000 * i + n)), ticket(), 0, Lane.BULK, 0.0) for i, n in enumerate(lengths)]
+    fresh, now = 1_000_000, 0.0
+    while not all(job.started for job in bulk):
+        now += 0.1
+        for _ in range(arrivals):  # far more than one row takes
+            fresh += 100
+            queue.add(encoding(*range(fresh, fresh + 60)), ticket(), 0, Lane.INTERACTIVE, now)
+        taken = queue.take(SHAPES, now)
+        assert taken is not None
+        assert now < 1.2 * (len(lengths) + 2)  # at least one bulk job for each second of aging
+
+
+def test_interactive_goes_first_and_bulk_fills_up() -> None:
+    queue = JobQueue(aging=10.0, window=64)
+    bulk = queue.add(encoding(1, 2), ticket(), 0, Lane.BULK, 0.0)
+    other = queue.add(encoding(*range(60)), ticket(), 0, Lane.BULK, 0.0)
+    quick = queue.add(encoding(3, 4), ticket(), 0, Lane.INTERACTIVE, 1.0)
+    taken = queue.take(SHAPES, 1.0)
+    assert taken is not None
+    jobs, plan = taken
+    assert jobs[0] is quick
+    assert {jobs[index] for bin in plan.bins for index in bin} == {quick, bulk, other} - {bulk if bulk.started is False else None}
+    assert other.started
+
+
+def test_equal_texts_in_flight_share_a_job_and_its_answer_is_for_all() -> None:
+    queue = JobQueue(aging=1.0, window=64)
+    first, second, third = ticket(), ticket(), ticket()
+    job = queue.add(encoding(5, 6), first, 0, Lane.BULK, 0.0)
+    assert queue.add(encoding(5, 6), second, 0, Lane.INTERACTIVE, 0.0) is job
+    assert job.lane is Lane.INTERACTIVE
+    assert queue.depth.items == 1
+    queue.take(SHAPES, 0.0)
+    assert queue.add(encoding(5, 6), third, 0, Lane.BULK, 0.0) is job
+    assert [who for who, _ in queue.finish(job)] == [first, second, third]
+    assert queue.add(encoding(5, 6), first, 0, Lane.BULK, 0.0) is not job
+    assert queue.merged == 2
+
+
+def test_jobs_that_nobody_waits_for_cost_no_inference() -> None:
+    queue = JobQueue(aging=1.0, window=64)
+    queue.add(encoding(1), ticket(gone=True), 0, Lane.BULK, 0.0)
+    queue.add(encoding(2), ticket(deadline=5.0), 0, Lane.BULK, 0.0)
+    assert queue.take(SHAPES, 6.0) is None
+    assert queue.depth.items == queue.depth.tokens == 0
+
+
+def test_a_merged_job_lives_while_anybody_waits() -> None:
+    queue = JobQueue(aging=1.0, window=64)
+    queue.add(encoding(1), ticket(gone=True), 0, Lane.BULK, 0.0)
+    queue.add(encoding(1), ticket(), 0, Lane.BULK, 0.0)
+    assert queue.take(SHAPES, 6.0) is not None
