@@ -40,10 +40,21 @@ def start_server(system: str, python: str | None, model: Path) -> Server:
     if system == "npu-proxy":
         command, path = [python, "-m", "npu_proxy", "serve", "--model", str(model), "--timeout", "300"], "/v1/embeddings"
     else:
-        command = [str(Path(python).parent / "infinity_emb"), "v2", "--model-id", str(model), "--engine", "torch", "--device", "cpu"]
+        command = [
+            str(Path(python).parent / "infinity_emb"),
+            "v2",
+            "--model-id",
+            str(model),
+            "--engine",
+            "torch",
+            "--device",
+            "cpu",
+        ]
         command += ["--no-bettertransformer", "--served-model-name", model.name]
         path = "/embeddings"
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    process = subprocess.Popen(
+        [*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
     server = Server(process, f"http://127.0.0.1:{port}{path}", model.name)
     give_up = time.monotonic() + 180
     while time.monotonic() < give_up and process.poll() is None:

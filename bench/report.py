@@ -39,18 +39,29 @@ def lines(results: dict) -> list[str]:
         about = results["systems"].get(name, {})
         cells = [f"{name} {about.get('version', '')}".strip(), f"{statistics.median(series(results, name)):,.0f}"]
         cells += [f"{ratio(results, name):.2f}x", f"{AIMS[name]}x" if name in AIMS else ""]
-        cells += [f"{about['start_seconds']:.1f} s", f"{about['peak_mb']:.0f} MB", f"{about['smallest_cosine']:.6f}"] if about else ["", "", ""]
+        cells += (
+            [f"{about['start_seconds']:.1f} s", f"{about['peak_mb']:.0f} MB", f"{about['smallest_cosine']:.6f}"]
+            if about
+            else ["", "", ""]
+        )
         rows.append("| " + " | ".join(cells) + " |")
     limit = statistics.median(one["of_limit"] for one in results["rounds"])
     best = statistics.median(one["matrix_product"] for one in results["rounds"]) / 1e9
     rows += ["", f"Share of the machine's matrix-product limit ({best:.0f} GFLOP/s): {limit:.2f} (aim 0.95)."]
     if "latency" in results:
-        rows += ["", "| server, one short query | idle p50 | idle p99 | under load p50 | under load p99 |", "| --- | --- | --- | --- | --- |"]
+        rows += [
+            "",
+            "| server, one short query | idle p50 | idle p99 | under load p50 | under load p99 |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for name, found in results["latency"].items():
             values = (found[key] * 1000 for key in ("idle_p50", "idle_p99", "loaded_p50", "loaded_p99"))
             rows.append(f"| {name} | " + " | ".join(f"{value:.0f} ms" for value in values) + " |")
         allowed = results["latency"]["npu-proxy"]["idle_p50"] + 3 * results["row_seconds"]
-        rows += ["", f"Under load allowed: idle p50 plus three full rows of {results['row_seconds'] * 1000:.0f} ms, {allowed * 1000:.0f} ms."]
+        rows += [
+            "",
+            f"Under load allowed: idle p50 plus three full rows of {results['row_seconds'] * 1000:.0f} ms, {allowed * 1000:.0f} ms.",
+        ]
     rows += [f"Left out: {name}, {why}" for name, why in results["left_out"].items()]
     return rows
 
@@ -64,7 +75,10 @@ def plot(results: dict, path: Path) -> None:
     names = sorted(results["rounds"][0]["seconds"], key=lambda name: statistics.median(series(results, name)))
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.2), layout="constrained")
     middles = [statistics.median(series(results, name)) for name in names]
-    spans = [[middle - min(series(results, name)), max(series(results, name)) - middle] for name, middle in zip(names, middles, strict=True)]
+    spans = [
+        [middle - min(series(results, name)), max(series(results, name)) - middle]
+        for name, middle in zip(names, middles, strict=True)
+    ]
     colours = ["#0b6bcb" if name.startswith("npu-proxy") else "#9aa5b1" for name in names]
     axes.barh(names, middles, xerr=list(zip(*spans, strict=True)), color=colours, ecolor="#334", capsize=3)
     for name, middle in zip(names, middles, strict=True):

@@ -18,16 +18,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+
 from latency import latency, server_seconds, start_server
 from limit import best_flops, useful_flops
-from peers import ROOT, onnx_folder, python_of, version_of
-from report import write
-from tokenizers import Tokenizer
-from worker import LIMIT, SYSTEMS
-
 from npu_proxy import Settings
 from npu_proxy.devices.openvino import available_threads
 from npu_proxy.models.store import Store
+from peers import ROOT, onnx_folder, python_of, version_of
+from report import write
+from worker import LIMIT, SYSTEMS
 
 SERVERS = ("npu-proxy", "infinity")
 
@@ -130,7 +130,9 @@ def measure(given: argparse.Namespace, model: Path, texts: list[str], tokens: li
         worker.run(listed, scratch / f"{system}.npy")
         ours, theirs = (np.load(scratch / f"{name}.npy") for name in ("npu-proxy", system))
         results["systems"][system]["smallest_cosine"] = float((ours * theirs).sum(1).min())
-    servers = {} if given.no_servers else {name: start_server(name, python_of(name)[0], model) for name in SERVERS if name in workers}
+    servers = (
+        {} if given.no_servers else {name: start_server(name, python_of(name)[0], model) for name in SERVERS if name in workers}
+    )
     flops = useful_flops(tokens)
     for number in range(given.rounds):
         best = best_flops(threads)

@@ -6,13 +6,14 @@ Source: Devlin et al. 2018, and the ``bert`` model of Hugging Face transformers 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from openvino import opset15 as op
 
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.heads import wanted_rows
+from npu_proxy.graph.heads import wanted_rows, wanted_segments
 from npu_proxy.graph.packed import (
     Node,
     RowInputs,
@@ -43,20 +44,30 @@ ACTIVATIONS: dict[str, Callable[[Node, Style], Node]] = {
 
 
 def encode(config: Mapping[str, Any], weights: Weights, inputs: RowInputs, pooling: Pooling, style: Style) -> Node:
-    """Hidden states of the last layer, [bins, positions, width], or [bins, segments, width] when ``pooling.by_index``.
+    """Hidden states of the last layer, [tokens, width], or [bins * segments, width] when ``pooling.by_index``.
 
     config: the model's config.json. weights: tensors by checkpoint name, canonical (see ``canonical_name``).
     """
-    check(config)
-    layers = config["num_hidden_layers"]
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
     x = _embed(config, weights, inputs)
-    mask = segment_mask(inputs.segments, inputs.segments)
+    every = _Queries(x, inputs.grid, segment_mask(inputs.segments, inputs.segments))
     for number in range(layers - 1):
-        x = _layer(config, weights, number, x, x, mask, style)
-    last_mask = mask
+        x = _layer(config, weights, f"encoder.layer.{number}.", x, inputs, every, style)
+        every = replace(every, rows=x)
+    last = every
     if pooling.by_index:  # exact, and cheaper: the last layer only for the rows that are read
-        last_mask = segment_mask(wanted_rows(inputs.segments, inputs, pooling), inputs.segments)
-    return _layer(config, weights, layers - 1, wanted_rows(x, inputs, pooling), x, last_mask, style)
+        mask = segment_mask(wanted_segments(inputs, pooling), inputs.segments)
+        last = _Queries(wanted_rows(x, inputs, pooling, width), inputs.pooled_grid, mask)
+    return _layer(config, weights, f"encoder.layer.{layers - 1}.", x, inputs, last, style)
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """The rows a layer is computed for: [n, width], their grid [bins, n / bins], and their mask over all tokens."""
+
+    rows: Node
+    grid: Node
+    mask: Node
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -78,42 +89,44 @@ def canonical_name(name: str) -> str:
 
 
 def _embed(config: Mapping[str, Any], weights: Weights, inputs: RowInputs) -> Node:
-    zero = integers(0)
-    words = op.gather(constant(weights["embeddings.word_embeddings.weight"]), inputs.ids, zero)
+    words = op.gather(constant(weights["embeddings.word_embeddings.weight"]), inputs.ids, integers(0))
     # Every token of a single text has type 0, so its vector is added to the position table once, here.
     table = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
-    x = op.add(words, op.gather(constant(table), inputs.positions, zero))
+    x = op.add(words, op.gather(constant(table), inputs.positions, integers(0)))
     return _norm(config, weights, "embeddings.LayerNorm", x)
 
 
-def _layer(config: Mapping[str, Any], weights: Weights, number: int, rows: Node, x: Node, mask: Node, style: Style) -> Node:
-    """One encoder layer for the query rows ``rows`` [bins, n, width] over the tokens ``x`` [bins, positions, width]."""
+def _layer(
+    config: Mapping[str, Any], weights: Weights, layer: str, x: Node, inputs: RowInputs, queries: _Queries, style: Style
+) -> Node:
+    """One encoder layer over the tokens ``x`` [tokens, width] for the rows of ``queries``; ``layer`` is its name prefix."""
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head_width = width // heads
-    layer = f"encoder.layer.{number}."
 
     def dense(x: Node, name: str) -> Node:
         return linear(x, weights[f"{layer}{name}.weight"], weights[f"{layer}{name}.bias"])
 
-    names = [f"{layer}attention.self.{part}" for part in ("query", "key", "value")]
-    if rows is x:
-        joint = linear(
-            x,
-            np.concatenate([weights[f"{name}.weight"] for name in names]),
-            np.concatenate([weights[f"{name}.bias"] for name in names]),
-        )  # one product instead of three
-        parts = op.variadic_split(joint, integers(2), op.constant(np.full(3, width))).outputs()
-        query, key, value = (split_heads(part, heads, head_width) for part in parts)
+    if queries.rows is x:
+        # One product instead of three.
+        parts = [f"{layer}attention.self.{part}" for part in ("query", "key", "value")]
+        kernel = np.concatenate([weights[f"{part}.weight"] for part in parts])
+        joint = linear(x, kernel, np.concatenate([weights[f"{part}.bias"] for part in parts]))
+        query, key, value = op.variadic_split(joint, integers(1), op.constant(np.full(3, width))).outputs()
     else:
-        query, key, value = (
-            split_heads(linear(source, weights[f"{name}.weight"], weights[f"{name}.bias"]), heads, head_width)
-            for source, name in zip((rows, x, x), names, strict=True)
-        )
-    attended = merge_heads(attend(query, key, value, mask, head_width, style), width)
-    x = _norm(config, weights, f"{layer}attention.output.LayerNorm", op.add(dense(attended, "attention.output.dense"), rows))
-    activation = config.get("hidden_act", "gelu")
-    inner = dense(x, "intermediate.dense")
-    inner = ACTIVATIONS[activation](inner, style)
+        query = dense(queries.rows, "attention.self.query")
+        key, value = dense(x, "attention.self.key"), dense(x, "attention.self.value")
+    attended = attend(
+        split_heads(query, queries.grid, heads, head_width),
+        split_heads(key, inputs.grid, heads, head_width),
+        split_heads(value, inputs.grid, heads, head_width),
+        queries.mask,
+        head_width,
+        style,
+    )
+    rows = inputs.tokens if queries.rows is x else -1
+    mixed = dense(merge_heads(attended, rows, width), "attention.output.dense")
+    x = _norm(config, weights, f"{layer}attention.output.LayerNorm", op.add(mixed, queries.rows))
+    inner = ACTIVATIONS[config.get("hidden_act", "gelu")](dense(x, "intermediate.dense"), style)
     return _norm(config, weights, f"{layer}output.LayerNorm", op.add(dense(inner, "output.dense"), x))
 
 

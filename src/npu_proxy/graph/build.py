@@ -10,7 +10,7 @@ from openvino import opset15 as op
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph import bert, heads
-from npu_proxy.graph.packed import Node, RowInputs, RowShape, Style, Weights, row_inputs
+from npu_proxy.graph.packed import Form, Node, RowInputs, Style, Weights, row_inputs
 from npu_proxy.types import ModelSpec, Pooling
 
 
@@ -41,15 +41,15 @@ def family(spec: ModelSpec) -> Family:
     return found
 
 
-def build(spec: ModelSpec, weights: Weights, shape: RowShape, style: Style) -> ov.Model:
-    """The graph that turns one row into [bins, segments, width] float32, neither sliced nor normalized.
+def build(spec: ModelSpec, weights: Weights, form: Form, style: Style) -> ov.Model:
+    """The graph that turns a row into [bins, segments, width] float32, neither sliced nor normalized.
 
     weights: tensors by the family's canonical names; they must outlive the model, which shares their memory.
     """
-    inputs = row_inputs(shape, pool_by_index=spec.pooling.by_index)
+    inputs = row_inputs(form, pool_by_index=spec.pooling.by_index)
     hidden = family(spec).encode(spec.config, weights, inputs, spec.pooling, style)
-    vectors = heads.dense(heads.pool(hidden, inputs, spec.pooling), spec.dense)
+    vectors = heads.dense(heads.pool(hidden, inputs, spec.pooling, spec.config["hidden_size"]), spec.dense)
     result = op.result(vectors)
     result.output(0).set_names({OUTPUT})
-    model: ov.Model = _Model([result], inputs.parameters(), f"{spec.family}_{shape}")
+    model: ov.Model = _Model([result], list(inputs.parameters), spec.family)
     return model

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from openvino import opset15 as op
 
-from npu_proxy.graph.packed import Node, RowInputs, constant, integers, linear, take_rows
+from npu_proxy.graph.packed import Node, RowInputs, constant, flat_rows, in_grid, integers, linear
 from npu_proxy.types import Dense, Pooling
 
 
@@ -39,20 +39,29 @@ def fill_pool(pooling: Pooling, pool: npt.NDArray[np.generic], segment: int, sta
             pool[segment, start:end] = 1
 
 
-def pool(hidden: Node, inputs: RowInputs, pooling: Pooling) -> Node:
-    """Token vectors [bins, positions, width] (or [bins, segments, width], gathered) -> text vectors [bins, segments, width]."""
+def pool(hidden: Node, inputs: RowInputs, pooling: Pooling, width: int) -> Node:
+    """Token vectors [tokens, width] (or [bins * segments, width], see ``wanted_rows``) -> [bins, segments, width]."""
     if pooling.by_index:
-        return hidden
+        return in_grid(hidden, inputs.pooled_grid, width)
+    tokens = in_grid(hidden, inputs.grid, width)
     if pooling is Pooling.MAX:
         taken = op.unsqueeze(op.greater(inputs.pool, constant(np.float32(0))), integers(3))
         lowest = constant(np.float32(-60000))  # finite in fp16
-        return op.reduce_max(op.select(taken, op.unsqueeze(hidden, integers(1)), lowest), integers(2), False)
-    return op.matmul(inputs.pool, hidden, False, False)
+        return op.reduce_max(op.select(taken, op.unsqueeze(tokens, integers(1)), lowest), integers(2), False)
+    return op.matmul(inputs.pool, tokens, False, False)
 
 
-def wanted_rows(x: Node, inputs: RowInputs, pooling: Pooling) -> Node:
-    """The rows of ``x`` [bins, positions, ...] that pooling will read: all of them, or one a text."""
-    return take_rows(x, inputs.pool) if pooling.by_index else x
+def wanted_rows(x: Node, inputs: RowInputs, pooling: Pooling, width: int) -> Node:
+    """The rows of ``x`` [tokens, width] that pooling will read: all of them, or one a text, [bins * segments, width]."""
+    if not pooling.by_index:
+        return x
+    rows = op.gather(in_grid(x, inputs.grid, width), inputs.pool, integers(1), 1)
+    return flat_rows(rows, -1, width)
+
+
+def wanted_segments(inputs: RowInputs, pooling: Pooling) -> Node:
+    """Segment numbers [bins, n] of those rows."""
+    return op.gather(inputs.segments, inputs.pool, integers(1), 1) if pooling.by_index else inputs.segments
 
 
 ACTIVATIONS: dict[str, Callable[[Node], Node]] = {

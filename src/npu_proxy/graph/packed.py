@@ -1,7 +1,8 @@
 """Rows: what every family shares. Inputs of a row, the mask that keeps texts apart, and small wrappers over opset calls.
 
 A row is ``bins`` bins of ``positions`` positions. Texts lie behind each other inside a bin; attention never leaves a
-bin, and inside it the segment mask keeps texts apart, so a text's vector cannot depend on its neighbours.
+bin, and inside it the segment mask keeps texts apart, so a text's vector cannot depend on its neighbours. Everything
+but attention works on flat rows [tokens, width], so that it sees one large matrix whatever the bins are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MASKED = -30000.0  # finite in fp16; exp() of it is an exact zero in fp16 and fp
 
 @dataclass(frozen=True, kw_only=True)
 class RowShape:
-    """The shape of one inference: ``bins`` x ``positions`` tokens and up to ``segments`` texts a bin; -1 is dynamic."""
+    """The shape of one inference: ``bins`` x ``positions`` tokens and up to ``segments`` texts a bin."""
 
     bins: int
     positions: int
@@ -56,36 +57,63 @@ NATIVE = Style()
 """The operations as the opset has them; for accelerators, whose compilers know them."""
 CPU = Style(rational_gelu=True, open_attention=True)
 
-DYNAMIC = RowShape(bins=-1, positions=-1, segments=-1)
-"""One graph for every row shape, for devices that accept dynamic shapes."""
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """Which rows a graph accepts: one shape, every shape of so many tokens, or every shape; -1 is dynamic.
+
+    With ``tokens`` fixed and the bins dynamic, everything but attention still has static shapes.
+    """
+
+    bins: int = -1
+    positions: int = -1
+    segments: int = -1
+    tokens: int = -1
+
+    @classmethod
+    def of(cls, shape: RowShape) -> Form:
+        """One shape, static throughout: what an NPU takes."""
+        return cls(bins=shape.bins, positions=shape.positions, segments=shape.segments, tokens=shape.tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowInputs:
-    """The four inputs of a row, integers as int32.
+    """The inputs of a row, integers as int32, and its measures inside the graph.
 
-    ids, positions, segments: [bins, positions]; segment -1 is padding.
+    ids, positions: [tokens], flat. segments: [bins, positions]; -1 is padding.
     pool: what graph.heads reads: [bins, segments, positions] float32 token weights, or [bins, segments] int32 positions.
+    grid, pooled_grid: the shapes [bins, positions] and [bins, segments], as operands.
+    tokens: positions in the row, -1 where dynamic. parameters: what the model is made with.
     """
 
     ids: Node
     positions: Node
     segments: Node
     pool: Node
+    grid: Node
+    pooled_grid: Node
+    tokens: int
+    parameters: Sequence[Node]
 
-    def parameters(self) -> list[Node]:
-        return [self.ids, self.positions, self.segments, self.pool]
 
-
-def row_inputs(shape: RowShape, *, pool_by_index: bool) -> RowInputs:
+def row_inputs(form: Form, *, pool_by_index: bool) -> RowInputs:
     """Declare the inputs of a row; their names are the keys of ``Pack.inputs``."""
-    tokens = [shape.bins, shape.positions]
-    pool_shape = [shape.bins, shape.segments, *([] if pool_by_index else [shape.positions])]
+    grid = [form.bins, form.positions]
+    pool_shape = [form.bins, form.segments, *([] if pool_by_index else [form.positions])]
+    ids = _parameter("input_ids", np.int32, grid)
+    positions = _parameter("position_ids", np.int32, grid)
+    segments = _parameter("segment_ids", np.int32, grid)
+    pool = _parameter("pool", np.int32 if pool_by_index else np.float32, pool_shape)
+    flat = op.constant(np.array([form.tokens], np.int64))
     return RowInputs(
-        ids=_parameter("input_ids", np.int32, tokens),
-        positions=_parameter("position_ids", np.int32, tokens),
-        segments=_parameter("segment_ids", np.int32, tokens),
-        pool=_parameter("pool", np.int32 if pool_by_index else np.float32, pool_shape),
+        ids=op.reshape(ids, flat, False),
+        positions=op.reshape(positions, flat, False),
+        segments=segments,
+        pool=pool,
+        grid=_measures(segments, grid),
+        pooled_grid=_measures(pool, pool_shape[:2]),
+        tokens=form.tokens,
+        parameters=[ids, positions, segments, pool],
     )
 
 
@@ -93,6 +121,13 @@ def _parameter(name: str, kind: type, shape: Sequence[int]) -> Node:
     node: Node = op.parameter(ov.PartialShape(list(shape)), kind, name=name)
     node.output(0).set_names({name})
     return node
+
+
+def _measures(node: Node, shape: Sequence[int]) -> Node:
+    """The first two dimensions of a node: a constant where they are known."""
+    if min(shape) > 0:
+        return op.constant(np.array(shape, np.int64))
+    return op.gather(op.shape_of(node), op.constant(np.array([0, 1], np.int64)), integers(0))
 
 
 def segment_mask(queries: Node, keys: Node) -> Node:
@@ -105,9 +140,15 @@ def segment_mask(queries: Node, keys: Node) -> Node:
     return op.unsqueeze(mask, integers(1))
 
 
-def take_rows(hidden: Node, index: Node) -> Node:
-    """Rows ``index`` [bins, n] of each bin of ``hidden`` [bins, positions, ...] -> [bins, n, ...]."""
-    return op.gather(hidden, index, integers(1), 1)
+def in_grid(x: Node, grid: Node, *last: int) -> Node:
+    """[tokens, ...] -> [bins, n, *last] for a grid [bins, n]."""
+    pattern = op.concat([grid, op.constant(np.array(last, np.int64))], 0)
+    return op.reshape(x, pattern, False)
+
+
+def flat_rows(x: Node, rows: int, width: int) -> Node:
+    """[bins, n, ...] -> [rows, width]; rows is bins * n, or -1."""
+    return op.reshape(x, op.constant(np.array([rows, width], np.int64)), False)
 
 
 def constant(array: npt.ArrayLike) -> Node:
@@ -132,14 +173,14 @@ def layer_norm(x: Node, weight: npt.NDArray[Any], bias: npt.NDArray[Any], epsilo
     return op.add(op.multiply(normed, constant(weight)), constant(bias))
 
 
-def split_heads(x: Node, heads: int, head_width: int) -> Node:
-    """[bins, n, heads * head_width] -> [bins, heads, n, head_width]."""
-    return op.transpose(op.reshape(x, integers(0, 0, heads, head_width), True), integers(0, 2, 1, 3))
+def split_heads(x: Node, grid: Node, heads: int, head_width: int) -> Node:
+    """[tokens, heads * head_width] -> [bins, heads, n, head_width] for a grid [bins, n]."""
+    return op.transpose(in_grid(x, grid, heads, head_width), integers(0, 2, 1, 3))
 
 
-def merge_heads(x: Node, width: int) -> Node:
-    """[bins, heads, n, head_width] -> [bins, n, width]."""
-    return op.reshape(op.transpose(x, integers(0, 2, 1, 3)), integers(0, 0, width), True)
+def merge_heads(x: Node, rows: int, width: int) -> Node:
+    """[bins, heads, n, head_width] -> [rows, width]."""
+    return flat_rows(op.transpose(x, integers(0, 2, 1, 3)), rows, width)
 
 
 def attend(query: Node, key: Node, value: Node, mask: Node, head_width: int, style: Style) -> Node:
