@@ -6,7 +6,6 @@ DATA ?= ../shared/data
 MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check format lock weights bench bench-shapes quality golden clean
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -58,7 +57,6 @@ quality: $(VENV)/.bench weights  ## STS-B and SciFact figures of the default mod
 bench: $(VENV)/.bench weights  ## throughput, latency, memory and start against peers, into bench/results/
 	$(BIN)/python bench/run.py --data $(DATA)
 
-bench-shapes: $(VENV)/.bench weights  ## cost of each row shape, which engine/packing.py chooses by
 	$(BIN)/python bench/shapes.py --data $(DATA)
 
 golden:  ## make the golden models of tests/golden again (installs torch and transformers in .venv-golden)

@@ -226,4 +226,6 @@ def _check_environment() -> None:
 
 def _toml() -> config.Toml:
     named = os.environ.get(_CONFIG)
+    if named and not Path(named).is_file():
+        raise SettingsError(f"{_CONFIG} names `{named}`, which is not a file")
     return config.Toml(named or "npu-proxy.toml", must_exist=bool(named), use_commands_as_keys=False)

@@ -10,7 +10,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self, cast
@@ -27,10 +27,17 @@ _BATCH_ROWS = 1024
 
 @dataclass(kw_only=True)
 class Source:
-    """Texts of a file in order. ``fraction`` is how much of it has been read, 0 to 1."""
+    """Texts of a file in order; a context manager. ``fraction`` is how much of it has been read, 0 to 1."""
 
     texts: Iterator[str]
-    fraction: Callable[[], float] = field(default=lambda: 0.0)
+    fraction: Callable[[], float]
+    close: Callable[[], None]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
 def open_source(path: Path, text_field: str) -> Source:
@@ -53,12 +60,11 @@ def _lines(read: Callable[[io.TextIOWrapper, str, Path], Iterator[str]]) -> Call
 
         def texts() -> Iterator[str]:
             try:
-                with stream:
-                    yield from read(stream, text_field, path)
+                yield from read(stream, text_field, path)
             except UnicodeDecodeError as error:
                 raise InputError(f"`{path}` is not UTF-8: {error.reason} at byte {error.start}", param="input") from error
 
-        return Source(texts=texts(), fraction=lambda: 1.0 if raw.closed else raw.tell() / size)
+        return Source(texts=texts(), fraction=lambda: raw.tell() / size, close=stream.close)
 
     return open_it
 
@@ -109,15 +115,14 @@ def _parquet(path: Path, text_field: str) -> Source:
     total, done = max(1, file.metadata.num_rows), [0]
 
     def texts() -> Iterator[str]:
-        with file:
-            for batch in file.iter_batches(_BATCH_ROWS, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    done[0] += 1
-                    if not isinstance(text, str):
-                        raise InputError(f"`{path}` row {done[0]}: column `{text_field}` holds no text", param="input")
-                    yield text
+        for batch in file.iter_batches(_BATCH_ROWS, columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                done[0] += 1
+                if not isinstance(text, str):
+                    raise InputError(f"`{path}` row {done[0]}: column `{text_field}` holds no text", param="input")
+                yield text
 
-    return Source(texts=texts(), fraction=lambda: done[0] / total)
+    return Source(texts=texts(), fraction=lambda: done[0] / total, close=file.close)
 
 
 _READERS: dict[str, Callable[[Path, str], Source]] = {

@@ -42,9 +42,12 @@ class Report:
 
 def run(engine: Engine, job: FileJob, options: Options) -> Report:
     """Embed the file. Raises InputError for a bad file, and for the first bad text unless ``on_error`` is `null`."""
-    source = open_source(job.source, job.text_field)
     report = Report()
-    with Target(job.target, DType(options.get("dtype", DType.FLOAT32))) as target, _progress(source, report) as advance:
+    with (
+        open_source(job.source, job.text_field) as source,
+        Target(job.target, DType(options.get("dtype", DType.FLOAT32))) as target,
+        _progress(source, report) as advance,
+    ):
         for result in engine.results(source.texts, batch_size=job.batch_size, parallel=job.parallel, **options):
             if job.on_error == "stop":
                 for number, error in enumerate(result.errors):

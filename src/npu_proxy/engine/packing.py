@@ -22,7 +22,7 @@ PoolFiller = Callable[[npt.NDArray[Any], int, int, int], None]
 _CALL_TOKENS = 8
 """Fixed cost of one inference (filling, dispatch, finishing), in tokens' worth of work."""
 _ATTENTION_POSITIONS = 1000
-"""Positions a bin at which attention costs as much as everything else (measured: make bench-shapes)."""
+"""Positions a bin at which attention costs as much as everything else; measured, see docs/adr/0003."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -13,7 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from npu_proxy.engine.engine import AsyncEngine
-from npu_proxy.errors import NpuProxyError
+from npu_proxy.errors import NpuProxyError, SettingsError
 from npu_proxy.server.app import State, create_app
 from npu_proxy.settings import Settings
 
@@ -59,10 +61,20 @@ def serve(settings: Settings) -> int:
         timeout_graceful_shutdown=max(1, round(settings.drain)),
     )
     server = _Server(config)
-    server.run()
-    if not server.started and not outcome["code"]:
-        return 1
+    with _listen(settings) as listener:
+        server.run(sockets=[listener])
     return outcome["code"]
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The listening socket. Raises SettingsError when the address cannot be had."""
+    try:
+        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        message = f"cannot listen on {settings.host}:{settings.port}: {reason}; set `host` or `port`"
+        raise SettingsError(message, param="port") from error
 
 
 async def _load(state: State, server: _Server, outcome: dict[str, int]) -> None:
@@ -92,7 +104,7 @@ async def _load(state: State, server: _Server, outcome: dict[str, int]) -> None:
 
 def _address(server: _Server, settings: Settings) -> str:
     """Host and port as they are bound, also where the port was 0."""
-    sockets = [socket for one in server.servers for socket in one.sockets]
-    port = sockets[0].getsockname()[1] if sockets else settings.port
+    listeners = [listener for one in server.servers for listener in one.sockets]
+    port = listeners[0].getsockname()[1] if listeners else settings.port
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{host}:{port}"

@@ -1,0 +1,44 @@
+"""The CPU device: few shapes, few graphs, errors that stay DeviceErrors."""
+
+import numpy as np
+import pytest
+
+from conftest import golden
+from npu_proxy.devices.openvino import OpenVinoCpu, _graphs, available_threads, row_shapes
+from npu_proxy.errors import DeviceError
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.models.layout import read_spec
+from npu_proxy.types import Pack
+
+
+@pytest.mark.parametrize(("limit", "longest"), [(256, 256), (512, 512), (128, 128), (100, 100), (8192, 8192)])
+def test_shapes_hold_every_text_and_are_few(limit: int, longest: int) -> None:
+    shapes = row_shapes(limit, 512, packed=True)
+    assert max(shape.positions for shape in shapes) == longest
+    assert len(shapes) <= 10
+    assert len(set(shapes)) == len(shapes)
+    assert len(_graphs(shapes)) <= 2
+    assert all(shape.segments == 1 for shape in row_shapes(limit, 512, packed=False))
+
+
+def test_threads_are_those_this_process_may_use() -> None:
+    import os
+
+    assert 1 <= available_threads() <= (os.cpu_count() or 1)
+
+
+def test_a_row_that_does_not_fit_is_a_device_error_and_the_device_goes_on() -> None:
+    device = OpenVinoCpu(read_spec(golden("mean")[0]), threads=1)
+    assert device.streams == 1
+    shape = device.shapes[0]
+    assert isinstance(shape, RowShape)
+    good = {
+        "input_ids": np.zeros((shape.bins, shape.positions), np.int32),
+        "position_ids": np.zeros((shape.bins, shape.positions), np.int32),
+        "segment_ids": np.zeros((shape.bins, shape.positions), np.int32),
+        "pool": np.zeros((shape.bins, shape.segments, shape.positions), np.float32),
+    }
+    for _ in range(3):
+        with pytest.raises(DeviceError, match="the CPU failed"):
+            device.infer(Pack([], [], shape, good | {"input_ids": np.zeros((1, 2, 3), np.int32)}))
+        assert device.infer(Pack([], [], shape, good)).vectors.shape == (shape.bins, shape.segments, 32)

