@@ -57,8 +57,6 @@ quality: $(VENV)/.bench weights  ## STS-B and SciFact figures of the default mod
 bench: $(VENV)/.bench weights  ## throughput, latency, memory and start against peers, into bench/results/
 	$(BIN)/python bench/run.py --data $(DATA)
 
-	$(BIN)/python bench/shapes.py --data $(DATA)
-
 golden:  ## make the golden models of tests/golden again (installs torch and transformers in .venv-golden)
 	$(PYTHON) -m venv .venv-golden
 	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers
