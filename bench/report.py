@@ -60,7 +60,7 @@ def lines(results: dict) -> list[str]:
         allowed = results["latency"]["npu-proxy"]["idle_p50"] + 3 * results["row_seconds"]
         rows += [
             "",
-            f"Under load allowed: idle p50 plus three full rows of {results['row_seconds'] * 1000:.0f} ms, {allowed * 1000:.0f} ms.",
+            f"Allowed under load: idle p50 and three full rows of {results['row_seconds'] * 1000:.0f} ms, {allowed * 1000:.0f} ms.",
         ]
     rows += [f"Left out: {name}, {why}" for name, why in results["left_out"].items()]
     return rows

@@ -147,6 +147,37 @@ def test_overload_deadline_and_device_errors_have_their_codes() -> None:
     assert (lost.status_code, lost.json()["error"]["message"]) == (503, "device lost")
 
 
+def test_a_fault_of_ours_has_the_dialects_shape(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FakeDevice):
+        @property
+        def name(self) -> str:
+            raise ZeroDivisionError
+
+        @name.setter
+        def name(self, value: str) -> None: ...
+
+    answer = post({"input": "a"}, device=Broken(width=32))
+    assert answer.status_code == 500
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert "Zero" in caplog.text
+    assert "Traceback" not in answer.text
+
+
+def test_a_body_that_never_ends_is_given_up() -> None:
+    async def run() -> None:
+        async with client(timeout=0.2) as http:
+
+            async def slow() -> AsyncIterator[bytes]:
+                yield b'{"input": '
+                await asyncio.sleep(5)
+
+            answer = await http.post("/v1/embeddings", content=slow())
+            assert answer.status_code == 504
+            assert "did not arrive within 0.2 seconds" in answer.json()["error"]["message"]
+
+    asyncio.run(run())
+
+
 def test_large_bodies_are_refused() -> None:
     answer = post({"input": "a" * 1_100_000}, max_body_mb=1)
     assert answer.status_code == 413

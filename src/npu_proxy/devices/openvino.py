@@ -6,6 +6,7 @@ import os
 import queue
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -76,10 +77,16 @@ class OpenVinoCpu:
         weights = Tensors(spec.weight_files, family(spec).canonical_name)
         try:
             core = ov.Core()
-            for tokens, shapes in _graphs(self.shapes).items():
+            graphs = _graphs(self.shapes)
+            with ThreadPoolExecutor(len(graphs)) as pool:  # compiling leaves cores idle; two at once take little longer than one
                 # Small rows are computed one at a time by all threads, full rows one a thread.
-                streams = self.streams if tokens > 0 else 1
-                self._requests |= dict.fromkeys(shapes, self._compile(core, spec, weights, Form(tokens=tokens), streams))
+                made = {
+                    tokens: pool.submit(self._compile, core, spec, weights, Form(tokens=tokens), self.streams if tokens > 0 else 1)
+                    for tokens in graphs
+                }
+            for tokens, shapes in graphs.items():
+                self._requests |= dict.fromkeys(shapes, made[tokens].result())
+            weights.release()
         except RuntimeError as error:
             raise DeviceError(f"the CPU could not compile {spec.name}: {_first_line(error)}") from error
 
@@ -95,7 +102,6 @@ class OpenVinoCpu:
             "ENABLE_CPU_PINNING": False,  # the tokenizer and HTTP share these cores
         }
         compiled = core.compile_model(build(spec, weights, form, CPU), "CPU", properties)
-        weights.release()
         requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
         for _ in range(streams):
             requests.put(compiled.create_infer_request())

@@ -170,8 +170,14 @@ class Engine:
 
         def done(ticket: Ticket) -> None:
             pipeline.forget(ticket)
-            if future.set_running_or_notify_cancel():
-                future.set_result(finish(ticket, width=parts.spec.width, fingerprint=parts.spec.fingerprint))
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = finish(ticket, width=parts.spec.width, fingerprint=parts.spec.fingerprint)
+            except Exception as error:  # whatever it is belongs to this caller, not to the stage that answered last
+                future.set_exception(error)
+            else:
+                future.set_result(result)
 
         now = time.monotonic()
         deadline = now + self.settings.timeout if request.deadline is None else request.deadline

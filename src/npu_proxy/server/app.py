@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Lifespan
@@ -26,6 +27,8 @@ from npu_proxy.types import EmbedResult
 
 DIALECTS: tuple[Dialect, ...] = (openai.DIALECT,)
 """The APIs on the port; a further one is one file and its name here."""
+
+log = logging.getLogger("npu_proxy.server")
 
 _HEADER = "x-npu-proxy-"
 Handler = Callable[[Request], Awaitable[Response]]
@@ -88,9 +91,15 @@ def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
 
     async def handle(request: Request) -> Response:
         served = state.served()
-        body = _decode(decoder, await _read_body(request, state.settings.max_body_mb * 1_000_000))
-        ask = endpoint.to_request(body, served)
-        ask = replace(ask, deadline=time.monotonic() + _timeout(request, state.settings.timeout))
+        seconds = _timeout(request, state.settings.timeout)
+        deadline = time.monotonic() + seconds
+        try:
+            async with asyncio.timeout(seconds):
+                content = await _read_body(request, state.settings.max_body_mb * 1_000_000)
+        except TimeoutError:
+            raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
+        body = _decode(decoder, content)
+        ask = replace(endpoint.to_request(body, served), deadline=deadline)
         result = (await _unless_gone(request, state.engine.submit(ask))).raise_first()
         state.metrics.embedded(result)
         response = endpoint.to_response(result, body, served)
@@ -120,6 +129,13 @@ def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Hand
                 msgspec.json.encode(dialect.to_error(error, status)), status, media_type="application/json", headers=_retry(error)
             )
             state.metrics.failed(error.kind)
+        except ClientDisconnect:
+            response = Response(status_code=499)  # nobody is there to read it
+        except Exception:  # a fault of ours, in the dialect's shape; the log has the rest
+            log.exception("%s: unexpected error", path)
+            fault = NpuProxyError("internal error; the server's log has more")
+            response = Response(msgspec.json.encode(dialect.to_error(fault, 500)), 500, media_type="application/json")
+            state.metrics.failed(fault.kind)
         response.headers["x-request-id"] = _request_id(request)
         state.metrics.answered(path, response.status_code, time.perf_counter() - start)
         return response

@@ -72,7 +72,7 @@ def _listen(settings: Settings) -> socket.socket:
         family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=2048)
     except OSError as error:
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
         message = f"cannot listen on {settings.host}:{settings.port}: {reason}; set `host` or `port`"
         raise SettingsError(message, param="port") from error
 
