@@ -19,31 +19,33 @@ from npu_proxy.graph.packed import CPU, Form, RowShape
 from npu_proxy.models.weights import Tensors
 from npu_proxy.types import ModelSpec, Output, Pack
 
-BINS = (32, 64, 128, 256)
-"""Lengths of bins below the model's limit, which is one itself; short bins spend less on attention."""
-SMALLEST_FULL = 64
-"""The shortest bins of a full row; shorter ones are for a few short texts alone."""
+SHORTEST_BIN = 32
+"""Bins double from here until one holds the model's longest text; short bins spend less on attention."""
+SHORTEST_IN_FULL_ROW = 64
+"""Shorter bins are for a few short texts alone: in a full row they would leave too much of themselves empty."""
 
 
 def row_shapes(max_length: int, row_tokens: int, *, packed: bool) -> list[RowShape]:
     """The rows of a device: for a deep queue rows of ``row_tokens`` in bins of each length, for a shallow one single bins.
 
-    packed: whether a bin takes several texts. A model's limit above ``row_tokens`` is a row of its own.
+    packed: whether a bin takes several texts. A text longer than ``row_tokens`` is a single bin.
     """
-    lengths = [length for length in BINS if length < max_length] + [max_length]
-    full = [(row_tokens // length, length) for length in lengths if length >= SMALLEST_FULL and row_tokens % length == 0]
+    lengths = [SHORTEST_BIN]
+    while lengths[-1] < max_length:
+        lengths.append(2 * lengths[-1])
+    full = [(row_tokens // length, length) for length in lengths if length >= SHORTEST_IN_FULL_ROW and row_tokens % length == 0]
     bins = [*full, *((1, length) for length in lengths)]
     return [
-        RowShape(bins=bins, positions=length, segments=max(1, length // 8) if packed else 1) for bins, length in dict.fromkeys(bins)
+        RowShape(bins=count, positions=length, segments=max(1, length // 8) if packed else 1)
+        for count, length in dict.fromkeys(bins)
     ]
 
 
-def _graphs(shapes: Sequence[RowShape]) -> dict[int, list[RowShape]]:
-    """Which shapes share a graph, by its number of tokens: the largest number, and -1 for all others."""
-    most = max(shape.tokens for shape in shapes)
+def _graphs(shapes: Sequence[RowShape], row_tokens: int) -> dict[int, list[RowShape]]:
+    """Which shapes share a graph, by its fixed number of tokens: the full rows, and -1 for all others."""
     grouped: dict[int, list[RowShape]] = {}
     for shape in shapes:
-        grouped.setdefault(most if shape.tokens == most else -1, []).append(shape)
+        grouped.setdefault(row_tokens if shape.tokens == row_tokens else -1, []).append(shape)
     return grouped
 
 
@@ -77,7 +79,7 @@ class OpenVinoCpu:
         weights = Tensors(spec.weight_files, family(spec).canonical_name)
         try:
             core = ov.Core()
-            graphs = _graphs(self.shapes)
+            graphs = _graphs(self.shapes, row_tokens)
             with ThreadPoolExecutor(len(graphs)) as pool:  # compiling leaves cores idle; two at once take little longer than one
                 # Small rows are computed one at a time by all threads, full rows one a thread.
                 made = {
