@@ -83,6 +83,6 @@ def plot(results: dict, path: Path) -> None:
     axes.barh(names, middles, xerr=list(zip(*spans, strict=True)), color=colours, ecolor="#334", capsize=3)
     for name, middle in zip(names, middles, strict=True):
         axes.text(middle * 0.02, name, f"{middle:,.0f}", va="center", color="white", fontweight="bold")
-    axes.set_xlabel("tokens/s, all-MiniLM-L6-v2 fp32, real mixed texts, 256-token limit (median, range over rounds)")
+    axes.set_xlabel("tokens/s: median, range over rounds\nall-MiniLM-L6-v2 fp32, real mixed texts, 256-token limit")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
