@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from npu_proxy import Engine, Settings
 from npu_proxy.devices.fake import FakeDevice
@@ -20,6 +21,10 @@ from npu_proxy.graph.packed import RowShape
 from npu_proxy.models.catalog import DEFAULT_MODEL
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.store import Store
+
+# How long an example takes says nothing on a shared machine.
+hypothesis_settings.register_profile("untimed", deadline=None)
+hypothesis_settings.load_profile("untimed")
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "modules.json").exists())

@@ -1,6 +1,7 @@
 """npu-proxy: embeds text on Intel NPUs, GPUs and CPUs, as a Python library and as a server."""
 
-from npu_proxy.engine.engine import AsyncEngine, Engine
+from npu_proxy.engine.async_engine import AsyncEngine
+from npu_proxy.engine.engine import Engine
 from npu_proxy.errors import (
     DeadlineError,
     DeviceError,

@@ -1,13 +1,12 @@
-"""Engine and AsyncEngine: the two faces of one pipeline, and their life cycle."""
+"""Engine: the pipeline with a life cycle and verbs. AsyncEngine (async_engine.py) is the same, awaited."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
@@ -196,7 +195,7 @@ class Engine:
             raise InputError("texts must be a list of texts; for one text call embed_query, or embed([text])", param="texts")
         if len(texts) > BATCH_SIZE:
             return np.stack(list(self.stream(texts, **options)))
-        result = self._wait(self.submit(_request(texts, options, self.settings.timeout)))
+        result = self._wait(self.submit(request_of(texts, options, self.settings.timeout)))
         return np.asarray(result.raise_first().embeddings)
 
     def stream(
@@ -257,7 +256,7 @@ class Engine:
         give_up = time.monotonic() + self.settings.bulk_timeout
         while True:
             try:
-                return self.submit(_request(batch, options, self.settings.bulk_timeout))
+                return self.submit(request_of(batch, options, self.settings.bulk_timeout))
             except OverloadedError as error:
                 left = give_up - time.monotonic()
                 if left <= 0:
@@ -285,70 +284,8 @@ STREAM_TEXTS = 1024
 """Texts a stream keeps under way."""
 
 
-class AsyncEngine:
-    """The same verbs, awaited. ``async with``, or astart and astop; both may be called twice and at once."""
-
-    def __init__(
-        self,
-        model: str | Path | None = None,
-        device: str | None = None,
-        settings: Settings | None = None,
-        *,
-        engine: Engine | None = None,
-    ) -> None:
-        """Wraps ``engine``, or a new Engine of these arguments."""
-        self.engine = engine or Engine(model, device, settings)
-
-    async def astart(self) -> Self:
-        """Load the model without blocking the event loop."""
-        await asyncio.to_thread(self.engine.start)
-        return self
-
-    async def astop(self, drain: float | None = None) -> None:
-        """Stop without blocking the event loop."""
-        await asyncio.to_thread(self.engine.stop, drain)
-
-    async def __aenter__(self) -> Self:
-        return await self.astart()
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.astop(drain=0.0 if error else None)
-
-    async def submit(self, request: EmbedRequest) -> EmbedResult:
-        """As Engine.submit; cancelling the task drops the request."""
-        return await asyncio.wrap_future(self.engine.submit(request))
-
-    async def embed(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> Array:
-        """As Engine.embed."""
-        if isinstance(texts, str) or len(texts) > BATCH_SIZE:
-            return await asyncio.to_thread(self.engine.embed, texts, **options)
-        result = await self.submit(_request(texts, options, self.engine.settings.timeout))
-        return np.asarray(result.raise_first().embeddings)
-
-    async def stream(
-        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
-    ) -> AsyncIterator[Array]:
-        """As Engine.stream; the iterable is read in a thread."""
-        results = self.engine.results(texts, batch_size=batch_size, parallel=parallel, **options)
-        try:
-            while (result := await asyncio.to_thread(next, results, None)) is not None:
-                for vector in result.raise_first().embeddings:
-                    yield vector  # type: ignore[misc]
-        finally:
-            close = getattr(results, "close", None)
-            if close:
-                await asyncio.to_thread(close)
-
-    async def embed_query(self, text: str) -> list[float]:
-        """As Engine.embed_query."""
-        return (await self.embed([text], input_type="query"))[0].tolist()
-
-    async def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """As Engine.embed_documents."""
-        return (await self.embed(texts, input_type="document")).tolist() if texts else []
-
-
-def _request(texts: Sequence[TextInput], options: Options, timeout: float) -> EmbedRequest:
+def request_of(texts: Sequence[TextInput], options: Options, timeout: float) -> EmbedRequest:
+    """A request from a verb's options; ``timeout`` seconds unless they say. Raises InputError for words that are unknown."""
     seconds = options.get("timeout")
     try:
         return EmbedRequest(

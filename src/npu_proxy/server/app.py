@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Lifespan
 
-from npu_proxy.engine.engine import AsyncEngine
+from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.errors import DeadlineError, InputError, NpuProxyError, OverloadedError, StoppedError
 from npu_proxy.server import openai, ops
 from npu_proxy.server.dialect import STATUS, Dialect, Endpoint, Query, Served

@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from npu_proxy.engine.engine import AsyncEngine
+from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.errors import NpuProxyError, SettingsError
 from npu_proxy.server.app import State, create_app
 from npu_proxy.settings import Settings

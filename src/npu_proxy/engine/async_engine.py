@@ -1,0 +1,81 @@
+"""AsyncEngine: the verbs of Engine, awaited. It wraps futures; nothing is written twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from npu_proxy.engine.engine import BATCH_SIZE, Engine, Options, request_of
+from npu_proxy.settings import Settings
+from npu_proxy.types import EmbedRequest, EmbedResult, TextInput
+
+Array = npt.NDArray[Any]
+
+
+class AsyncEngine:
+    """The same verbs, awaited. ``async with``, or astart and astop; both may be called twice and at once."""
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        device: str | None = None,
+        settings: Settings | None = None,
+        *,
+        engine: Engine | None = None,
+    ) -> None:
+        """Wraps ``engine``, or a new Engine of these arguments."""
+        self.engine = engine or Engine(model, device, settings)
+
+    async def astart(self) -> Self:
+        """Load the model without blocking the event loop."""
+        await asyncio.to_thread(self.engine.start)
+        return self
+
+    async def astop(self, drain: float | None = None) -> None:
+        """Stop without blocking the event loop."""
+        await asyncio.to_thread(self.engine.stop, drain)
+
+    async def __aenter__(self) -> Self:
+        return await self.astart()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.astop(drain=0.0 if error else None)
+
+    async def submit(self, request: EmbedRequest) -> EmbedResult:
+        """As Engine.submit; cancelling the task drops the request."""
+        return await asyncio.wrap_future(self.engine.submit(request))
+
+    async def embed(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> Array:
+        """As Engine.embed."""
+        if isinstance(texts, str) or len(texts) > BATCH_SIZE:
+            return await asyncio.to_thread(self.engine.embed, texts, **options)
+        result = await self.submit(request_of(texts, options, self.engine.settings.timeout))
+        return np.asarray(result.raise_first().embeddings)
+
+    async def stream(
+        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
+    ) -> AsyncIterator[Array]:
+        """As Engine.stream; the iterable is read in a thread."""
+        results = self.engine.results(texts, batch_size=batch_size, parallel=parallel, **options)
+        try:
+            while (result := await asyncio.to_thread(next, results, None)) is not None:
+                for vector in result.raise_first().embeddings:
+                    yield vector  # type: ignore[misc]
+        finally:
+            close = getattr(results, "close", None)
+            if close:
+                await asyncio.to_thread(close)
+
+    async def embed_query(self, text: str) -> list[float]:
+        """As Engine.embed_query."""
+        return (await self.embed([text], input_type="query"))[0].tolist()
+
+    async def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """As Engine.embed_documents."""
+        return (await self.embed(texts, input_type="document")).tolist() if texts else []
