@@ -19,6 +19,8 @@ from npu_proxy.errors import NpuProxyError, SettingsError
 from npu_proxy.server.app import State, create_app
 from npu_proxy.settings import Settings
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class _Server(uvicorn.Server):
     """uvicorn, but a signal that asked for a clean stop is a success: it is not raised again afterwards."""
@@ -28,12 +30,14 @@ class _Server(uvicorn.Server):
         def ask(number: int, frame: FrameType | None) -> None:
             self.handle_exit(number, frame)
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in _STOP_SIGNALS:
+            signal.signal(number, ask)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            # The process ends now; a second signal must not turn its clean exit into a kill.
+            for number in _STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def serve(settings: Settings) -> int:
