@@ -55,7 +55,7 @@ def test_a_file_becomes_a_file(tmp_path: Path) -> None:
         (["embed", "--max-bacth", "3"], {}, "--max-bacth"),
         (["embed", "a", "--model", "no/such"], {}, "fetch it with `npu-proxy pull no/such`"),
         (["embed", "--input", "nowhere.jsonl"], {}, "`nowhere.jsonl` is not a file"),
-        (["embed", "a", "--device", "toaster"], {}, "`device` is `toaster`"),
+        (["embed", "a", "--device", "toaster"], {}, "`device` names `toaster`"),
         (["embed", "a", "--timeout", "soon"], {}, "--timeout"),
         (["embed", "a"], {"NPU_PROXY_AGIN": "3"}, "unknown variable `NPU_PROXY_AGIN`; did you mean `NPU_PROXY_AGING`?"),
         (["embed", "a"], {"NPU_PROXY_CONFIG": "nowhere.toml"}, "nowhere.toml"),

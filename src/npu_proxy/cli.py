@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, Parameter, config
 from rich.console import Console
 from rich.markup import escape
 
+from npu_proxy.engine.engine import Engine, Options
 from npu_proxy.errors import InputError, ModelError, NpuProxyError, SettingsError
 from npu_proxy.models.pull import pull as pull_model
 from npu_proxy.models.store import Store
@@ -96,7 +97,6 @@ def embed(
     """
     from npu_proxy.bulk.files import Target
     from npu_proxy.bulk.job import FileJob, run
-    from npu_proxy.engine.engine import Engine, Options
 
     options: Options = {
         "dimensions": dimensions,
@@ -121,7 +121,7 @@ def embed(
             report = run(engine, job, options)
             notes = f", {report.truncated} cut at the limit" * bool(report.truncated)
             notes += f", {report.failed} without a vector" * bool(report.failed)
-            print(f"{report.texts} texts, {report.tokens} tokens on {engine.device.name}{notes}", file=sys.stderr)
+            print(f"{report.texts} texts, {report.tokens} tokens on {_devices(engine)}{notes}", file=sys.stderr)
             return
         source = texts or (line.rstrip("\r\n") for line in sys.stdin)
         with Target(output, dtype) as target:
@@ -188,6 +188,14 @@ def rm(model: str, *, settings: Shared = _DEFAULTS) -> None:
     """
     removed = Store(settings.store).remove(model)
     print(f"removed {removed.name}, {removed.size / 1e6:.1f} MB")
+
+
+def _devices(engine: Engine) -> str:
+    """`npu, cpu (12 texts)`: who embedded, and how much of it where it was more than one."""
+    executed = engine.stats().counters.executed
+    if len(executed) < 2:
+        return "".join(executed) or engine.device.name
+    return ", ".join(f"{device} ({texts} texts)" for device, texts in executed.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

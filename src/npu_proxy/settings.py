@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from npu_proxy.devices.kinds import chain
 from npu_proxy.errors import SettingsError
 from npu_proxy.models.catalog import DEFAULT_MODEL
 from npu_proxy.types import Pooling
@@ -24,6 +25,16 @@ def default_store() -> Path:
     return base / "npu-proxy"
 
 
+def default_cache() -> Path:
+    """Where compiled models lie unless `cache` says otherwise: the user's cache folder, by the custom of the system."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        return base / "npu-proxy" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "npu-proxy"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npu-proxy"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How npu-proxy runs. Seconds are seconds, sizes are tokens or texts, as each line says."""
@@ -34,8 +45,51 @@ class Settings:
     pooling: Pooling | None = None
     """How token vectors become one; only for a model folder without modules.json, which does not say it itself."""
 
-    device: str = "cpu"
-    """Device that embeds. This version knows `cpu`."""
+    device: str = "auto"
+    """Devices in order of preference, such as `npu,cpu`. auto: npu, gpu, cpu, as far as this machine shows signs of them.
+    npu-sim is an NPU's rules on the processor; debug gives made-up vectors for tests of clients."""
+
+    fallback: Literal["on", "off"] = "on"
+    """Whether the devices behind the first may answer; off, a failing device means 503."""
+
+    hint: Literal["throughput", "latency"] = "throughput"
+    """What an accelerator is tuned for: many rows under way, or the next one soon."""
+
+    requests: int = 0
+    """Rows under way on an accelerator at once; 0 is what its driver likes, up to 16."""
+
+    hedge: float = 0.0
+    """Seconds after which a row on an accelerator is also started on the next device; 0: when half its time is over."""
+
+    compile_timeout: float = 300.0
+    """Seconds an accelerator may take to compile the model; meanwhile the next device answers."""
+
+    row_timeout: float = 10.0
+    """Seconds a row may take on an accelerator before its worker process is killed and started anew."""
+
+    heartbeat_timeout: float = 3.0
+    """Seconds without a sign of life before an accelerator's worker process is killed and started anew."""
+
+    probe_interval: float = 30.0
+    """Seconds between test inferences on each device; 0 makes none."""
+
+    breaker_failures: int = 3
+    """Failures within `breaker_window` that take a device out; a lost device, a hang or NaN does so at once."""
+
+    breaker_window: float = 30.0
+    """Seconds in which failures are counted; so long without any, and the backoff starts anew."""
+
+    breaker_backoff: float = 0.5
+    """Seconds until the first try to bring a failed device back; it doubles with every failure."""
+
+    breaker_longest: float = 30.0
+    """Seconds between tries at most."""
+
+    cache: Path = field(default_factory=default_cache)
+    """Folder of compiled models."""
+
+    cache_mb: int = 4096
+    """Megabytes of compiled models that are kept; the oldest go first. 0 keeps none."""
 
     threads: int = 0
     """Processor threads for inference; 0 takes what affinity and cgroup allow."""
@@ -102,8 +156,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, naming the setting."""
-        if self.device != "cpu":
-            raise SettingsError(f"`device` is `{self.device}`; this version knows `cpu`", param="device")
+        chain(self.device)
         for setting in fields(self):
             value: object = getattr(self, setting.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -115,4 +168,16 @@ class Settings:
             raise SettingsError(f"`row_tokens` is {self.row_tokens}; a row has at least 32 positions", param="row_tokens")
 
 
-_MAY_BE_ZERO = {"port", "threads", "streams", "batch_delay", "aging", "drain", "interactive_texts"}
+_MAY_BE_ZERO = {
+    "port",
+    "threads",
+    "streams",
+    "batch_delay",
+    "aging",
+    "drain",
+    "interactive_texts",
+    "requests",
+    "hedge",
+    "probe_interval",
+    "cache_mb",
+}

@@ -154,7 +154,10 @@ class Ticket:
     """Full-width, not normalized."""
     errors: list[NpuProxyError | None] = field(init=False)
     encodings: list[Encoding | None] = field(init=False)
-    device: str = ""
+    devices: list[str] = field(init=False)
+    """Which device answered, a text."""
+    fallbacks: set[str] = field(init=False, default_factory=set[str])
+    """Why it was not the first device of the chain, each reason once."""
     queued_seconds: float = 0.0
     infer_seconds: float = 0.0
     _open: int = field(init=False)
@@ -165,6 +168,7 @@ class Ticket:
         self.vectors = [None] * count
         self.errors = [None] * count
         self.encodings = [None] * count
+        self.devices = [""] * count
         self._open = count
 
     @property
@@ -252,11 +256,15 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a device made of a row: vectors [bins, segments, width] float32, which device, seconds on it."""
+    """What a device made of a row: vectors [bins, segments, width] float32, which device, seconds on it.
+
+    fallback: why it was not the first device of the chain; "" when it was.
+    """
 
     vectors: npt.NDArray[np.float32]
     device: str
     seconds: float
+    fallback: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,15 +282,22 @@ class EmbedResult:
 
     embeddings: array [n, width] of the dtype asked for ([n, width / 8] for binary and ubinary), or n strings for base64.
     errors: None or what went wrong, a text; the vector of a failed text is NaN (0 for integers, "" for base64).
+    devices: which device computed it, a text, "" where none did. fallback: why that was not the first of the chain, or "".
     """
 
     embeddings: npt.NDArray[Any] | list[str]
     tokens: Sequence[int]
     truncated: Sequence[bool]
     errors: Sequence[NpuProxyError | None]
-    device: str
+    devices: Sequence[str]
+    fallback: str
     fingerprint: str
     timings: Timings
+
+    @property
+    def device(self) -> str:
+        """The devices that computed it, each once, separated by commas."""
+        return ",".join(dict.fromkeys(filter(None, self.devices)))
 
     def raise_first(self) -> EmbedResult:
         """Raise the first text's error, if any; else return self."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from npu_proxy.devices.base import Report
 from npu_proxy.errors import DeviceError
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import Output, Pack, Vector
@@ -23,8 +25,8 @@ def fake_vector(ids: Sequence[int], width: int) -> Vector:
 class FakeDevice:
     """A Device. ``script`` is called with each pack before it is answered, and may raise, wait or count."""
 
-    name = "fake"
     kind = "fake"
+    ready = True
 
     def __init__(
         self,
@@ -34,9 +36,11 @@ class FakeDevice:
         shapes: Sequence[RowShape] = (RowShape(bins=1, positions=64, segments=8), RowShape(bins=2, positions=64, segments=8)),
         seconds: float = 0.0,
         script: Callable[[Pack], None] = lambda pack: None,
+        name: str = "fake",
     ) -> None:
+        self.name = name
         self.width = width
-        self.streams = streams
+        self.streams = self.most_streams = streams
         self.shapes = shapes
         self.packs: list[Pack] = []
         self.closed = False
@@ -44,7 +48,7 @@ class FakeDevice:
         self._script = script
         self._turn = threading.Event()  # never set: a wait on it is a bounded pause
 
-    def infer(self, pack: Pack) -> Output:
+    def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """Vectors [bins, segments, width], after the script has had its say."""
         start = time.perf_counter()
         self.packs.append(pack)
@@ -56,6 +60,13 @@ class FakeDevice:
             ids = pack.inputs["input_ids"][slot.bin][pack.inputs["segment_ids"][slot.bin] == slot.segment]
             vectors[slot.bin, slot.segment] = fake_vector(ids, self.width)
         return Output(vectors, self.name, time.perf_counter() - start)
+
+    def reports(self) -> Sequence[Report]:
+        """It serves."""
+        return [Report(name=self.name, kind=self.kind, state="serving")]
+
+    def probe(self) -> None:
+        """Nothing to find out."""
 
     def close(self) -> None:
         """Remember that it was called."""

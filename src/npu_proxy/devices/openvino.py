@@ -1,24 +1,31 @@
-"""The CPU through OpenVINO: one compiled graph, one infer request a stream, a bounded set of row shapes."""
+"""OpenVINO: the CPU in this process as a Device, and the static graphs that worker processes compile for accelerators."""
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import openvino as ov
 
+from npu_proxy.devices.base import GoldenRow, Report, check_vectors
+from npu_proxy.devices.failure import Failure, RowError, first_line
+from npu_proxy.devices.faults import with_faults
+from npu_proxy.devices.kinds import Target, supported
 from npu_proxy.errors import DeviceError
 from npu_proxy.graph.build import build, family
 from npu_proxy.graph.packed import CPU, Form, RowShape
 from npu_proxy.models.weights import Tensors
 from npu_proxy.types import ModelSpec, Output, Pack
 
+ROOM_SECONDS = 60.0
+"""How long a row waits for a free infer request; as long as a row can take on a slow machine."""
 SHORTEST_BIN = 32
 """Bins double from here until one holds the model's longest text; short bins spend less on attention."""
 SHORTEST_IN_FULL_ROW = 64
@@ -41,14 +48,6 @@ def row_shapes(max_length: int, row_tokens: int, *, packed: bool) -> list[RowSha
     ]
 
 
-def _graphs(shapes: Sequence[RowShape], row_tokens: int) -> dict[int, list[RowShape]]:
-    """Which shapes share a graph, by its fixed number of tokens: the full rows, and -1 for all others."""
-    grouped: dict[int, list[RowShape]] = {}
-    for shape in shapes:
-        grouped.setdefault(row_tokens if shape.tokens == row_tokens else -1, []).append(shape)
-    return grouped
-
-
 def available_threads() -> int:
     """Cores this process may use: its affinity, and the processor share of its cgroup (version 2) where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -59,38 +58,79 @@ def available_threads() -> int:
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
+def open_core(target: Target) -> ov.Core:
+    """A Core that knows the target. Raises RuntimeError, as everything of OpenVINO does."""
+    core = ov.Core()
+    if target.plugin:
+        core.register_plugin(target.plugin, target.openvino)
+    return core
+
+
+def compile_static(
+    core: ov.Core,
+    target: Target,
+    spec: ModelSpec,
+    shapes: Sequence[RowShape],
+    properties: Mapping[str, object],
+    faults: npt.NDArray[np.uint64] | None = None,
+) -> dict[RowShape, ov.CompiledModel]:
+    """One static graph a row shape, compiled one after the other with those of ``properties`` that the plugin lists.
+
+    faults: the control block of the arena; then devices/faults.py stands in the graph.
+    """
+    wanted = supported({**target.properties, **properties}, core.get_property(target.openvino, "SUPPORTED_PROPERTIES"))
+    weights = Tensors(spec.weight_files, family(spec).canonical_name)
+    models: dict[RowShape, ov.CompiledModel] = {}
+    for shape in shapes:
+        model = build(spec, weights, Form.of(shape), target.kind.style)
+        if faults is not None:
+            model = with_faults(model, faults)
+        models[shape] = core.compile_model(model, target.openvino, wanted)
+    weights.release()
+    return models
+
+
 class OpenVinoCpu:
     """A Device on the processor, in this process.
 
     The full rows of a deep queue share a graph of fixed size, in which only attention depends on the bins; it is up to
     a fifth faster than the graph of no fixed size that the small rows of a shallow queue share. There are no more
-    graphs, because each holds the weights again in its own layout.
+    graphs, because each holds the weights again in its own layout. Rows of any other shape are taken too: they come
+    from accelerators that failed.
     """
 
     name = "cpu"
     kind = "cpu"
+    ready = True
 
-    def __init__(self, spec: ModelSpec, *, threads: int = 0, streams: int = 0, row_tokens: int = 512, packed: bool = True) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        threads: int = 0,
+        streams: int = 0,
+        row_tokens: int = 512,
+        packed: bool = True,
+        golden: GoldenRow | None = None,
+    ) -> None:
         """threads: 0 takes what affinity and cgroup allow. streams: rows at once, 0 is one a thread."""
         self._threads = threads or available_threads()
-        self.streams = streams or self._threads
+        self.streams = self.most_streams = streams or self._threads
         self.shapes: Sequence[RowShape] = row_shapes(spec.max_length, row_tokens, packed=packed)
-        self._requests: dict[RowShape, queue.SimpleQueue[ov.InferRequest]] = {}
+        self._row_tokens = row_tokens
+        self._golden = golden
+        self._failing = ""
         weights = Tensors(spec.weight_files, family(spec).canonical_name)
         try:
             core = ov.Core()
-            graphs = _graphs(self.shapes, row_tokens)
-            with ThreadPoolExecutor(len(graphs)) as pool:  # compiling leaves cores idle; two at once take little longer than one
+            with ThreadPoolExecutor(2) as pool:  # compiling leaves cores idle; two at once take little longer than one
                 # Small rows are computed one at a time by all threads, full rows one a thread.
-                made = {
-                    tokens: pool.submit(self._compile, core, spec, weights, Form(tokens=tokens), self.streams if tokens > 0 else 1)
-                    for tokens in graphs
-                }
-            for tokens, shapes in graphs.items():
-                self._requests |= dict.fromkeys(shapes, made[tokens].result())
+                full = pool.submit(self._compile, core, spec, weights, Form(tokens=row_tokens), self.streams)
+                small = pool.submit(self._compile, core, spec, weights, Form(), 1)
+            self._full, self._small = full.result(), small.result()
             weights.release()
         except RuntimeError as error:
-            raise DeviceError(f"the CPU could not compile {spec.name}: {_first_line(error)}") from error
+            raise DeviceError(f"the CPU could not compile {spec.name}: {first_line(error)}") from error
 
     def _compile(
         self, core: ov.Core, spec: ModelSpec, weights: Tensors, form: Form, streams: int
@@ -109,24 +149,40 @@ class OpenVinoCpu:
             requests.put(compiled.create_infer_request())
         return requests
 
-    def infer(self, pack: Pack) -> Output:
+    def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """Vectors [bins, segments, width] float32. Raises DeviceError."""
-        requests = self._requests[cast("RowShape", pack.shape)]
-        request = requests.get()
+        shape = pack.shape
+        requests = self._full if shape.bins * shape.positions == self._row_tokens else self._small
+        try:
+            request = requests.get(timeout=ROOM_SECONDS)
+        except queue.Empty:
+            raise RowError(Failure.BUSY, f"the CPU had no room for a row within {ROOM_SECONDS:g} seconds") from None
         start = time.perf_counter()
         try:
             # The inputs are shared, not copied: the pack holds them until the run is over.
             results = request.infer(dict(pack.inputs), share_inputs=True)
             vectors = np.array(results[0], np.float32)
         except RuntimeError as error:
-            raise DeviceError(f"the CPU failed: {_first_line(error)}") from error
+            raise RowError(Failure.ERROR, f"the CPU failed: {first_line(error)}") from error
         finally:
             requests.put(request)
         return Output(vectors, self.name, time.perf_counter() - start)
 
+    def reports(self) -> Sequence[Report]:
+        """The CPU serves, or its last probe failed."""
+        return [Report(name=self.name, kind=self.kind, state="failing" if self._failing else "serving", reason=self._failing)]
+
+    def probe(self) -> None:
+        """Run the smallest golden row. Raises DeviceError."""
+        if self._golden is None:
+            return
+        row = self._golden(min(self.shapes, key=lambda shape: shape.tokens))
+        try:
+            check_vectors(self.name, row, self.infer(row).vectors)
+        except DeviceError as error:
+            self._failing = str(error)
+            raise
+        self._failing = ""
+
     def close(self) -> None:
         """Nothing is held outside this object."""
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.devices.base import Device
-from npu_proxy.devices.openvino import OpenVinoCpu
+from npu_proxy.devices.chain import open_devices
 from npu_proxy.engine.finish import check_output, finish
+from npu_proxy.engine.golden import GoldenRows
 from npu_proxy.engine.pipeline import Limits, Pipeline, Stats
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import DeadlineError, EmptyInputError, InputError, OverloadedError, StoppedError
@@ -55,13 +56,14 @@ class Parts:
 
 
 def load(settings: Settings) -> Parts:
-    """Read the model, its tokenizer, and compile it. No network. Raises ModelError, ModelNotFoundError, DeviceError."""
+    """Read the model, its tokenizer, and compile it. No network.
+
+    Raises ModelError, ModelNotFoundError, DeviceError, and UnavailableError when none of the devices can serve.
+    """
     name, folder = Store(settings.store).resolve(settings.model)
     spec = read_spec(folder, name=name, pooling=settings.pooling)
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
-    device = OpenVinoCpu(
-        spec, threads=settings.threads, streams=settings.streams, row_tokens=settings.row_tokens, packed=settings.packing
-    )
+    device = open_devices(settings, spec, GoldenRows(encoder, spec))
     return Parts(spec=spec, encoder=encoder, device=device)
 
 

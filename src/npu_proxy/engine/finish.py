@@ -20,8 +20,11 @@ Array = npt.NDArray[Any]
 
 
 def normalize(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Each row [width] over its Euclidean length, in float32; a zero row stays zero."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    """Each row [width] over its Euclidean length, in float32; a zero row stays zero.
+
+    The length is summed in float64, where squares of the smallest float32 do not vanish.
+    """
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True).astype(np.float32)
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
@@ -92,7 +95,8 @@ def finish(ticket: Ticket, *, width: int, fingerprint: str) -> EmbedResult:
         tokens=[encoding.tokens if encoding else 0 for encoding in ticket.encodings],
         truncated=[bool(encoding and encoding.truncated) for encoding in ticket.encodings],
         errors=tuple(ticket.errors),
-        device=ticket.device,
+        devices=tuple(ticket.devices),
+        fallback="; ".join(sorted(ticket.fallbacks)),
         fingerprint=fingerprint,
         timings=Timings(total=time.monotonic() - ticket.submitted_at, queued=ticket.queued_seconds, infer=ticket.infer_seconds),
     )

@@ -60,6 +60,8 @@ class Counters:
     infer_seconds: float = 0.0
     faults: int = 0
     executed: dict[str, int] = field(default_factory=dict[str, int])
+    fallbacks: dict[str, int] = field(default_factory=dict[str, int])
+    """Texts by the device that answered them in place of the first of the chain."""
     errors: dict[str, int] = field(default_factory=dict[str, int])
 
 
@@ -92,13 +94,13 @@ class Pipeline:
         self._by_index = pooling.by_index
         self._fill_pool = partial(fill_pool, pooling)
         self._limits = limits
-        self._row_tokens = max(shape.bins * shape.positions for shape in device.shapes)
         self._lock = threading.Lock()
         self._texts_came = threading.Condition(self._lock)
         self._jobs_came = threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
         self._chunks: dict[Lane, deque[_Chunk]] = {Lane.INTERACTIVE: deque(), Lane.BULK: deque()}
         self._tokenizing = 0
+        self._rows = 0
         self._jobs = JobQueue(aging=limits.aging, window=limits.window)
         self._open: set[int] = set()
         self._tickets: dict[int, Ticket] = {}
@@ -110,7 +112,7 @@ class Pipeline:
         self._accepting = True
         self._stopping = threading.Event()
         steps: list[tuple[str, Callable[[], None]]] = [("tokenize", self._tokenize), ("finish", self._finish)]
-        steps += [(f"infer-{number}", self._infer) for number in range(device.streams)]
+        steps += [(f"infer-{number}", self._infer) for number in range(device.most_streams)]
         self._threads = [threading.Thread(target=self._run, args=step, name=f"npu-proxy-{step[0]}", daemon=True) for step in steps]
         for thread in self._threads:
             thread.start()
@@ -154,7 +156,13 @@ class Pipeline:
         """A consistent copy of the counters and what waits."""
         with self._lock:
             now = self._counters
-            copy = replace(now, executed=dict(now.executed), errors=dict(now.errors), merged=self._jobs.merged)
+            copy = replace(
+                now,
+                executed=dict(now.executed),
+                fallbacks=dict(now.fallbacks),
+                errors=dict(now.errors),
+                merged=self._jobs.merged,
+            )
             return Stats(
                 counters=copy,
                 depth=self._jobs.depth,
@@ -229,7 +237,14 @@ class Pipeline:
         taken = self._take()
         if taken is None:
             return
-        jobs, plan = taken
+        try:
+            self._done.put(self._compute(*taken))
+        finally:
+            with self._lock:
+                self._rows -= 1
+                self._jobs_came.notify()
+
+    def _compute(self, jobs: Sequence[Job], plan: Plan) -> tuple[Pack, Output | NpuProxyError]:
         row = Pack([jobs[index] for bin in plan.bins for index in bin], (), plan.shape, {})
         answer: Output | NpuProxyError
         try:
@@ -237,22 +252,34 @@ class Pipeline:
             answer = self._device.infer(row)
         except Exception as error:  # these jobs fail, the stage goes on
             answer = _wrapped(error, "the device failed")
-        self._done.put((row, answer))
+        return row, answer
 
     def _take(self) -> tuple[list[Job], Plan] | None:
-        """The next row, when there is work and (if company is coming) the batch delay of the oldest job is over."""
+        """The next row, when there is work and (if company is coming) the batch delay of the oldest job is over.
+
+        There are threads for the device with most streams; with another one in front, the rest of them waits here.
+        """
         with self._lock:
-            self._jobs_came.wait_for(lambda: self._jobs.oldest() is not None or self._stopping.is_set(), HANDOFF_SECONDS)
+            self._jobs_came.wait_for(lambda: self._room() or self._stopping.is_set(), HANDOFF_SECONDS)
             oldest = self._jobs.oldest()
-            if oldest is not None and self._jobs.depth.tokens < self._row_tokens and self._company():
+            if oldest is not None and not self._enough() and self._company():
                 due = oldest + self._limits.batch_delay
                 self._jobs_came.wait_for(self._wait_is_over, timeout=max(0.0, min(HANDOFF_SECONDS, due - time.monotonic())))
-            if self._stopping.is_set():
+            if self._stopping.is_set() or not self._room():
                 return None
-            return self._jobs.take(self._device.shapes, time.monotonic())
+            taken = self._jobs.take(self._device.shapes, time.monotonic())
+            self._rows += taken is not None
+            return taken
+
+    def _room(self) -> bool:
+        return self._rows < self._device.streams and self._jobs.oldest() is not None
+
+    def _enough(self) -> bool:
+        """Whether a full row waits."""
+        return self._jobs.depth.tokens >= max(shape.bins * shape.positions for shape in self._device.shapes)
 
     def _wait_is_over(self) -> bool:
-        return self._stopping.is_set() or self._jobs.depth.tokens >= self._row_tokens or not self._company()
+        return self._stopping.is_set() or self._enough() or not self._company()
 
     def _company(self) -> bool:
         """Whether further texts are on their way to the queue."""
@@ -286,7 +313,9 @@ class Pipeline:
                     ticket.fail(index, outcome)
                     continue
                 assert isinstance(answer, Output)
-                ticket.device = answer.device
+                ticket.devices[index] = answer.device
+                if answer.fallback:
+                    ticket.fallbacks.add(answer.fallback)
                 ticket.queued_seconds = max(ticket.queued_seconds, now - answer.seconds - job.queued_at)
                 ticket.infer_seconds += answer.seconds * job.encoding.tokens / max(1, row.tokens)
                 ticket.answer(index, outcome)
@@ -299,6 +328,8 @@ class Pipeline:
         counters.positions += row.shape.bins * row.shape.positions
         counters.infer_seconds += answer.seconds
         counters.executed[answer.device] = counters.executed.get(answer.device, 0) + len(row.jobs)
+        if answer.fallback:
+            counters.fallbacks[answer.device] = counters.fallbacks.get(answer.device, 0) + len(row.jobs)
 
     def _expire(self, now: float) -> None:
         """Answer the tickets whose time ran out; their jobs are dropped when they would come up."""

@@ -17,7 +17,15 @@ from starlette.routing import Route
 from starlette.types import Lifespan
 
 from npu_proxy.engine.async_engine import AsyncEngine
-from npu_proxy.errors import DeadlineError, InputError, NpuProxyError, OverloadedError, StoppedError
+from npu_proxy.errors import (
+    DeadlineError,
+    DeviceError,
+    InputError,
+    NpuProxyError,
+    OverloadedError,
+    StoppedError,
+    UnavailableError,
+)
 from npu_proxy.server import openai, ops
 from npu_proxy.server.dialect import STATUS, Dialect, Endpoint, Query, Served
 from npu_proxy.server.metrics import Metrics
@@ -65,6 +73,8 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Lifespan[Starl
     openapi = msgspec.json.encode(document(DIALECTS))
     routes = [
         Route("/health", ops.health(state), methods=["GET"]),
+        Route("/health/live", ops.live(state), methods=["GET"]),
+        Route("/health/ready", ops.health(state), methods=["GET"]),
         Route("/metrics", ops.metrics(state), methods=["GET"]),
         Route("/openapi.json", ops.static(openapi, "application/json"), methods=["GET"]),
         Route("/docs", ops.docs, methods=["GET"]),
@@ -201,15 +211,22 @@ async def _disconnected(request: Request) -> None:
 
 def _headers(result: EmbedResult) -> dict[str, str]:
     headers = {f"{_HEADER}device": result.device, f"{_HEADER}fingerprint": result.fingerprint}
+    if result.fallback:
+        headers[f"{_HEADER}fallback"] = header_text(result.fallback)
     if any(result.truncated):
         headers[f"{_HEADER}truncated"] = str(sum(result.truncated))
     return headers
 
 
+def header_text(text: str) -> str:
+    """Text as a header's value can be: one line of printable ASCII, not too long."""
+    return "".join(character if " " <= character <= "~" else "?" for character in text)[:400]
+
+
 def _retry(error: NpuProxyError) -> dict[str, str]:
     if isinstance(error, OverloadedError):
         return {"retry-after": str(max(1, round(error.retry_after)))}
-    return {"retry-after": "1"} if isinstance(error, StoppedError) else {}
+    return {"retry-after": "1"} if isinstance(error, UnavailableError | DeviceError) else {}
 
 
 def _request_id(request: Request) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from npu_proxy.devices.base import Report
 from npu_proxy.engine.engine import Engine
 from npu_proxy.types import EmbedResult
 
@@ -85,3 +86,21 @@ class _EngineCollector(Collector):
         for device, texts in counters.executed.items():
             executed.add_metric([device], texts)
         yield executed
+        fallbacks = CounterMetricFamily(
+            "npu_proxy_fallback_texts", "Texts by the device that embedded them in place of a better one", labels=["device"]
+        )
+        for device, texts in counters.fallbacks.items():
+            fallbacks.add_metric([device], texts)
+        yield fallbacks
+        yield from _devices(self._engine.device.reports())
+
+
+def _devices(reports: Sequence[Report]) -> Iterator[Metric]:
+    ready = GaugeMetricFamily("npu_proxy_device_ready", "1 when the device takes rows", labels=["device", "kind"])
+    breaker = GaugeMetricFamily("npu_proxy_breaker_open", "0 closed, 0.5 half-open, 1 open", labels=["device"])
+    restarts = CounterMetricFamily("npu_proxy_worker_restarts", "Worker processes started anew", labels=["device"])
+    for report in reports:
+        ready.add_metric([report.name, report.kind], float(report.state == "serving"))
+        breaker.add_metric([report.name], {"closed": 0.0, "half-open": 0.5}.get(report.breaker, 1.0))
+        restarts.add_metric([report.name], report.restarts)
+    yield from (ready, breaker, restarts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -12,12 +14,28 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from npu_proxy.errors import DeviceError
 from npu_proxy.version import __version__
 
 if TYPE_CHECKING:
     from npu_proxy.server.app import State
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+class DeviceHealth(msgspec.Struct, kw_only=True):
+    """A device of the chain. certified: least cosine of golden texts to fp32 on the CPU. executed: texts."""
+
+    name: str
+    kind: str
+    state: str
+    breaker: str
+    worker_pid: int | None
+    certified: float | None
+    executed: int
+    restarts: int
+    precision: str
+    reason: str
 
 
 class Health(msgspec.Struct, kw_only=True):
@@ -33,16 +51,35 @@ class Health(msgspec.Struct, kw_only=True):
     queue: dict[str, float] = {}
     stages: dict[str, bool] = {}
     executed: dict[str, int] = {}
+    devices: list[DeviceHealth] = []
 
 
 def health(state: State) -> Handler:
-    """Ready or not, why not, what waits, and which device has answered how many texts."""
+    """Ready or not, why not, what waits, and which device has answered how many texts; ?probe=1 runs a row on each."""
 
-    async def handle(_: Request) -> Response:
+    async def handle(request: Request) -> Response:
+        if request.query_params.get("probe") in ("1", "true") and state.engine.engine.state == "running":
+            await asyncio.to_thread(_probe, state)
         shown = _health(state)
         return Response(msgspec.json.encode(shown), 200 if shown.status == "ok" else 503, media_type="application/json")
 
     return handle
+
+
+def live(state: State) -> Handler:
+    """200 as long as restarting the process would not help: 503 only when a stage's thread has died."""
+
+    async def handle(_: Request) -> Response:
+        engine = state.engine.engine
+        dead = engine.state == "running" and not all(engine.stats().stages.values())
+        return Response(msgspec.json.encode({"live": not dead}), 503 if dead else 200, media_type="application/json")
+
+    return handle
+
+
+def _probe(state: State) -> None:
+    with suppress(DeviceError):  # the devices' states say it
+        state.engine.engine.device.probe()
 
 
 def _health(state: State) -> Health:
@@ -61,6 +98,24 @@ def _health(state: State) -> Health:
         "fraction": max(stats.open_texts / settings.max_queue_items, stats.depth.tokens / settings.max_queue_tokens),
     }
     shown.stages, shown.executed = stats.stages, stats.counters.executed
+    shown.devices = [
+        DeviceHealth(
+            name=report.name,
+            kind=report.kind,
+            state=report.state,
+            breaker=report.breaker,
+            worker_pid=report.worker_pid,
+            certified=report.certified,
+            executed=stats.counters.executed.get(report.name, 0),
+            restarts=report.restarts,
+            precision=report.precision,
+            reason=report.reason,
+        )
+        for report in engine.device.reports()
+    ]
+    if not engine.device.ready:
+        shown.status = "unready"
+        shown.reason = "; ".join(f"{device.name} is {device.state}: {device.reason}" for device in shown.devices)
     if not all(stats.stages.values()):
         shown.status, shown.reason = "failed", "a stage's thread has died; restart the server"
     return shown

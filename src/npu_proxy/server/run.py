@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
+from npu_proxy.devices.base import Device
 from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.errors import NpuProxyError, SettingsError
 from npu_proxy.server.app import State, create_app
@@ -100,10 +101,19 @@ async def _load(state: State, server: _Server, outcome: dict[str, int]) -> None:
     spec, device = state.engine.engine.spec, state.engine.engine.device
     print(
         f"npu-proxy ready: http://{_address(server, state.settings)} model {spec.name} ({spec.width} wide, up to"
-        f" {spec.max_length} tokens) on {device.name}, fingerprint {spec.fingerprint}",
+        f" {spec.max_length} tokens) on {answering(device)}, fingerprint {spec.fingerprint}",
         file=sys.stderr,
         flush=True,
     )
+
+
+def answering(device: Device) -> str:
+    """`npu (compiling; cpu answers)`: the chain's devices and who takes rows at this moment."""
+    reports = device.reports()
+    now = next((report.name for report in reports if report.state == "serving"), "none")
+    if reports[0].name == now:
+        return now
+    return f"{reports[0].name} ({reports[0].state}; {now} answers)"
 
 
 def _address(server: _Server, settings: Settings) -> str:

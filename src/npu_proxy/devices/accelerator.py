@@ -1,0 +1,312 @@
+"""A Device whose model runs in a worker process: brought up, certified, watched, and brought back by a thread of its own.
+
+The thread owns the process and the circuit breaker's clock; requests only read ``ready`` and report failures. While the
+device is not ready, whoever stands behind it in the chain answers (fallback.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from npu_proxy.devices.arena import Layout
+from npu_proxy.devices.base import GoldenRow, LateError, Report, check_finite
+from npu_proxy.devices.breaker import Breaker, Circuit, Policy, Rung
+from npu_proxy.devices.certify import Certificates, Subject, Verdict, compare, judge
+from npu_proxy.devices.failure import Failure, RowError
+from npu_proxy.devices.faults import Fault
+from npu_proxy.devices.kinds import Target
+from npu_proxy.devices.process import Limits, WorkerProcess
+from npu_proxy.devices.worker import Hello
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.types import ModelSpec, Output, Pack
+
+log = logging.getLogger("npu_proxy.devices")
+
+_LOOK_SECONDS = 0.25
+_MOST_SLOTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to run a model on an accelerator. streams: rows under way, 0 for what the plugin likes. faults: see faults.py."""
+
+    target: Target
+    spec: ModelSpec
+    shapes: Sequence[RowShape]
+    properties: Mapping[str, object]
+    limits: Limits
+    streams: int = 0
+    policy: Policy = field(default_factory=Policy)
+    precision: str = "fp32"
+    faults: bool = False
+
+
+class _Quarantined(Exception):
+    """The device gives wrong vectors; it stays out until somebody changes something."""
+
+
+class Accelerator:
+    """A Device. Starts at once in the background; ``reference`` gives the CPU's fp32 vectors of a row."""
+
+    def __init__(self, plan: Plan, golden: GoldenRow, reference: Callable[[Pack], Output], certificates: Certificates) -> None:
+        self._plan = plan
+        self._golden = golden
+        self._reference = reference
+        self._certificates = certificates
+        self.name = plan.target.name
+        self.kind = plan.target.kind.name
+        self.shapes = plan.shapes
+        self.most_streams = plan.streams or _MOST_SLOTS
+        self.streams = plan.streams or 1
+        self._breaker = Breaker(policy=plan.policy)
+        self._state = "compiling"
+        self._reason = ""
+        self._cosine: float | None = None
+        self._references: dict[RowShape, tuple[Pack, Output]] = {}
+        self._worker: WorkerProcess | None = None
+        self._restarts = -1
+        self._next_fault = Fault.NONE
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._settled = threading.Event()
+        self._thread = threading.Thread(target=self._live, name=f"npu-proxy-{self.name}", daemon=True)
+        self._thread.start()
+
+    # -- what the chain sees -------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether rows go to it."""
+        return self._state == "serving" and self._breaker.state is Circuit.CLOSED
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, or what failed last."""
+        return self._reason or self._state
+
+    def settle(self, seconds: float) -> bool:
+        """Wait until it serves or it is known that it does not; returns whether that is known."""
+        return self._settled.wait(seconds)
+
+    def infer(self, pack: Pack, late: float = math.inf) -> Output:
+        """Vectors [bins, segments, width] float32. Raises LateError after ``late`` seconds, and RowError."""
+        worker = self._worker
+        if worker is None or not self.ready:
+            raise RowError(Failure.BUSY, f"{self.name} is not ready: {self.reason}")
+        try:
+            output = worker.infer(pack, late, self._plan.limits.row)
+            check_finite(self.name, output.vectors)
+        except LateError as error:
+            pending = error.pending
+            raise LateError(str(error), lambda: self._watched(worker, pending)) from error
+        except RowError as error:
+            self._failed(worker, error)
+            raise
+        return output
+
+    def probe(self) -> None:
+        """Run the golden row of the smallest shape against its reference. Raises RowError, and counts it as a failure."""
+        worker = self._worker
+        if worker is None or not self.ready:
+            raise RowError(Failure.BUSY, f"{self.name} is not ready: {self.reason}")
+        try:
+            self._run_golden(worker, min(self.shapes, key=lambda shape: shape.tokens))
+        except RowError as error:
+            self._failed(worker, error)
+            raise
+
+    def reports(self) -> Sequence[Report]:
+        """Its state at this moment."""
+        worker = self._worker
+        return [
+            Report(
+                name=self.name,
+                kind=self.kind,
+                state=self._state,
+                breaker=self._breaker.state,
+                reason=self._reason,
+                worker_pid=None if worker is None else worker.process.pid,
+                restarts=max(0, self._restarts),
+                certified=self._cosine,
+                precision=self._plan.precision,
+            )
+        ]
+
+    def inject(self, fault: Fault) -> None:
+        """Let a fault happen now, or at the next compilation, where the plan has ``faults``."""
+        self._next_fault = fault if fault in (Fault.COMPILE_FAIL, Fault.COMPILE_HANG) else Fault.NONE
+        if self._worker is not None:
+            self._worker.inject(fault)
+
+    def close(self) -> None:
+        """End the worker and the thread."""
+        self._stopping.set()
+        self._wake.set()
+        worker = self._worker
+        if worker is not None:
+            worker.process.kill()  # also ends a compilation the thread may be waiting for
+        self._thread.join(timeout=10)
+
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def _watched(self, worker: WorkerProcess, pending: Callable[[], Output]) -> Output:
+        try:
+            output = pending()
+            check_finite(self.name, output.vectors)
+        except RowError as error:
+            self._failed(worker, error)
+            raise
+        return output
+
+    def _failed(self, worker: WorkerProcess | None, error: RowError) -> None:
+        """Count a failure of this worker; one of a worker that was replaced meanwhile says nothing about the new one."""
+        with self._lock:
+            if worker is not self._worker or self._stopping.is_set():
+                return
+            before = self._breaker.state
+            self._breaker = self._breaker.failed(error.failure, time.monotonic(), random.random())  # noqa: S311 (jitter)
+            opened = self._breaker.state is Circuit.OPEN and before is not Circuit.OPEN
+            if opened:
+                self._state, self._reason = "recovering", str(error)
+        if opened:
+            again = error.failure is Failure.ABSENT and self._breaker.opens > 1
+            log.log(
+                logging.DEBUG if again else logging.WARNING,
+                "%s: %s; the breaker is open, next try in %.1f s",
+                self.name,
+                error,
+                self._breaker.until - time.monotonic(),
+            )
+            if self._breaker.hopeless and not again:
+                log.error("%s does not come back by itself. %s", self.name, self._plan.target.cure)
+            self._wake.set()
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        """Bring up, watch, wait out the backoff, again; until closed. Nothing that happens here ends the thread early."""
+        while not self._stopping.is_set():
+            try:
+                self._bring_up()
+                self._watch()
+            except _Quarantined as error:
+                self._kill(None)
+                self._state, self._reason = "quarantined", str(error)
+                log.error("%s is quarantined: %s", self.name, error)  # noqa: TRY400 (the trace would say nothing)
+                self._settled.set()
+                self._stopping.wait()
+            except RowError as error:
+                self._failed(self._worker, error)
+            except Exception as error:  # a fault of ours must not leave the device without its thread
+                log.exception("%s: unexpected error", self.name)
+                self._failed(self._worker, RowError(Failure.CRASH, f"unexpected error: {type(error).__name__}"))
+            if self._breaker.state is not Circuit.CLOSED:
+                self._settled.set()
+                if self._breaker.last is Failure.ABSENT:
+                    self._state = "absent"
+                if self._breaker.rung is Rung.RESTART:
+                    self._kill(RowError(self._breaker.last or Failure.CRASH, self._reason))
+                self._stopping.wait(max(0.0, self._breaker.until - time.monotonic()))
+        self._kill(None)
+        self._state = "stopped"
+
+    def _bring_up(self) -> None:
+        """Compile and certify, in the process that is there or in a new one; then let rows in."""
+        if missing := self._plan.target.missing():
+            raise RowError(Failure.ABSENT, missing)
+        recovering = self._breaker.state is not Circuit.CLOSED
+        with self._lock:
+            if recovering:
+                self._breaker = self._breaker.probing()
+        self._state = "recovering" if recovering else "compiling"
+        worker = self._worker
+        if worker is None:
+            worker = self._worker = self._start()
+        else:
+            worker.recompile()
+        hello = worker.hello(self._plan.limits.compile)
+        count = self._plan.streams or max(1, min(hello.requests, _MOST_SLOTS))
+        if not recovering:
+            self._state = "certifying"
+        worker.open(count)
+        self._certify(worker, hello, again=self._cosine is not None)
+        self.streams = count
+        with self._lock:
+            self._breaker = self._breaker.recovered(time.monotonic())
+            self._state, self._reason = "serving", ""
+        self._settled.set()
+        log.info("%s serves after %.1f s of compiling, %d rows at once", self.name, hello.seconds, count)
+
+    def _start(self) -> WorkerProcess:
+        plan = self._plan
+        layout = Layout(shapes=plan.shapes, by_index=plan.spec.pooling.by_index, width=plan.spec.width, slots=self.most_streams)
+        self._restarts += 1
+        fault, self._next_fault = self._next_fault, Fault.NONE
+        return WorkerProcess(plan.target, plan.spec, layout, plan.properties, fault=fault, faults=plan.faults)
+
+    def _certify(self, worker: WorkerProcess, hello: Hello, *, again: bool) -> None:
+        """Golden texts in every shape. again: it has passed before, so wrong numbers now are a fault that may pass."""
+        least = self._plan.target.kind.least_cosine[self._plan.precision]
+        cosines: list[float] = []
+        for shape in self.shapes:
+            if again:
+                cosines.append(self._run_golden(worker, shape))
+                continue
+            subject = self._subject(shape, hello)
+            known = self._certificates.find(subject)
+            if known is not None and known.reason:
+                raise _Quarantined(f"{known.reason} (found before; `npu-proxy certify --device {self.name}` judges anew)")
+            verdict = self._judge(worker, subject, shape, least)
+            self._certificates.keep(verdict)
+            if verdict.reason:
+                raise _Quarantined(verdict.reason)
+            cosines.append(verdict.cosine)
+        self._cosine = min(cosines)
+
+    def _judge(self, worker: WorkerProcess, subject: Subject, shape: RowShape, least: float) -> Verdict:
+        def run(row: Pack) -> Output:
+            return worker.infer(row, math.inf, self._plan.limits.row)
+
+        def reference(row: Pack) -> Output:
+            self._references[shape] = (row, self._reference(row))
+            return self._references[shape][1]
+
+        return judge(subject, shape, self._golden, run, reference, least)
+
+    def _run_golden(self, worker: WorkerProcess, shape: RowShape) -> float:
+        row, reference = self._references[shape]
+        output = worker.infer(row, math.inf, self._plan.limits.row)
+        return compare(self.name, row, output, reference, self._plan.target.kind.least_cosine[self._plan.precision])
+
+    def _subject(self, shape: RowShape, hello: Hello) -> Subject:
+        return Subject(
+            fingerprint=self._plan.spec.fingerprint,
+            shape=f"{shape}x{shape.segments}",
+            target=self.name,
+            device=hello.device,
+            driver=hello.driver,
+            openvino=hello.openvino,
+            precision=self._plan.precision,
+        )
+
+    def _watch(self) -> None:
+        """Until the breaker opens or the device is closed: look at the process."""
+        while not self._stopping.is_set() and self._breaker.state is Circuit.CLOSED:
+            self._wake.wait(_LOOK_SECONDS)
+            self._wake.clear()
+            worker = self._worker
+            assert worker is not None
+            if (trouble := worker.trouble(self._plan.limits)) is not None:
+                self._failed(worker, trouble)
+
+    def _kill(self, reason: RowError | None) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill(reason)

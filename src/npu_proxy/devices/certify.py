@@ -1,0 +1,110 @@
+"""Certification: before a device may serve, golden texts must give the vectors that fp32 on the CPU gives.
+
+A clean compile is not a right answer (openvino issues 37264, 38100). Verdicts are kept, by everything that can change
+the answer: model fingerprint, row shape, device, driver, OpenVINO.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from npu_proxy.devices.base import check_vectors, texts_of
+from npu_proxy.devices.failure import Failure, RowError
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.types import Output, Pack
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """What a verdict is about."""
+
+    fingerprint: str
+    shape: str
+    target: str
+    device: str
+    driver: str
+    openvino: str
+    precision: str
+
+    @property
+    def key(self) -> str:
+        """The name of its verdict."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:24]
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found: the least cosine over the golden texts, and why it failed ('' when it passed)."""
+
+    subject: Subject
+    cosine: float
+    reason: str
+    unix: float
+
+
+class Certificates:
+    """Verdicts in a folder, a file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, subject: Subject) -> Verdict | None:
+        """The stored verdict, if there is a readable one."""
+        try:
+            return msgspec.json.decode((self._folder / f"{subject.key}.json").read_bytes(), type=Verdict)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def keep(self, verdict: Verdict) -> None:
+        """Store a verdict; a full disk costs only the next start's time."""
+        path = self._folder / f"{verdict.subject.key}.json"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(msgspec.json.encode(verdict))
+            partial.replace(path)
+        except OSError:
+            return
+
+    def forget(self, subject: Subject) -> None:
+        """Let the next start judge anew."""
+        (self._folder / f"{subject.key}.json").unlink(missing_ok=True)
+
+
+def least_cosine(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """The smallest cosine between rows of [n, width], in float64."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
+
+
+def compare(name: str, row: Pack, output: Output, reference: Output, least: float) -> float:
+    """The least cosine of a golden row against its reference. Raises RowError (NUMBERS) below ``least``."""
+    check_vectors(name, row, output.vectors)
+    cosine = least_cosine(texts_of(row, output.vectors), texts_of(row, reference.vectors))
+    if not cosine >= least:
+        raise RowError(Failure.NUMBERS, f"{name} answered golden texts at cosine {cosine:.6f} to the CPU; {least:g} is asked for")
+    return cosine
+
+
+def judge(
+    subject: Subject,
+    shape: RowShape,
+    golden: Callable[[RowShape], Pack],
+    run: Callable[[Pack], Output],
+    reference: Callable[[Pack], Output],
+    least: float,
+) -> Verdict:
+    """Run the golden row of a shape on device and reference. RowErrors other than wrong numbers are raised."""
+    row = golden(shape)
+    expected = reference(row)
+    try:
+        return Verdict(subject=subject, cosine=compare(subject.target, row, run(row), expected, least), reason="", unix=time.time())
+    except RowError as error:
+        if error.failure is not Failure.NUMBERS:
+            raise
+        return Verdict(subject=subject, cosine=0.0, reason=str(error), unix=time.time())

@@ -1,0 +1,104 @@
+"""From settings to the chain of devices that serves a model."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from npu_proxy.devices.accelerator import Accelerator, Plan
+from npu_proxy.devices.base import Device, GoldenRow
+from npu_proxy.devices.breaker import Policy
+from npu_proxy.devices.certify import Certificates
+from npu_proxy.devices.fallback import Fallback
+from npu_proxy.devices.kinds import TARGETS, Kind, chain
+from npu_proxy.devices.openvino import OpenVinoCpu, available_threads, row_shapes
+from npu_proxy.devices.process import Limits
+from npu_proxy.errors import UnavailableError
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.settings import Settings
+from npu_proxy.types import ModelSpec, Output, Pack
+
+
+def open_devices(settings: Settings, spec: ModelSpec, golden: GoldenRow, *, faults: bool = False) -> Fallback:
+    """The chain that the setting `device` names, its accelerators compiling in the background.
+
+    Returns once something can serve. Raises UnavailableError when nothing can and nothing is behind it, DeviceError and
+    ModelError when the model cannot be compiled. faults: see devices/faults.py.
+    """
+    names = chain(settings.device)[: None if settings.fallback == "on" else 1]
+    reference = _Reference(settings, spec)
+    certificates = Certificates(settings.store / "certificates")
+    accelerators = [
+        Accelerator(_plan(settings, spec, name, faults=faults), golden, reference, certificates) for name in names if name != "cpu"
+    ]
+    devices: list[Device] = [*accelerators]
+    try:
+        if "cpu" in names:
+            devices.append(reference.keep(golden))
+        elif not any(one.settle(2 * settings.compile_timeout) and one.ready for one in accelerators):
+            reasons = "; ".join(f"{one.name}: {one.reason}" for one in accelerators)
+            raise UnavailableError(f"no device can serve: {reasons}. Add `cpu` to `device`, or see `npu-proxy doctor`")
+    except BaseException:
+        for one in accelerators:
+            one.close()
+        raise
+    return Fallback(devices, hedge=settings.hedge, probe_every=settings.probe_interval)
+
+
+def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Plan:
+    target = TARGETS[name]
+    properties: dict[str, object] = {
+        "PERFORMANCE_HINT": settings.hint.upper(),
+        "INFERENCE_NUM_THREADS": settings.threads or available_threads(),
+    }
+    return Plan(
+        target=target,
+        spec=spec,
+        shapes=static_shapes(target.kind, spec, settings),
+        properties=properties,
+        limits=Limits(compile=settings.compile_timeout, row=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
+        streams=settings.requests,
+        policy=Policy(
+            failures=settings.breaker_failures,
+            window=settings.breaker_window,
+            first=settings.breaker_backoff,
+            longest=max(settings.breaker_backoff, settings.breaker_longest),
+        ),
+        faults=faults,
+    )
+
+
+def static_shapes(kind: Kind, spec: ModelSpec, settings: Settings) -> list[RowShape]:
+    """The few row shapes an accelerator compiles."""
+    return row_shapes(spec.max_length, settings.row_tokens, packed=settings.packing)
+
+
+@dataclass
+class _Reference:
+    """fp32 vectors from the CPU for certification: the chain's own CPU, or one made when it is needed."""
+
+    settings: Settings
+    spec: ModelSpec
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._device: OpenVinoCpu | None = None
+
+    def keep(self, golden: GoldenRow | None = None) -> OpenVinoCpu:
+        """The CPU device, compiled at the first call."""
+        with self._lock:
+            if self._device is None:
+                chosen = self.settings
+                self._device = OpenVinoCpu(
+                    self.spec,
+                    threads=chosen.threads,
+                    streams=chosen.streams,
+                    row_tokens=chosen.row_tokens,
+                    packed=chosen.packing,
+                    golden=golden,
+                )
+            return self._device
+
+    def __call__(self, row: Pack) -> Output:
+        """The row's vectors."""
+        return self.keep().infer(row)

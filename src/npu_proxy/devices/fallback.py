@@ -1,0 +1,158 @@
+"""The chain of devices, itself a Device: a row goes to the first that is ready, and on to the next when that one fails.
+
+Which device answered, and why it was not the first, stands in the Output. Nothing here knows OpenVINO.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+
+from npu_proxy.devices.base import Device, LateError, Report
+from npu_proxy.devices.failure import Failure, RowError
+from npu_proxy.errors import DeviceError, UnavailableError
+from npu_proxy.types import Output, Pack, Shaped
+
+_LATE_ROWS = 4
+"""A row that takes less than so many usual ones is slow, not late: starting it twice would only add to the load."""
+
+log = logging.getLogger("npu_proxy.devices")
+
+
+class Fallback:
+    """A Device over devices in order of preference."""
+
+    def __init__(self, devices: Sequence[Device], *, hedge: float = 0.0, probe_every: float = 30.0) -> None:
+        """hedge: seconds after which a row is also started on the next device, 0 for only when its time runs short.
+
+        probe_every: seconds between test inferences on each device, 0 for none.
+        """
+        self._devices = devices
+        self._hedge = hedge or math.inf
+        self._usual: dict[str, float] = {}
+        self.name = ",".join(device.name for device in devices)
+        self.kind = devices[0].kind
+        self.most_streams = max(device.most_streams for device in devices)
+        self._spare = ThreadPoolExecutor(2 * self.most_streams, "npu-proxy-late")
+        self._stopping = threading.Event()
+        self._prober = threading.Thread(target=self._probe, args=(probe_every,), name="npu-proxy-probe", daemon=True)
+        if probe_every:
+            self._prober.start()
+
+    # -- what the engine sees ------------------------------------------------------------------------------------
+
+    @property
+    def first(self) -> Device:
+        """The first device that is ready, or the first at all."""
+        return next((device for device in self._devices if device.ready), self._devices[0])
+
+    @property
+    def ready(self) -> bool:
+        """Whether any device is."""
+        return any(device.ready for device in self._devices)
+
+    @property
+    def streams(self) -> int:
+        """Those of the first device that is ready."""
+        return self.first.streams
+
+    @property
+    def shapes(self) -> Sequence[Shaped]:
+        """Those of the first device that is ready."""
+        return self.first.shapes
+
+    def infer(self, pack: Pack, late: float = math.inf) -> Output:
+        """The row's vectors from the first device that gives them. Raises the last device's error, or UnavailableError."""
+        reasons: list[str] = []
+        last: DeviceError | None = None
+        for number, device in enumerate(self._devices):
+            if not device.ready:
+                reasons.append(_why(device))
+                continue
+            rest = [other for other in self._devices[number + 1 :] if other.ready]
+            try:
+                output = self._hedged(device, rest, pack) if rest else device.infer(pack)
+            except DeviceError as error:
+                reasons.append(str(error))
+                last = error
+                continue
+            return replace(output, fallback="; ".join(reasons)) if reasons else output
+        if last is not None:
+            raise last
+        raise UnavailableError(f"no device is ready: {'; '.join(reasons)}")
+
+    def reports(self) -> Sequence[Report]:
+        """Every device's."""
+        return [report for device in self._devices for report in device.reports()]
+
+    def probe(self) -> None:
+        """A test inference on each device that is ready, all of them. Raises the first error."""
+        errors: list[DeviceError] = []
+        for device in self._devices:
+            try:
+                if device.ready:
+                    device.probe()
+            except DeviceError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def close(self) -> None:
+        """Close every device."""
+        self._stopping.set()
+        for device in self._devices:
+            device.close()
+        self._spare.shutdown(wait=True, cancel_futures=True)
+        if self._prober.is_alive():
+            self._prober.join(timeout=10)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _hedged(self, device: Device, rest: Sequence[Device], pack: Pack) -> Output:
+        """The row on ``device``; once it is late also on the next one, and the first answer counts."""
+        usual = self._usual.get(device.name, 0.0)
+        try:
+            output = device.infer(pack, min(self._hedge, max(_LATE_ROWS * usual, _patience(pack))))
+            self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
+            return output
+        except LateError as error:
+            slow = self._spare.submit(error.pending)
+            reason = str(error)
+        other = self._spare.submit(self._other, rest, pack, reason)
+        runs: set[Future[Output]] = {slow, other}
+        while runs:
+            done, runs = wait(runs, return_when=FIRST_COMPLETED)
+            for run in done:
+                if run.exception() is None:
+                    return run.result()
+        failed = slow.exception()
+        raise failed if isinstance(failed, DeviceError) else RowError(Failure.ERROR, reason)
+
+    def _other(self, rest: Sequence[Device], pack: Pack, reason: str) -> Output:
+        return replace(rest[0].infer(pack), fallback=reason)
+
+    def _probe(self, every: float) -> None:
+        """A test inference on each device, every so many seconds."""
+        while not self._stopping.wait(every):
+            try:
+                self.probe()
+            except DeviceError as error:
+                log.warning("probe: %s", error)
+            except Exception:  # the thread must go on
+                log.exception("probe: unexpected error")
+
+
+def _patience(pack: Pack) -> float:
+    """Half of the time that is left until the first deadline in the row: then there is still time for another device."""
+    deadlines = [job.deadline for job in pack.jobs]
+    return max(0.05, (min(deadlines) - time.monotonic()) / 2) if deadlines else math.inf
+
+
+def _why(device: Device) -> str:
+    report = device.reports()[0]
+    return f"{device.name} is {report.state}" + (f": {report.reason}" if report.reason else "")

@@ -1,0 +1,118 @@
+"""Which devices there are: the rules of a kind (shapes, isolation, precision, exactness) apart from OpenVINO's own name for it.
+
+A kind is what the code obeys; so `npu-sim`, which is kind npu over the CPU plugin, runs the very code of an NPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from npu_proxy.errors import SettingsError
+from npu_proxy.graph.packed import CPU, NATIVE, Style
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """The rules of a kind.
+
+    isolated: it runs in a process of its own, because its driver can hang or crash. static: it takes static shapes only,
+    one compiled graph a shape. least_cosine: what certification asks for against fp32 on the CPU, by precision.
+    """
+
+    name: str
+    isolated: bool
+    static: bool
+    style: Style
+    least_cosine: Mapping[str, float]
+
+
+_CPU = Kind(name="cpu", isolated=False, static=False, style=CPU, least_cosine={"fp32": 0.99999, "fp16": 0.999, "int8": 0.98})
+_ACCELERATED: Mapping[str, float] = {"fp32": 0.999, "fp16": 0.999, "int8": 0.98}  # they compute in fp16 whatever is stored
+_GPU = Kind(name="gpu", isolated=True, static=True, style=NATIVE, least_cosine=_ACCELERATED)
+_NPU = Kind(name="npu", isolated=True, static=True, style=NATIVE, least_cosine=_ACCELERATED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A device as users name it: its kind, OpenVINO's name for it, and where this system shows that it is there.
+
+    nodes: glob patterns of device files (Linux), any of which must exist; none: no such sign, ask OpenVINO.
+    plugin: a plugin library to register under ``openvino`` first. properties: asked for where the plugin lists them.
+    """
+
+    name: str
+    kind: Kind
+    openvino: str
+    nodes: tuple[str, ...] = ()
+    plugin: str = ""
+    properties: Mapping[str, object] = field(default_factory=dict[str, object])
+    cure: str = ""
+
+    def missing(self) -> str:
+        """Why this system cannot have the device, or ''. Costs a look at the file system only."""
+        if not self.nodes or not sys.platform.startswith("linux") or any(any(Path("/").glob(node)) for node in self.nodes):
+            return ""
+        return f"there is no /{self.nodes[0]}; {self.cure}"
+
+
+_FP32_CPU = {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
+TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target(name="cpu", kind=_CPU, openvino="CPU", properties=_FP32_CPU),
+        Target(
+            name="gpu",
+            kind=_GPU,
+            openvino="GPU",
+            nodes=("dev/dri/renderD*",),
+            cure="no graphics driver is loaded",
+        ),
+        Target(
+            name="npu",
+            kind=_NPU,
+            openvino="NPU",
+            nodes=("dev/accel/accel*",),
+            cure="load the driver with `modprobe intel_vpu`; `npu-proxy doctor` says more",
+        ),
+        Target(
+            name="npu-sim",
+            kind=_NPU,
+            openvino="NPUSIM_CPU",  # the plugin insists on CPU in the name
+            plugin="openvino_intel_cpu_plugin",
+            properties=_FP32_CPU,
+        ),
+    )
+}
+"""Devices by the names of the setting `device`."""
+
+AUTO = ("npu", "gpu", "cpu")
+"""The chain of `auto`."""
+
+ALONE = ("debug", "onnx")
+"""Devices that are never part of a chain: other vectors, or another copy of the model."""
+
+
+def chain(device: str) -> list[str]:
+    """The devices that the setting `device` means, in order. Raises SettingsError naming what is wrong."""
+    names = [name.strip().lower() for name in device.split(",") if name.strip()]
+    if names == ["auto"]:
+        return [name for name in AUTO if not TARGETS[name].missing()]
+    known = ("auto", *TARGETS, *ALONE)
+    for name in names:
+        if name not in known:
+            raise SettingsError(f"`device` names `{name}`; known: {', '.join(known)}", param="device")
+        if name in ("auto", *ALONE) and len(names) > 1:
+            raise SettingsError(f"`device` names `{name}` in a chain; it can only stand alone", param="device")
+    if not names or len(set(names)) < len(names):
+        raise SettingsError("`device` must name each device once, such as `npu,gpu,cpu`", param="device")
+    if "cpu" in names[:-1]:
+        raise SettingsError("`device` names devices behind `cpu`, which always answers; put it last", param="device")
+    return names
+
+
+def supported(wanted: Mapping[str, object], listed: Collection[str]) -> dict[str, object]:
+    """The properties a plugin lists: an unknown one would raise."""
+    return {name: value for name, value in wanted.items() if name in listed}

@@ -1,0 +1,244 @@
+"""The owner's side of a worker process: start it, hand rows to its slots, see that it lives, kill it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from npu_proxy.devices.arena import OUTPUT, Arena, Layout
+from npu_proxy.devices.base import LateError
+from npu_proxy.devices.failure import Failure, RowError, classify
+from npu_proxy.devices.faults import Fault
+from npu_proxy.devices.kinds import Target
+from npu_proxy.devices.worker import ANSWER, ASK, Hello, WorkerJob, receive
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.types import ModelSpec, Output, Pack
+
+_SEND_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Seconds: until a model is compiled, until a row is done, between two heartbeats."""
+
+    compile: float
+    row: float
+    heartbeat: float
+
+
+class Slot:
+    """One row at a time: its part of the shared memory, and the socket that says "there is a row"."""
+
+    def __init__(self, name: str, number: int, arena: Arena, layout: Layout) -> None:
+        self._name = name
+        self.mine, self.theirs = socket.socketpair()
+        self.since = 0.0
+        """When the row under way was sent, time.monotonic(); 0 while there is none."""
+        self.ended = RowError(Failure.CRASH, f"the worker process of {name} died")
+        """What a row gets when the worker goes away under it."""
+        self._row = 0
+        self._index = {shape: index for index, shape in enumerate(layout.shapes)}
+        self._views: dict[RowShape, Mapping[str, npt.NDArray[Any]]] = {shape: arena.views(number, shape) for shape in layout.shapes}
+
+    def begin(self, pack: Pack) -> None:
+        """Put a row in. Raises RowError when the worker is gone."""
+        shape = pack.shape
+        assert isinstance(shape, RowShape)
+        views = self._views[shape]
+        for name, array in pack.inputs.items():
+            np.copyto(views[name], array)
+        self._row += 1
+        self.since = time.monotonic()
+        self.mine.settimeout(_SEND_SECONDS)
+        try:
+            self.mine.sendall(ASK.pack(self._row, self._index[shape]))
+        except OSError as error:
+            self._gone(error)
+
+    def wait(self, pack: Pack, seconds: float) -> Output | None:
+        """The row's vectors, or None when they are not there after ``seconds``. Raises RowError."""
+        self.mine.settimeout(max(0.001, seconds))
+        text = ""
+        try:
+            answer = receive(self.mine, ANSWER.size)
+            if len(answer) < ANSWER.size:
+                self._gone(None)
+            row, took, length = ANSWER.unpack(answer)
+            if length:
+                text = receive(self.mine, length).decode(errors="replace")
+        except TimeoutError:
+            return None
+        except OSError as error:
+            self._gone(error)
+        assert row == self._row, "a slot has one row at a time"
+        self.since = 0.0
+        if text:
+            raise RowError(classify(text), f"{self._name} failed: {text}")
+        shape = pack.shape
+        assert isinstance(shape, RowShape)
+        return Output(self._views[shape][OUTPUT].copy(), self._name, took)
+
+    def _gone(self, error: OSError | None) -> NoReturn:
+        self.since = 0.0
+        raise RowError(self.ended.failure, str(self.ended)) from error
+
+    def cut(self, reason: RowError | None) -> None:
+        """Wake whoever waits here, with the reason."""
+        self.ended = reason or self.ended
+        try:
+            self.mine.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other side was first
+            return
+
+
+class WorkerProcess:
+    """A worker and all that belongs to it. The thread that makes it must outlive it (Linux ends it with that thread)."""
+
+    def __init__(
+        self, target: Target, spec: ModelSpec, layout: Layout, properties: Mapping[str, object], *, fault: Fault, faults: bool
+    ) -> None:
+        """Start the process; ``hello`` waits until it has compiled."""
+        self._arena = Arena(layout)
+        self._arena.control[1] = fault
+        self._control, control = socket.socketpair()
+        self.slots = [Slot(target.name, number, self._arena, layout) for number in range(layout.slots)]
+        self.free: queue.LifoQueue[Slot | None] = queue.LifoQueue()
+        theirs = [control, *(slot.theirs for slot in self.slots)]
+        command = [sys.executable, "-m", "npu_proxy.devices.worker"]
+        inherit = {} if sys.platform == "win32" else {"pass_fds": [self._arena.handle, *(end.fileno() for end in theirs)]}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **inherit)  # noqa: S603  # type: ignore[call-overload]
+        self._beats = (0, time.monotonic())
+        self._opened = 0
+        job = WorkerJob(
+            target=target,
+            spec=spec,
+            layout=layout,
+            properties=properties,
+            faults=faults,
+            arena=self._arena.handle,
+            sockets=[_shared(end, self.process.pid) for end in theirs],
+            owner=os.getpid(),
+        )
+        assert self.process.stdin is not None
+        with suppress(OSError):  # it died already; hello() says so
+            pickle.dump(job, self.process.stdin)
+            self.process.stdin.flush()
+        for end in theirs:
+            end.close()
+
+    def hello(self, seconds: float) -> Hello:
+        """What the worker says after compiling. Raises RowError when it fails, dies, or takes longer than ``seconds``."""
+        self._control.settimeout(seconds)
+        try:
+            head = receive(self._control, 4)
+            content = receive(self._control, struct.unpack("<I", head)[0]) if len(head) == 4 else b""
+        except TimeoutError:
+            raise RowError(Failure.COMPILE, f"compiling took longer than {seconds:g} seconds; see `compile_timeout`") from None
+        except OSError:
+            content = b""
+        if not content:
+            raise RowError(Failure.CRASH, f"the worker process died while compiling (exit code {self.process.poll()})")
+        hello = msgspec.json.decode(content, type=Hello)
+        if hello.failure:
+            raise RowError(Failure(hello.failure), hello.error)
+        return hello
+
+    def open(self, count: int) -> None:
+        """Let rows in, ``count`` at a time."""
+        for slot in self.slots[:count]:
+            self.free.put(slot)
+        self._opened = count
+        self._beats = (int(self._arena.control[0]), time.monotonic())
+
+    def recompile(self) -> None:
+        """Ask the worker to drop everything and compile again; ``hello`` waits for it."""
+        with suppress(OSError):  # it is dead; hello() says so
+            self._control.sendall(b"c")
+
+    def infer(self, pack: Pack, late: float, limit: float) -> Output:
+        """Run a row. Raises LateError after ``late`` seconds, RowError for what went wrong, BUSY where no slot came free."""
+        try:
+            slot = self.free.get(timeout=limit)
+        except queue.Empty:
+            raise RowError(Failure.BUSY, "no slot came free in time") from None
+        if slot is None:
+            self.free.put(None)
+            raise RowError(Failure.CRASH, "the worker process has ended")
+        try:
+            slot.begin(pack)
+            output = slot.wait(pack, min(late, limit))
+        except RowError:
+            self.free.put(slot)
+            raise
+        if output is None:
+            raise LateError(f"a row was not done after {min(late, limit):.3g} seconds", lambda: self._resume(slot, pack, limit))
+        self.free.put(slot)
+        return output
+
+    def _resume(self, slot: Slot, pack: Pack, limit: float) -> Output:
+        """Wait for a late row; at its limit the owner kills the worker, which ends this wait as well."""
+        try:
+            output = slot.wait(pack, 2 * limit)
+        finally:
+            self.free.put(slot)
+        if output is None:
+            raise RowError(Failure.HANG, f"a row was not done after {limit:g} seconds")
+        return output
+
+    def trouble(self, limits: Limits) -> RowError | None:
+        """What is wrong with the process: dead, no heartbeat, a row overdue. A look, no wait."""
+        now = time.monotonic()
+        if (code := self.process.poll()) is not None:
+            return RowError(Failure.CRASH, f"the worker process died ({_exit_words(code)})")
+        beat = int(self._arena.control[0])
+        if beat != self._beats[0]:
+            self._beats = (beat, now)
+        elif now - self._beats[1] > limits.heartbeat:
+            return RowError(Failure.HANG, f"the worker process gave no sign of life for {limits.heartbeat:g} seconds")
+        if any(slot.since and now - slot.since > limits.row for slot in self.slots):
+            return RowError(Failure.HANG, f"a row was not done after {limits.row:g} seconds")
+        return None
+
+    def inject(self, fault: Fault) -> None:
+        """Let a fault happen, where the worker was made with ``faults``."""
+        self._arena.control[1] = fault
+
+    def kill(self, reason: RowError | None = None) -> None:
+        """End the process, at once and for certain; those who wait for its rows get ``reason``."""
+        self.process.kill()
+        for slot in self.slots:
+            slot.cut(reason)
+        self.process.wait(timeout=_SEND_SECONDS)
+        for _ in range(self._opened):  # who waited has been woken and brings its slot back
+            self.free.get(timeout=_SEND_SECONDS)
+        self.free.put(None)
+        for slot in self.slots:
+            slot.mine.close()
+        if self.process.stdin is not None:
+            with suppress(OSError):  # what could not be written when the worker died early
+                self.process.stdin.close()
+        self._control.close()
+        self._arena.close()
+
+
+def _shared(end: socket.socket, process: int) -> int | bytes:
+    return end.share(process) if sys.platform == "win32" else end.fileno()
+
+
+def _exit_words(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

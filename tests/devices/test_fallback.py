@@ -1,0 +1,119 @@
+"""The chain over fake devices: order, reasons, lateness, and that the last device's word is final."""
+
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from npu_proxy import DeviceError, SettingsError, UnavailableError
+from npu_proxy.devices.base import LateError
+from npu_proxy.devices.fake import FakeDevice, fail
+from npu_proxy.devices.fallback import Fallback
+from npu_proxy.devices.kinds import TARGETS, chain, supported
+from npu_proxy.graph.packed import RowShape
+from npu_proxy.types import Encoding, Job, Lane, Pack, Slot
+
+SHAPE = RowShape(bins=1, positions=8, segments=1)
+
+
+def row(ids: int = 3) -> Pack:
+    job = Job(encoding=Encoding(np.arange(1, ids + 1, dtype=np.int32), truncated=False), lane=Lane.BULK, queued_at=0, waiters=[])
+    arrays = {"input_ids": np.zeros((1, 8), np.int32), "segment_ids": np.full((1, 8), -1, np.int32)}
+    arrays["input_ids"][0, :ids], arrays["segment_ids"][0, :ids] = job.encoding.ids, 0
+    pack = Pack([job], [Slot(0, 0)], SHAPE, arrays)
+    job.waiters.append((_Ticket(), 0))
+    return pack
+
+
+class _Ticket:
+    deadline = time.monotonic() + 3600
+
+
+class Late(FakeDevice):
+    """Late in every row; what it was late with comes after ``seconds``, or fails."""
+
+    def __init__(self, seconds: float, *, fails: bool = False) -> None:
+        super().__init__(name="late")
+        self._late, self._fails = seconds, fails
+
+    def infer(self, pack: Pack, late: float = math.inf):
+        def pending():
+            threading.Event().wait(self._late)
+            if self._fails:
+                raise DeviceError("it never came")
+            return super(Late, self).infer(pack)
+
+        raise LateError("late", pending)
+
+
+def test_the_first_that_is_ready_answers_and_the_reason_is_told() -> None:
+    first, second = FakeDevice(name="one", script=fail("broken")), FakeDevice(name="two")
+    with_reason = Fallback([first, second], probe_every=0).infer(row())
+    assert (with_reason.device, with_reason.fallback) == ("two", "broken")
+    first.ready = False
+    assert "one is serving" in Fallback([first, second], probe_every=0).infer(row()).fallback
+    alone = Fallback([second], probe_every=0).infer(row())
+    assert (alone.device, alone.fallback) == ("two", "")
+
+
+def test_shapes_and_streams_are_those_of_whoever_would_answer() -> None:
+    first, second = FakeDevice(name="one", streams=8), FakeDevice(name="two", streams=2, shapes=[SHAPE])
+    chain = Fallback([first, second], probe_every=0)
+    assert (chain.streams, chain.most_streams) == (8, 8)
+    first.ready = False
+    assert (chain.streams, chain.most_streams, chain.shapes) == (2, 8, [SHAPE])
+    assert chain.ready
+    second.ready = False
+    assert not chain.ready
+    with pytest.raises(UnavailableError, match="one is serving; two is serving"):
+        chain.infer(row())
+
+
+def test_the_last_error_stands_when_all_fail() -> None:
+    with pytest.raises(DeviceError, match="second"):
+        Fallback([FakeDevice(script=fail("first")), FakeDevice(script=fail("second"))], probe_every=0).infer(row())
+
+
+def test_a_late_row_is_started_on_the_next_device_and_the_first_answer_counts() -> None:
+    chain = Fallback([Late(0.3), FakeDevice(name="two")], hedge=0.01, probe_every=0)
+    output = chain.infer(row())
+    assert (output.device, output.fallback) == ("two", "late")
+    chain = Fallback([Late(0.01), FakeDevice(name="two", seconds=0.3)], hedge=0.01, probe_every=0)
+    assert chain.infer(row()).device == "late"
+    chain = Fallback([Late(0.01), FakeDevice(name="two", script=fail())], hedge=0.01, probe_every=0)
+    assert chain.infer(row()).device == "late"
+    chain = Fallback([Late(0.0, fails=True), FakeDevice(name="two", seconds=0.1)], hedge=0.01, probe_every=0)
+    assert chain.infer(row()).device == "two"
+    with pytest.raises(DeviceError, match="scripted failure"):
+        Fallback([Late(0.0, fails=True), FakeDevice(name="two", script=fail())], hedge=0.01, probe_every=0).infer(row())
+    chain.close()
+    assert chain._devices[1].closed
+
+
+def test_a_chain_is_read_and_what_is_wrong_with_it_is_named() -> None:
+    assert chain("npu, GPU,cpu") == ["npu", "gpu", "cpu"]
+    assert chain("auto")[-1] == "cpu"
+    for wrong, words in {
+        "toaster": "names `toaster`",
+        "cpu,npu": "behind `cpu`",
+        "npu,npu": "each device once",
+        "": "each device once",
+        "npu,debug": "only stand alone",
+        "auto,cpu": "only stand alone",
+    }.items():
+        with pytest.raises(SettingsError, match=words):
+            chain(wrong)
+
+
+def test_only_properties_that_a_plugin_lists_are_set() -> None:
+    assert supported({"PERFORMANCE_HINT": "LATENCY", "NPU_TURBO": True}, {"PERFORMANCE_HINT": "RW"}) == {
+        "PERFORMANCE_HINT": "LATENCY"
+    }
+
+
+def test_npu_sim_has_the_rules_of_an_npu() -> None:
+    assert TARGETS["npu-sim"].kind is TARGETS["npu"].kind
+    assert TARGETS["npu"].kind.static
+    assert TARGETS["npu"].kind.isolated

@@ -1,0 +1,78 @@
+"""The faults, each as a function of a running load that returns when the fault is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+from load import Load, accelerator
+
+from npu_proxy import Engine
+from npu_proxy.devices.faults import Fault
+
+
+def pid(engine: Engine) -> int:
+    found = accelerator(engine).reports()[0].worker_pid
+    assert found is not None
+    return found
+
+
+def killed_ten_times(engine: Engine, load: Load) -> None:
+    for _ in range(10):
+        load.wait_back()
+        load.wait_for(200)
+        os.kill(pid(engine), signal.SIGKILL)
+        load.wait_down()
+
+
+def stopped(engine: Engine, load: Load) -> None:
+    os.kill(pid(engine), signal.SIGSTOP)
+    load.wait_down()
+
+
+def injected(*faults: Fault) -> Callable[[Engine, Load], None]:
+    def case(engine: Engine, load: Load) -> None:
+        for fault in faults:
+            accelerator(engine).inject(fault)
+            if fault not in (Fault.COMPILE_FAIL, Fault.COMPILE_HANG):
+                load.wait_down()
+
+    return case
+
+
+def three_errors(engine: Engine, load: Load) -> None:
+    for _ in range(3):
+        accelerator(engine).inject(Fault.ERROR)
+        load.wait_for(100)
+
+
+def broken_compiler(fault: Fault) -> Callable[[Engine, Load], None]:
+    """The worker dies, and compiling the model again goes wrong as well, once."""
+
+    def case(engine: Engine, load: Load) -> None:
+        accelerator(engine).inject(fault)  # strikes at the next compilation
+        os.kill(pid(engine), signal.SIGKILL)
+        load.wait_down()
+
+    return case
+
+
+def slow_first(engine: Engine, load: Load) -> None:
+    """The first inference of a new worker takes three seconds."""
+    accelerator(engine).inject(Fault.SLOW)
+    load.wait_for(2000)
+
+
+CASES: dict[str, Callable[[Engine, Load], None]] = {
+    "killed ten times": killed_ten_times,
+    "stopped (SIGSTOP)": stopped,
+    "native crash": injected(Fault.CRASH),
+    "hangs in the row": injected(Fault.HANG),
+    "NaN": injected(Fault.NAN),
+    "device lost": injected(Fault.LOST),
+    "three errors": three_errors,
+    "compiler fails": broken_compiler(Fault.COMPILE_FAIL),
+    "compiler hangs": broken_compiler(Fault.COMPILE_HANG),
+    "slow first inference": slow_first,
+}

@@ -1,0 +1,188 @@
+"""Every fault under a thousand concurrent requests: each answered once, rightly, in time, by the device the result names."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import CASES
+from load import Load, accelerator, expected_vectors, faulty_engine, texts
+
+from conftest import golden
+from npu_proxy import EmbedRequest, Engine, Settings, UnavailableError
+from npu_proxy.devices.faults import Fault
+
+QUICK = {
+    "heartbeat_timeout": 1.0,
+    "row_timeout": 2.0,
+    "compile_timeout": 20.0,
+    "breaker_longest": 1.0,
+    "breaker_backoff": 0.1,
+    "probe_interval": 0.0,
+    "cache_mb": 0,
+}
+MODEL = str(golden("mean")[0])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def expected(store: Path) -> dict[str, np.ndarray]:
+    return expected_vectors(MODEL, store, texts(2000))
+
+
+@pytest.fixture
+def engine(store: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    running = faulty_engine(model=MODEL, store=store, **(QUICK | getattr(request, "param", {})))
+    yield running
+    running.stop(0)
+
+
+def ask(engine: Engine, text: str = "the cat sleeps"):
+    return engine.submit(EmbedRequest(texts=[text])).result(timeout=40)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fault_loses_nothing_and_the_device_comes_back(name: str, engine: Engine, expected: dict[str, np.ndarray]) -> None:
+    load = Load(engine, expected)
+    load.wait_for(300)
+    CASES[name](engine, load)
+    assert load.wait_back(60) < 60
+    load.wait_for(1500)
+    figures = load.finish()
+    assert (figures.wrong, figures.twice, figures.lost) == (0, 0, 0), figures
+    assert figures.right + figures.errors.total() == figures.requests
+    assert not figures.errors, figures.reasons
+    assert figures.late <= 1
+    # The device that the results name is the one that the metrics count.
+    assert set(figures.devices) == {"npu-sim", "cpu"}
+    executed = engine.stats().counters.executed
+    assert executed["npu-sim"] >= figures.devices["npu-sim"] > 0
+    assert executed["cpu"] >= figures.devices["cpu"] > 0
+    assert engine.stats().counters.fallbacks["cpu"] == executed["cpu"]
+    assert ask(engine).device == "npu-sim"
+
+
+def test_wrong_vectors_are_found_by_the_probe(engine: Engine) -> None:
+    from npu_proxy import DeviceError
+
+    assert ask(engine).device == "npu-sim"
+    accelerator(engine).inject(Fault.WRONG)
+    with pytest.raises(DeviceError, match="cosine"):
+        engine.device.probe()
+    result = ask(engine)
+    assert result.device == "cpu"
+    assert "cosine" in result.fallback
+    accelerator(engine).inject(Fault.NONE)
+
+
+def test_a_device_that_never_was_right_is_quarantined_and_stays_so(tmp_path: Path) -> None:
+    settings = QUICK | {"model": MODEL, "store": tmp_path}
+    import load as loads
+
+    def wrong(settings: Settings):
+        parts = loads._parts(settings)
+        parts.device._devices[0].inject(Fault.WRONG)
+        return parts
+
+    for faulty in (True, False):  # the second time nothing is wrong, but the verdict is known
+        engine = Engine(settings=Settings(device="npu-sim,cpu", **settings), parts=wrong if faulty else loads._parts).start()
+        try:
+            assert accelerator(engine).settle(30)
+            report = engine.device.reports()[0]
+            assert report.state == "quarantined"
+            assert "cosine" in report.reason
+            result = ask(engine)
+            assert result.device == "cpu"
+            assert "quarantined" in result.fallback
+        finally:
+            engine.stop(0)
+
+
+@pytest.mark.parametrize("engine", [{"fallback": "off"}], indirect=True)
+def test_without_fallback_there_is_a_clear_error_and_then_an_answer_again(engine: Engine) -> None:
+    assert [report.name for report in engine.device.reports()] == ["npu-sim"]
+    accelerator(engine).inject(Fault.LOST)
+    error = ask(engine).errors[0]
+    assert error is not None
+    assert "DEVICE_LOST" in str(error)
+    end = time.monotonic() + 30
+    while (error := (result := ask(engine)).errors[0]) is not None and time.monotonic() < end:
+        assert isinstance(error, UnavailableError)
+        assert "recovering" in str(error)
+        threading.Event().wait(0.05)
+    assert result.device == "npu-sim"
+
+
+@pytest.mark.parametrize("engine", [{"hedge": 0.2, "row_timeout": 20.0}], indirect=True)
+def test_a_late_row_is_answered_by_the_next_device_first(engine: Engine) -> None:
+    assert ask(engine).device == "npu-sim"
+    accelerator(engine).inject(Fault.SLOW)
+    start = time.monotonic()
+    result = ask(engine, "a text of its own")
+    assert result.device == "cpu"
+    assert "not done after" in result.fallback
+    assert time.monotonic() - start < 2.5
+    assert accelerator(engine).ready
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from npu_proxy import Engine, Settings
+engine = Engine(settings=Settings(model=sys.argv[1], store=Path(sys.argv[2]), device="npu-sim,cpu")).start()
+engine.device._devices[0].settle(60)
+print("pid", engine.device.reports()[0].worker_pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    """Whether a process has ended (a zombie has) within some time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state in "ZX":
+            return True
+        threading.Event().wait(0.05)
+    return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("stop_worker", [False, True])
+def test_killing_the_owner_leaves_no_worker_and_no_memory(store: Path, stop_worker: bool) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    command = [sys.executable, "-c", OWNER, MODEL, str(store)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        found = re.match(r"pid (\d+)", owner.stdout.readline())
+        assert found is not None
+        worker = int(found[1])
+        if stop_worker:
+            os.kill(worker, signal.SIGSTOP)
+        owner.kill()
+        assert gone(worker)
+    assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_stopping_the_engine_ends_the_worker(store: Path) -> None:
+    engine = faulty_engine(model=MODEL, store=store, **QUICK)
+    worker = engine.device.reports()[0].worker_pid
+    assert worker is not None
+    device = engine.device
+    engine.stop()
+    assert gone(worker)
+    assert device.reports()[0].state == "stopped"
