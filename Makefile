@@ -57,6 +57,10 @@ quality: $(VENV)/.bench weights  ## STS-B and SciFact figures of the default mod
 bench: $(VENV)/.bench weights  ## throughput, latency, memory and start against peers, into bench/results/
 	$(BIN)/python bench/run.py --data $(DATA)
 
+npu-compile: weights  ## compile every graph with the vendor's NPU compiler (Debian, root: installs Wine), into tools/npu-compile/results/
+	PYTHON=$(abspath $(BIN)/python) tools/npu-compile/build.sh
+	$(BIN)/python tools/npu-compile/table.py --data $(DATA)
+
 golden:  ## make the golden models of tests/golden again (installs torch and transformers in .venv-golden)
 	$(PYTHON) -m venv .venv-golden
 	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers

@@ -229,7 +229,10 @@ class Slot:
 
 
 class Shaped(Protocol):
-    """What packing must know of a row's shape (graph.packed.RowShape is one)."""
+    """What packing must know of a row's shape (graph.packed.RowShape is one).
+
+    work: what one inference costs, in any unit that is the same for all shapes of a device.
+    """
 
     @property
     def bins(self) -> int: ...
@@ -237,6 +240,8 @@ class Shaped(Protocol):
     def positions(self) -> int: ...
     @property
     def segments(self) -> int: ...
+    @property
+    def work(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

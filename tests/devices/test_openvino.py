@@ -4,20 +4,11 @@ import numpy as np
 import pytest
 
 from conftest import golden
-from npu_proxy.devices.openvino import OpenVinoCpu, available_threads, row_shapes
+from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
 from npu_proxy.errors import DeviceError
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.models.layout import read_spec
 from npu_proxy.types import Pack
-
-
-@pytest.mark.parametrize(("limit", "longest"), [(256, 256), (512, 512), (128, 128), (100, 128), (8192, 8192)])
-def test_shapes_hold_every_text_and_are_few(limit: int, longest: int) -> None:
-    shapes = row_shapes(limit, 512, packed=True)
-    assert max(shape.positions for shape in shapes) == longest
-    assert len(shapes) <= 12
-    assert len(set(shapes)) == len(shapes)
-    assert all(shape.segments == 1 for shape in row_shapes(limit, 512, packed=False))
 
 
 def test_threads_are_those_this_process_may_use() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_proxy.engine.packing import Plan, cost, fill_bins, pack, plan_row
+from npu_proxy.engine.packing import Plan, fill_bins, pack, plan_row
 from npu_proxy.graph.heads import fill_pool
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import Encoding, Job, Lane, Pooling
@@ -83,11 +83,6 @@ def test_a_deep_queue_fills_rows() -> None:
         positions += plan.shape.bins * plan.shape.positions
         waiting = [n for i, n in enumerate(window) if i not in gone] + waiting[512:]
     assert positions / (tokens - sum(waiting)) < 1.06
-
-
-def test_longer_bins_cost_more_a_token() -> None:
-    short, long = RowShape(bins=8, positions=64, segments=8), RowShape(bins=2, positions=256, segments=32)
-    assert cost(short) < cost(long)
 
 
 def test_a_text_longer_than_every_row_is_refused() -> None:

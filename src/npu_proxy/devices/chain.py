@@ -10,11 +10,11 @@ from npu_proxy.devices.base import Device, GoldenRow
 from npu_proxy.devices.breaker import Policy
 from npu_proxy.devices.certify import Certificates
 from npu_proxy.devices.fallback import Fallback
-from npu_proxy.devices.kinds import TARGETS, Kind, chain
-from npu_proxy.devices.openvino import OpenVinoCpu, available_threads, row_shapes
+from npu_proxy.devices.kinds import TARGETS, chain
+from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
 from npu_proxy.devices.process import Limits
+from npu_proxy.devices.shapes import static_shapes
 from npu_proxy.errors import UnavailableError
-from npu_proxy.graph.packed import RowShape
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec, Output, Pack
 
@@ -54,7 +54,7 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Pl
     return Plan(
         target=target,
         spec=spec,
-        shapes=static_shapes(target.kind, spec, settings),
+        shapes=static_shapes(spec.max_length, settings.row_tokens, packed=settings.packing),
         properties=properties,
         limits=Limits(compile=settings.compile_timeout, row=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
         streams=settings.requests,
@@ -66,11 +66,6 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Pl
         ),
         faults=faults,
     )
-
-
-def static_shapes(kind: Kind, spec: ModelSpec, settings: Settings) -> list[RowShape]:
-    """The few row shapes an accelerator compiles."""
-    return row_shapes(spec.max_length, settings.row_tokens, packed=settings.packing)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from npu_proxy.devices.base import GoldenRow, Report, check_vectors
 from npu_proxy.devices.failure import Failure, RowError, first_line
 from npu_proxy.devices.faults import with_faults
 from npu_proxy.devices.kinds import Target, supported
+from npu_proxy.devices.shapes import dynamic_shapes
 from npu_proxy.errors import DeviceError
 from npu_proxy.graph.build import build, family
 from npu_proxy.graph.packed import CPU, Form, RowShape
@@ -26,26 +27,6 @@ from npu_proxy.types import ModelSpec, Output, Pack
 
 ROOM_SECONDS = 60.0
 """How long a row waits for a free infer request; as long as a row can take on a slow machine."""
-SHORTEST_BIN = 32
-"""Bins double from here until one holds the model's longest text; short bins spend less on attention."""
-SHORTEST_IN_FULL_ROW = 64
-"""Shorter bins are for a few short texts alone: in a full row they would leave too much of themselves empty."""
-
-
-def row_shapes(max_length: int, row_tokens: int, *, packed: bool) -> list[RowShape]:
-    """The rows of a device: for a deep queue rows of ``row_tokens`` in bins of each length, for a shallow one single bins.
-
-    packed: whether a bin takes several texts. A text longer than ``row_tokens`` is a single bin.
-    """
-    lengths = [SHORTEST_BIN]
-    while lengths[-1] < max_length:
-        lengths.append(2 * lengths[-1])
-    full = [(row_tokens // length, length) for length in lengths if length >= SHORTEST_IN_FULL_ROW and row_tokens % length == 0]
-    bins = [*full, *((1, length) for length in lengths)]
-    return [
-        RowShape(bins=count, positions=length, segments=max(1, length // 8) if packed else 1)
-        for count, length in dict.fromkeys(bins)
-    ]
 
 
 def available_threads() -> int:
@@ -116,7 +97,7 @@ class OpenVinoCpu:
         """threads: 0 takes what affinity and cgroup allow. streams: rows at once, 0 is one a thread."""
         self._threads = threads or available_threads()
         self.streams = self.most_streams = streams or self._threads
-        self.shapes: Sequence[RowShape] = row_shapes(spec.max_length, row_tokens, packed=packed)
+        self.shapes: Sequence[RowShape] = dynamic_shapes(spec.max_length, row_tokens, packed=packed)
         self._row_tokens = row_tokens
         self._golden = golden
         self._failing = ""

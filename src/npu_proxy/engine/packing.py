@@ -19,11 +19,6 @@ from npu_proxy.types import Job, Pack, Shaped, Slot
 PoolFiller = Callable[[npt.NDArray[Any], int, int, int], None]
 """graph.heads.fill_pool with the pooling bound: (pool of one bin, segment, start, count)."""
 
-_CALL_TOKENS = 8
-"""Fixed cost of one inference (filling, dispatch, finishing), in tokens' worth of work."""
-_ATTENTION_POSITIONS = 1000
-"""Positions a bin at which attention costs as much as everything else; measured, see docs/adr/0003."""
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -31,11 +26,6 @@ class Plan:
 
     shape: Shaped
     bins: Sequence[Sequence[int]]
-
-
-def cost(shape: Shaped) -> float:
-    """Work of one inference of this shape, in tokens: linear layers, plus attention that grows with the bin."""
-    return _CALL_TOKENS + shape.bins * shape.positions * (1 + shape.positions / _ATTENTION_POSITIONS)
 
 
 def plan_row(lengths: Sequence[int], shapes: Sequence[Shaped]) -> Plan:
@@ -50,7 +40,7 @@ def plan_row(lengths: Sequence[int], shapes: Sequence[Shaped]) -> Plan:
     best_rate = 0.0
     for shape in fitting:
         plan = fill_bins(lengths, shape)
-        rate = sum(lengths[index] for bin in plan.bins for index in bin) / cost(shape)
+        rate = sum(lengths[index] for bin in plan.bins for index in bin) / shape.work
         if rate > best_rate:
             best, best_rate = plan, rate
     assert best is not None  # lengths are positive, so every plan has a positive rate

@@ -8,7 +8,7 @@ but attention works on flat rows [tokens, width], so that it sees one large matr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,19 @@ MASKED = -30000.0  # finite in fp16; exp() of it is an exact zero in fp16 and fp
 
 @dataclass(frozen=True, kw_only=True)
 class RowShape:
-    """The shape of one inference: ``bins`` x ``positions`` tokens and up to ``segments`` texts a bin."""
+    """The shape of one inference: ``bins`` x ``positions`` tokens and up to ``segments`` texts a bin.
+
+    work: its cost among the shapes of a device (devices/shapes.py); by itself the number of tokens. Not part of equality.
+    """
 
     bins: int
     positions: int
     segments: int
+    work: float = field(default=0.0, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.work:
+            object.__setattr__(self, "work", float(self.tokens))
 
     @property
     def tokens(self) -> int:
