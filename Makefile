@@ -57,6 +57,12 @@ quality: $(VENV)/.bench weights  ## STS-B and SciFact figures of the default mod
 bench: $(VENV)/.bench weights  ## throughput, latency, memory and start against peers, into bench/results/
 	$(BIN)/python bench/run.py --data $(DATA)
 
+faults: weights  ## every fault under a thousand concurrent requests, as a table, into bench/results/
+	$(BIN)/python bench/faults.py
+
+soak: $(VENV)/.bench weights  ## ten minutes of load with a random fault every five seconds
+	$(BIN)/python bench/soak.py
+
 npu-compile: weights  ## compile every graph with the vendor's NPU compiler (Debian, root: installs Wine), into tools/npu-compile/results/
 	PYTHON=$(abspath $(BIN)/python) tools/npu-compile/build.sh
 	$(BIN)/python tools/npu-compile/table.py --data $(DATA)

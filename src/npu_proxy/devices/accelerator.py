@@ -11,7 +11,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from npu_proxy.devices.arena import Layout
@@ -20,11 +20,10 @@ from npu_proxy.devices.breaker import Breaker, Circuit, Policy, Rung
 from npu_proxy.devices.certify import Certificates, Subject, Verdict, compare, judge
 from npu_proxy.devices.failure import Failure, RowError
 from npu_proxy.devices.faults import Fault
-from npu_proxy.devices.kinds import Target
-from npu_proxy.devices.process import Limits, WorkerProcess
+from npu_proxy.devices.process import Limits, Task, WorkerProcess
 from npu_proxy.devices.worker import Hello
 from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import ModelSpec, Output, Pack
+from npu_proxy.types import Output, Pack
 
 log = logging.getLogger("npu_proxy.devices")
 
@@ -34,17 +33,14 @@ _MOST_SLOTS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How to run a model on an accelerator. streams: rows under way, 0 for what the plugin likes. faults: see faults.py."""
+    """How to run a model on an accelerator. streams: rows under way, 0 for what the plugin likes."""
 
-    target: Target
-    spec: ModelSpec
+    task: Task
     shapes: Sequence[RowShape]
-    properties: Mapping[str, object]
     limits: Limits
     streams: int = 0
     policy: Policy = field(default_factory=Policy)
     precision: str = "fp32"
-    faults: bool = False
 
 
 class _Quarantined(Exception):
@@ -59,8 +55,8 @@ class Accelerator:
         self._golden = golden
         self._reference = reference
         self._certificates = certificates
-        self.name = plan.target.name
-        self.kind = plan.target.kind.name
+        self.name = plan.task.target.name
+        self.kind = plan.task.target.kind.name
         self.shapes = plan.shapes
         self.most_streams = plan.streams or _MOST_SLOTS
         self.streams = plan.streams or 1
@@ -185,7 +181,9 @@ class Accelerator:
                 self._breaker.until - time.monotonic(),
             )
             if self._breaker.hopeless and not again:
-                log.error("%s does not come back by itself. %s", self.name, self._plan.target.cure)
+                log.error(
+                    "%s failed %d times without staying up; %s", self.name, self._breaker.opens, self._plan.task.target.reload
+                )
             self._wake.set()
 
     # -- the thread ----------------------------------------------------------------------------------------------
@@ -219,7 +217,7 @@ class Accelerator:
 
     def _bring_up(self) -> None:
         """Compile and certify, in the process that is there or in a new one; then let rows in."""
-        if missing := self._plan.target.missing():
+        if missing := self._plan.task.target.missing():
             raise RowError(Failure.ABSENT, missing)
         recovering = self._breaker.state is not Circuit.CLOSED
         with self._lock:
@@ -246,14 +244,16 @@ class Accelerator:
 
     def _start(self) -> WorkerProcess:
         plan = self._plan
-        layout = Layout(shapes=plan.shapes, by_index=plan.spec.pooling.by_index, width=plan.spec.width, slots=self.most_streams)
+        layout = Layout(
+            shapes=plan.shapes, by_index=plan.task.spec.pooling.by_index, width=plan.task.spec.width, slots=self.most_streams
+        )
         self._restarts += 1
         fault, self._next_fault = self._next_fault, Fault.NONE
-        return WorkerProcess(plan.target, plan.spec, layout, plan.properties, fault=fault, faults=plan.faults)
+        return WorkerProcess(plan.task, layout, fault=fault)
 
     def _certify(self, worker: WorkerProcess, hello: Hello, *, again: bool) -> None:
         """Golden texts in every shape. again: it has passed before, so wrong numbers now are a fault that may pass."""
-        least = self._plan.target.kind.least_cosine[self._plan.precision]
+        least = self._plan.task.target.kind.least_cosine[self._plan.precision]
         cosines: list[float] = []
         for shape in self.shapes:
             if again:
@@ -283,11 +283,11 @@ class Accelerator:
     def _run_golden(self, worker: WorkerProcess, shape: RowShape) -> float:
         row, reference = self._references[shape]
         output = worker.infer(row, math.inf, self._plan.limits.row)
-        return compare(self.name, row, output, reference, self._plan.target.kind.least_cosine[self._plan.precision])
+        return compare(self.name, row, output, reference, self._plan.task.target.kind.least_cosine[self._plan.precision])
 
     def _subject(self, shape: RowShape, hello: Hello) -> Subject:
         return Subject(
-            fingerprint=self._plan.spec.fingerprint,
+            fingerprint=self._plan.task.spec.fingerprint,
             shape=f"{shape}x{shape.segments}",
             target=self.name,
             device=hello.device,

@@ -96,8 +96,8 @@ class Breaker:
 
     @property
     def hopeless(self) -> bool:
-        """Whether the operator should be told: restarting the process did not help."""
-        return self.opens >= 4
+        """Whether to tell the operator: a recompilation and two restarts did not help. True at each doubling, not always."""
+        return self.opens >= 4 and self.opens & (self.opens - 1) == 0
 
 
 def backoff(policy: Policy, failure: Failure, opens: int, chance: float) -> float:

@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _PROBE = ".writable"
 
 
-def folder_for(root: Path, *versions: str) -> Path:
-    """The folder of blobs that these versions (OpenVINO, device, driver) can read."""
-    return root / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Blobs under ``root``, ``limit`` bytes of them at most."""
 
+    root: Path
+    limit: int
 
-def usable(folder: Path) -> bool:
-    """Whether blobs can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _PROBE).write_bytes(b"")
-        (folder / _PROBE).unlink()
-    except OSError:
-        return False
-    return True
-
-
-def prune(root: Path, limit: int) -> int:
-    """Remove the blobs used longest ago until ``limit`` bytes are left; returns the bytes removed."""
-    found: list[tuple[float, int, Path]] = []
-    for file in root.rglob("*"):
+    def folder(self, versions: Sequence[str]) -> Path | None:
+        """The folder of blobs that these versions (OpenVINO, device, driver) can read, or None where nothing can be written."""
+        folder = self.root / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
         try:
-            if file.is_file():
-                found.append((max(file.stat().st_mtime, file.stat().st_atime), file.stat().st_size, file))
-        except OSError:  # another process removed it
-            continue
-    total = sum(size for _, size, _ in found)
-    removed = 0
-    for _, size, file in sorted(found, key=lambda entry: entry[:2]):
-        if total - removed <= limit:
-            break
-        try:
-            file.unlink(missing_ok=True)
-        except OSError:  # somebody reads it (Windows); it goes next time
-            continue
-        removed += size
-    return removed
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _PROBE).write_bytes(b"0" * 4096)
+            (folder / _PROBE).unlink()
+        except OSError:
+            return None
+        return folder
+
+    def files(self) -> list[tuple[float, int, Path]]:
+        """When last used (seconds), bytes and path of every blob, the oldest first."""
+        found: list[tuple[float, int, Path]] = []
+        for file in self.root.rglob("*"):
+            try:
+                if file.is_file():
+                    status = file.stat()
+                    found.append((max(status.st_mtime, status.st_atime), status.st_size, file))
+            except OSError:  # another process removed it
+                continue
+        return sorted(found, key=lambda entry: entry[:2])
+
+    def prune(self) -> int:
+        """Remove the blobs used longest ago until the limit holds; returns the bytes removed."""
+        files = self.files()
+        total = sum(size for _, size, _ in files)
+        removed = 0
+        for _, size, file in files:
+            if total - removed <= self.limit:
+                break
+            try:
+                file.unlink(missing_ok=True)
+            except OSError:  # somebody reads it (Windows); it goes next time
+                continue
+            removed += size
+        return removed

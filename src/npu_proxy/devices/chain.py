@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from npu_proxy.devices.accelerator import Accelerator, Plan
 from npu_proxy.devices.base import Device, GoldenRow
 from npu_proxy.devices.breaker import Policy
+from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.certify import Certificates
 from npu_proxy.devices.fallback import Fallback
 from npu_proxy.devices.kinds import TARGETS, chain
 from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
-from npu_proxy.devices.process import Limits
+from npu_proxy.devices.process import Limits, Task
 from npu_proxy.devices.shapes import static_shapes
 from npu_proxy.errors import UnavailableError
 from npu_proxy.settings import Settings
@@ -51,11 +52,10 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Pl
         "PERFORMANCE_HINT": settings.hint.upper(),
         "INFERENCE_NUM_THREADS": settings.threads or available_threads(),
     }
+    cache = Cache(root=settings.cache, limit=settings.cache_mb * 1_000_000) if settings.cache_mb else None
     return Plan(
-        target=target,
-        spec=spec,
+        task=Task(target=target, spec=spec, properties=properties, cache=cache, faults=faults),
         shapes=static_shapes(spec.max_length, settings.row_tokens, packed=settings.packing),
-        properties=properties,
         limits=Limits(compile=settings.compile_timeout, row=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
         streams=settings.requests,
         policy=Policy(
@@ -64,7 +64,6 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Pl
             first=settings.breaker_backoff,
             longest=max(settings.breaker_backoff, settings.breaker_longest),
         ),
-        faults=faults,
     )
 
 

@@ -50,6 +50,9 @@ class Target:
     plugin: str = ""
     properties: Mapping[str, object] = field(default_factory=dict[str, object])
     cure: str = ""
+    """What to do when the system does not show it."""
+    reload: str = "its log lines above say why"
+    """What the operator can do when restarting the worker process does not help."""
 
     def missing(self) -> str:
         """Why this system cannot have the device, or ''. Costs a look at the file system only."""
@@ -69,6 +72,7 @@ TARGETS: Mapping[str, Target] = {
             openvino="GPU",
             nodes=("dev/dri/renderD*",),
             cure="no graphics driver is loaded",
+            reload="reload its driver or restart the machine, see `npu-proxy doctor`",
         ),
         Target(
             name="npu",
@@ -76,6 +80,7 @@ TARGETS: Mapping[str, Target] = {
             openvino="NPU",
             nodes=("dev/accel/accel*",),
             cure="load the driver with `modprobe intel_vpu`; `npu-proxy doctor` says more",
+            reload="reload its driver: `modprobe -r intel_vpu && modprobe intel_vpu`, see `npu-proxy doctor`",
         ),
         Target(
             name="npu-sim",

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import openvino as ov
 
 from npu_proxy.devices.base import GoldenRow, Report, check_vectors
+from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.failure import Failure, RowError, first_line
 from npu_proxy.devices.faults import with_faults
 from npu_proxy.devices.kinds import Target, supported
@@ -53,22 +54,53 @@ def compile_static(
     spec: ModelSpec,
     shapes: Sequence[RowShape],
     properties: Mapping[str, object],
+    *,
+    cache: Cache | None = None,
     faults: npt.NDArray[np.uint64] | None = None,
 ) -> dict[RowShape, ov.CompiledModel]:
     """One static graph a row shape, compiled one after the other with those of ``properties`` that the plugin lists.
 
-    faults: the control block of the arena; then devices/faults.py stands in the graph.
+    cache: where blobs lie; without it, or where its disk is full, each graph is compiled anew. faults: the control block
+    of the arena; then devices/faults.py stands in the graph, which cannot be cached.
     """
-    wanted = supported({**target.properties, **properties}, core.get_property(target.openvino, "SUPPORTED_PROPERTIES"))
+    listed = core.get_property(target.openvino, "SUPPORTED_PROPERTIES")
+    wanted = supported({**target.properties, **properties, **_compiler()}, listed)
+    if cache is not None and faults is None and (folder := cache.folder(_versions(core, target))) is not None:
+        core.set_property({"CACHE_DIR": str(folder)})
     weights = Tensors(spec.weight_files, family(spec).canonical_name)
     models: dict[RowShape, ov.CompiledModel] = {}
     for shape in shapes:
         model = build(spec, weights, Form.of(shape), target.kind.style)
         if faults is not None:
             model = with_faults(model, faults)
-        models[shape] = core.compile_model(model, target.openvino, wanted)
+        try:
+            models[shape] = core.compile_model(model, target.openvino, wanted)
+        except RuntimeError:
+            if cache is None:
+                raise
+            core.set_property({"CACHE_DIR": ""})  # a blob that cannot be read or written must not stop anybody
+            models[shape] = core.compile_model(model, target.openvino, wanted)
     weights.release()
+    if cache is not None:
+        cache.prune()
     return models
+
+
+def _versions(core: ov.Core, target: Target) -> list[str]:
+    """All that a blob depends on besides the graph."""
+    found = [ov.get_version(), target.name]
+    for name in ("FULL_DEVICE_NAME", "NPU_DRIVER_VERSION", "NPU_COMPILER_VERSION", "GPU_DRIVER_VERSION"):
+        try:
+            found.append(str(core.get_property(target.openvino, name)))
+        except RuntimeError:  # not every plugin has every property
+            continue
+    return found
+
+
+def _compiler() -> dict[str, object]:
+    """Linux wheels carry no NPU compiler; the driver has one."""
+    libraries = Path(ov.__file__).parent / "libs"
+    return {} if any(libraries.glob("*npu_compiler_loader*")) else {"NPU_COMPILER_TYPE": "DRIVER"}
 
 
 class OpenVinoCpu:

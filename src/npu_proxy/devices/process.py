@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from npu_proxy.devices.arena import OUTPUT, Arena, Layout
 from npu_proxy.devices.base import LateError
+from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.failure import Failure, RowError, classify
 from npu_proxy.devices.faults import Fault
 from npu_proxy.devices.kinds import Target
@@ -38,6 +39,17 @@ class Limits:
     compile: float
     row: float
     heartbeat: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a worker compiles, and how. cache: where compiled models lie. faults: see faults.py."""
+
+    target: Target
+    spec: ModelSpec
+    properties: Mapping[str, object]
+    cache: Cache | None = None
+    faults: bool = False
 
 
 class Slot:
@@ -108,28 +120,27 @@ class Slot:
 class WorkerProcess:
     """A worker and all that belongs to it. The thread that makes it must outlive it (Linux ends it with that thread)."""
 
-    def __init__(
-        self, target: Target, spec: ModelSpec, layout: Layout, properties: Mapping[str, object], *, fault: Fault, faults: bool
-    ) -> None:
+    def __init__(self, task: Task, layout: Layout, *, fault: Fault) -> None:
         """Start the process; ``hello`` waits until it has compiled."""
         self._arena = Arena(layout)
         self._arena.control[1] = fault
         self._control, control = socket.socketpair()
-        self.slots = [Slot(target.name, number, self._arena, layout) for number in range(layout.slots)]
+        self.slots = [Slot(task.target.name, number, self._arena, layout) for number in range(layout.slots)]
         self.free: queue.LifoQueue[Slot | None] = queue.LifoQueue()
         theirs = [control, *(slot.theirs for slot in self.slots)]
-        command = [sys.executable, "-m", "npu_proxy.devices.worker"]
+        command = [sys.executable, "-c", "from npu_proxy.devices.worker import main; main()"]
         inherit = {} if sys.platform == "win32" else {"pass_fds": [self._arena.handle, *(end.fileno() for end in theirs)]}
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **inherit)  # noqa: S603  # type: ignore[call-overload]
         self._beats = (0, time.monotonic())
         self._opened = 0
         job = WorkerJob(
-            target=target,
-            spec=spec,
+            target=task.target,
+            spec=task.spec,
             layout=layout,
-            properties=properties,
-            faults=faults,
+            properties=task.properties,
+            cache=task.cache,
+            faults=task.faults,
             arena=self._arena.handle,
             sockets=[_shared(end, self.process.pid) for end in theirs],
             owner=os.getpid(),

@@ -1,7 +1,7 @@
 """The worker process: one accelerator, one model, a thread a slot. It ends with its owner, however that ends.
 
-Started as ``python -m npu_proxy.devices.worker`` with a pickled WorkerJob on its standard input, which stays open: its end
-is the owner's end. Rows come and go through shared memory (arena.py); a socket a slot carries a few bytes a row.
+Started by process.py with a pickled WorkerJob on its standard input. Rows come and go through shared memory (arena.py);
+a socket a slot carries a few bytes a row.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import msgspec
 import openvino as ov
 
 from npu_proxy.devices.arena import OUTPUT, Arena, Layout
+from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.failure import Failure, classify, first_line
 from npu_proxy.devices.kinds import Target
 from npu_proxy.devices.openvino import compile_static, open_core
@@ -46,6 +47,7 @@ class WorkerJob:
     spec: ModelSpec
     layout: Layout
     properties: Mapping[str, object]
+    cache: Cache | None
     faults: bool
     arena: int | str
     sockets: Sequence[int | bytes]
@@ -67,6 +69,7 @@ class Hello(msgspec.Struct, kw_only=True, array_like=True):
 
 def main() -> None:
     """The life of a worker process."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     job: WorkerJob = pickle.load(sys.stdin.buffer)  # noqa: S301 (our own parent wrote it)
     die_with(job.owner)
     os.dup2(2, 1)  # native code prints where it likes; nothing reads our standard output
@@ -135,7 +138,13 @@ class CompiledRows:
         self._arena = arena
         self._core = open_core(job.target)
         self._models = compile_static(
-            self._core, job.target, job.spec, job.layout.shapes, job.properties, arena.control if job.faults else None
+            self._core,
+            job.target,
+            job.spec,
+            job.layout.shapes,
+            job.properties,
+            cache=job.cache,
+            faults=arena.control if job.faults else None,
         )
         self._requests: dict[tuple[int, RowShape], ov.InferRequest] = {}
         self.hello = self._describe()
@@ -217,8 +226,3 @@ def die_with(owner: int) -> None:
 def leave() -> None:
     """End at once: destructors of a driver that hangs would hang too."""
     os._exit(0)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    main()
