@@ -117,3 +117,11 @@ def test_npu_sim_has_the_rules_of_an_npu() -> None:
     assert TARGETS["npu-sim"].kind is TARGETS["npu"].kind
     assert TARGETS["npu"].kind.static
     assert TARGETS["npu"].kind.isolated
+
+
+def test_a_row_packed_for_another_device_goes_to_one_that_takes_it() -> None:
+    first = FakeDevice(name="one")
+    first.takes = lambda shape: False
+    output = Fallback([first, FakeDevice(name="two")], probe_every=0).infer(row())
+    assert (output.device, output.fallback) == ("two", "one was not ready when the row was packed")
+    assert not first.packs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from npu_proxy.devices.faults import Fault
 from npu_proxy.devices.process import Limits, Task, WorkerProcess
 from npu_proxy.devices.worker import Hello
 from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Output, Pack
+from npu_proxy.types import Output, Pack, Shaped
 
 log = logging.getLogger("npu_proxy.devices")
 
@@ -90,6 +91,10 @@ class Accelerator:
     def settle(self, seconds: float) -> bool:
         """Wait until it serves or it is known that it does not; returns whether that is known."""
         return self._settled.wait(seconds)
+
+    def takes(self, shape: Shaped) -> bool:
+        """The shapes it has compiled."""
+        return shape in self.shapes
 
     def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """Vectors [bins, segments, width] float32. Raises LateError after ``late`` seconds, and RowError."""
@@ -195,25 +200,33 @@ class Accelerator:
                 self._bring_up()
                 self._watch()
             except _Quarantined as error:
-                self._kill(None)
-                self._state, self._reason = "quarantined", str(error)
-                log.error("%s is quarantined: %s", self.name, error)  # noqa: TRY400 (the trace would say nothing)
-                self._settled.set()
-                self._stopping.wait()
+                self._quarantine(str(error))
             except RowError as error:
                 self._failed(self._worker, error)
             except Exception as error:  # a fault of ours must not leave the device without its thread
                 log.exception("%s: unexpected error", self.name)
                 self._failed(self._worker, RowError(Failure.CRASH, f"unexpected error: {type(error).__name__}"))
             if self._breaker.state is not Circuit.CLOSED:
-                self._settled.set()
-                if self._breaker.last is Failure.ABSENT:
-                    self._state = "absent"
-                if self._breaker.rung is Rung.RESTART:
-                    self._kill(RowError(self._breaker.last or Failure.CRASH, self._reason))
-                self._stopping.wait(max(0.0, self._breaker.until - time.monotonic()))
+                self._rest()
         self._kill(None)
         self._state = "stopped"
+
+    def _quarantine(self, reason: str) -> None:
+        """Stay out until closed: nothing that happens by itself makes wrong vectors right."""
+        self._kill(None)
+        self._state, self._reason = "quarantined", reason
+        log.error("%s is quarantined: %s", self.name, reason)
+        self._settled.set()
+        self._stopping.wait()
+
+    def _rest(self) -> None:
+        """After the breaker has opened: end the process where the next rung says so, and wait out the backoff."""
+        self._settled.set()
+        if self._breaker.last is Failure.ABSENT:
+            self._state = "absent"
+        if self._breaker.rung is Rung.RESTART:
+            self._kill(RowError(self._breaker.last or Failure.CRASH, self._reason))
+        self._stopping.wait(max(0.0, self._breaker.until - time.monotonic()))
 
     def _bring_up(self) -> None:
         """Compile and certify, in the process that is there or in a new one; then let rows in."""
@@ -228,7 +241,7 @@ class Accelerator:
         if worker is None:
             worker = self._worker = self._start()
         else:
-            worker.recompile()
+            worker.recompile(self._plan.limits.row)
         hello = worker.hello(self._plan.limits.compile)
         count = self._plan.streams or max(1, min(hello.requests, _MOST_SLOTS))
         if not recovering:
@@ -309,4 +322,7 @@ class Accelerator:
     def _kill(self, reason: RowError | None) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.kill(reason)
+            try:
+                worker.kill(reason)
+            except (OSError, subprocess.TimeoutExpired):  # the kernel does not let go of it (a driver does that); go on without
+                log.exception("%s: process %d does not end", self.name, worker.process.pid)

@@ -66,8 +66,12 @@ class Device(Protocol):
     @property
     def shapes(self) -> Sequence[Shaped]: ...
 
+    def takes(self, shape: Shaped) -> bool:
+        """Whether it can run a row of this shape; ``shapes`` may be fewer, and may have changed since a row was packed."""
+        ...
+
     def infer(self, pack: Pack, late: float = math.inf) -> Output:
-        """Vectors [bins, segments, width] float32 of one row, owned by the caller. Raises DeviceError.
+        """Vectors [bins, segments, width] float32 of one row that it takes, owned by the caller. Raises DeviceError.
 
         late: seconds after which a device that can tell raises LateError while it goes on.
         """

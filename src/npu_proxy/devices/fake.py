@@ -12,7 +12,7 @@ import numpy as np
 from npu_proxy.devices.base import Report
 from npu_proxy.errors import DeviceError
 from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Output, Pack, Vector
+from npu_proxy.types import Output, Pack, Shaped, Vector
 
 
 def fake_vector(ids: Sequence[int], width: int) -> Vector:
@@ -47,6 +47,10 @@ class FakeDevice:
         self._seconds = seconds
         self._script = script
         self._turn = threading.Event()  # never set: a wait on it is a bounded pause
+
+    def takes(self, shape: Shaped) -> bool:
+        """Any row."""
+        return True
 
     def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """Vectors [bins, segments, width], after the script has had its say."""

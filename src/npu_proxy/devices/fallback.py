@@ -66,6 +66,10 @@ class Fallback:
         """Those of the first device that is ready."""
         return self.first.shapes
 
+    def takes(self, shape: Shaped) -> bool:
+        """What any of its devices takes."""
+        return any(device.takes(shape) for device in self._devices)
+
     def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """The row's vectors from the first device that gives them. Raises the last device's error, or UnavailableError."""
         reasons: list[str] = []
@@ -74,7 +78,10 @@ class Fallback:
             if not device.ready:
                 reasons.append(_why(device))
                 continue
-            rest = [other for other in self._devices[number + 1 :] if other.ready]
+            if not device.takes(pack.shape):
+                reasons.append(f"{device.name} was not ready when the row was packed")
+                continue
+            rest = [other for other in self._devices[number + 1 :] if other.ready and other.takes(pack.shape)]
             try:
                 output = self._hedged(device, rest, pack) if rest else device.infer(pack)
             except DeviceError as error:

@@ -24,7 +24,7 @@ from npu_proxy.errors import DeviceError
 from npu_proxy.graph.build import build, family
 from npu_proxy.graph.packed import CPU, Form, RowShape
 from npu_proxy.models.weights import Tensors
-from npu_proxy.types import ModelSpec, Output, Pack
+from npu_proxy.types import ModelSpec, Output, Pack, Shaped
 
 ROOM_SECONDS = 60.0
 """How long a row waits for a free infer request; as long as a row can take on a slow machine."""
@@ -161,6 +161,10 @@ class OpenVinoCpu:
         for _ in range(streams):
             requests.put(compiled.create_infer_request())
         return requests
+
+    def takes(self, shape: Shaped) -> bool:
+        """Any row."""
+        return True
 
     def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """Vectors [bins, segments, width] float32. Raises DeviceError."""

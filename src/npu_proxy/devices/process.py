@@ -83,20 +83,20 @@ class Slot:
 
     def wait(self, pack: Pack, seconds: float) -> Output | None:
         """The row's vectors, or None when they are not there after ``seconds``. Raises RowError."""
-        self.mine.settimeout(max(0.001, seconds))
-        text = ""
+        took, text = 0.0, ""
+        number, end = 0, time.monotonic() + seconds
         try:
-            answer = receive(self.mine, ANSWER.size)
-            if len(answer) < ANSWER.size:
-                self._gone(None)
-            row, took, length = ANSWER.unpack(answer)
-            if length:
-                text = receive(self.mine, length).decode(errors="replace")
+            while number != self._row:  # the answer to a row that was given up may come first
+                self.mine.settimeout(max(0.001, end - time.monotonic()))
+                answer = receive(self.mine, ANSWER.size)
+                if len(answer) < ANSWER.size:
+                    self._gone(None)
+                number, took, length = ANSWER.unpack(answer)
+                text = receive(self.mine, length).decode(errors="replace") if length else ""
         except TimeoutError:
             return None
         except OSError as error:
             self._gone(error)
-        assert row == self._row, "a slot has one row at a time"
         self.since = 0.0
         if text:
             raise RowError(classify(text), f"{self._name} failed: {text}")
@@ -171,13 +171,22 @@ class WorkerProcess:
 
     def open(self, count: int) -> None:
         """Let rows in, ``count`` at a time."""
-        for slot in self.slots[:count]:
-            self.free.put(slot)
-        self._opened = count
+        if not self._opened:
+            for slot in self.slots[:count]:
+                self.free.put(slot)
+            self._opened = count
         self._beats = (int(self._arena.control[0]), time.monotonic())
 
-    def recompile(self) -> None:
-        """Ask the worker to drop everything and compile again; ``hello`` waits for it."""
+    def recompile(self, seconds: float) -> None:
+        """Ask the worker to drop everything and compile again, once no row is under way; ``hello`` waits for it."""
+        resting: list[Slot | None] = []
+        try:
+            resting.extend(self.free.get(timeout=seconds) for _ in range(self._opened))
+        except queue.Empty:
+            raise RowError(Failure.HANG, f"a row was not done after {seconds:g} seconds") from None
+        finally:
+            for slot in resting:
+                self.free.put(slot)
         with suppress(OSError):  # it is dead; hello() says so
             self._control.sendall(b"c")
 
@@ -190,23 +199,27 @@ class WorkerProcess:
         if slot is None:
             self.free.put(None)
             raise RowError(Failure.CRASH, "the worker process has ended")
+        lent = True
         try:
             slot.begin(pack)
             output = slot.wait(pack, min(late, limit))
-        except RowError:
-            self.free.put(slot)
-            raise
-        if output is None:
-            raise LateError(f"a row was not done after {min(late, limit):.3g} seconds", lambda: self._resume(slot, pack, limit))
-        self.free.put(slot)
-        return output
+            if output is None and late < limit:
+                lent = False
+                raise LateError(f"a row was not done after {late:.3g} seconds", lambda: self._resume(slot, pack, limit))
+        finally:
+            if lent:
+                self.free.put(slot)
+        return self._done(output, limit)
 
     def _resume(self, slot: Slot, pack: Pack, limit: float) -> Output:
-        """Wait for a late row; at its limit the owner kills the worker, which ends this wait as well."""
+        """Wait for a late row, which has its slot still."""
         try:
-            output = slot.wait(pack, 2 * limit)
+            output = slot.wait(pack, limit)
         finally:
             self.free.put(slot)
+        return self._done(output, limit)
+
+    def _done(self, output: Output | None, limit: float) -> Output:
         if output is None:
             raise RowError(Failure.HANG, f"a row was not done after {limit:g} seconds")
         return output
@@ -235,8 +248,9 @@ class WorkerProcess:
         for slot in self.slots:
             slot.cut(reason)
         self.process.wait(timeout=_SEND_SECONDS)
-        for _ in range(self._opened):  # who waited has been woken and brings its slot back
-            self.free.get(timeout=_SEND_SECONDS)
+        with suppress(queue.Empty):  # who waited has been woken and brings its slot back
+            for _ in range(self._opened):
+                self.free.get(timeout=_SEND_SECONDS)
         self.free.put(None)
         for slot in self.slots:
             slot.mine.close()
