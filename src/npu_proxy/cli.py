@@ -198,6 +198,59 @@ def _devices(engine: Engine) -> str:
     return ", ".join(f"{device} ({texts} texts)" for device, texts in executed.items())
 
 
+@app.command
+def doctor(*, json: bool = False, settings: Shared = _DEFAULTS) -> None:
+    """Say what this machine has for embedding, and the command that mends what it has not. Exit code 0 when something serves.
+
+    Parameters
+    ----------
+    json
+        Print the findings as one JSON object.
+    """
+    import msgspec
+
+    from npu_proxy.devices.doctor import diagnose
+
+    found = diagnose(settings)
+    if json:
+        print(msgspec.json.encode(found).decode())
+        sys.exit(0 if found.serves else 1)
+    for finding in found.findings:
+        print(f"{_MARKS[finding.level]} {finding.topic:10} {finding.text}")
+        if finding.cure:
+            print(f"{'':13} -> {finding.cure}")
+    print(f"\n{', '.join(found.devices)} can serve" if found.devices else "\nnothing can serve")
+    sys.exit(0 if found.serves else 1)
+
+
+@app.command
+def certify(*, settings: Shared = _DEFAULTS) -> None:
+    """Compare an accelerator's vectors of golden texts with fp32 on the CPU, in every row shape, and keep the verdict.
+
+    The device is the first of the setting `device`. Exit code 0 when it may serve.
+    """
+    from npu_proxy.devices.chain import certify as judge
+    from npu_proxy.devices.kinds import chain
+    from npu_proxy.engine.golden import GoldenRows
+    from npu_proxy.engine.tokenize import TextEncoder
+    from npu_proxy.models.layout import read_spec
+
+    name = chain(settings.device)[0]
+    if name == "cpu":
+        raise SettingsError("the CPU is what others are compared with; name another one with --device", param="device")
+    model, folder = Store(settings.store).resolve(settings.model)
+    spec = read_spec(folder, name=model, pooling=settings.pooling)
+    verdicts, reason = judge(settings, spec, GoldenRows(TextEncoder(spec), spec), name)
+    for verdict in verdicts:
+        print(f"{verdict.subject.shape:12} cosine {verdict.cosine:.6f}  {verdict.reason or 'certified'}")
+    if reason:
+        _quit(f"{name} may not serve {model}: {reason}", 1)
+    print(f"{name} may serve {model}")
+
+
+_MARKS = {"ok": "ok      ", "note": "note    ", "problem": "PROBLEM "}
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong flag, setting, file or model, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -224,7 +277,7 @@ def _check_environment() -> None:
     """An NPU_PROXY_* variable that means nothing is a mistake, not a comment."""
     known = [_PREFIX + setting.name.upper() for setting in fields(Settings)] + [_CONFIG]
     own = ["INPUT", "TEXT_FIELD", "OUTPUT", "DIMENSIONS", "NORMALIZE", "TRUNCATE", "DTYPE", "INPUT_TYPE", "PROMPT_NAME"]
-    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION"]
+    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION", "JSON"]
     known += [_PREFIX + name for name in own]
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in known:

@@ -48,13 +48,18 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Certificates:
-    """Verdicts in a folder, a file each."""
+    """Verdicts in a folder, a file each. anew: what is stored does not count, what is found is stored."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, anew: bool = False) -> None:
         self._folder = folder
+        self._anew = anew
+        self.found: list[Verdict] = []
+        """The verdicts of this life, in order."""
 
     def find(self, subject: Subject) -> Verdict | None:
         """The stored verdict, if there is a readable one."""
+        if self._anew:
+            return None
         try:
             return msgspec.json.decode((self._folder / f"{subject.key}.json").read_bytes(), type=Verdict)
         except (OSError, msgspec.DecodeError):
@@ -62,6 +67,7 @@ class Certificates:
 
     def keep(self, verdict: Verdict) -> None:
         """Store a verdict; a full disk costs only the next start's time."""
+        self.found.append(verdict)
         path = self._folder / f"{verdict.subject.key}.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -70,10 +76,6 @@ class Certificates:
             partial.replace(path)
         except OSError:
             return
-
-    def forget(self, subject: Subject) -> None:
-        """Let the next start judge anew."""
-        (self._folder / f"{subject.key}.json").unlink(missing_ok=True)
 
 
 def least_cosine(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:

@@ -9,12 +9,13 @@ from npu_proxy.devices.accelerator import Accelerator, Plan
 from npu_proxy.devices.base import Device, GoldenRow
 from npu_proxy.devices.breaker import Policy
 from npu_proxy.devices.cache import Cache
-from npu_proxy.devices.certify import Certificates
+from npu_proxy.devices.certify import Certificates, Verdict
+from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
 from npu_proxy.devices.kinds import TARGETS, chain
 from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
 from npu_proxy.devices.process import Limits, Task
-from npu_proxy.devices.shapes import static_shapes
+from npu_proxy.devices.shapes import dynamic_shapes, static_shapes
 from npu_proxy.errors import UnavailableError
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec, Output, Pack
@@ -26,6 +27,10 @@ def open_devices(settings: Settings, spec: ModelSpec, golden: GoldenRow, *, faul
     Returns once something can serve. Raises UnavailableError when nothing can and nothing is behind it, DeviceError and
     ModelError when the model cannot be compiled. faults: see devices/faults.py.
     """
+    if settings.device == "debug":
+        return Fallback(
+            [FakeDevice(name="debug", width=spec.width, shapes=dynamic_shapes(spec.max_length, settings.row_tokens, packed=True))]
+        )
     names = chain(settings.device)[: None if settings.fallback == "on" else 1]
     reference = _Reference(settings, spec)
     certificates = Certificates(settings.store / "certificates")
@@ -44,6 +49,17 @@ def open_devices(settings: Settings, spec: ModelSpec, golden: GoldenRow, *, faul
             one.close()
         raise
     return Fallback(devices, hedge=settings.hedge, probe_every=settings.probe_interval)
+
+
+def certify(settings: Settings, spec: ModelSpec, golden: GoldenRow, name: str) -> tuple[list[Verdict], str]:
+    """Judge one accelerator anew, whatever was found before: its verdicts by shape, and why it cannot serve ('' if it can)."""
+    certificates = Certificates(settings.store / "certificates", anew=True)
+    device = Accelerator(_plan(settings, spec, name, faults=False), golden, _Reference(settings, spec), certificates)
+    try:
+        device.settle(2 * settings.compile_timeout)
+        return certificates.found, "" if device.ready else device.reason
+    finally:
+        device.close()
 
 
 def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Plan:

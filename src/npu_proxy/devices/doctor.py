@@ -1,0 +1,283 @@
+"""What this machine has for embedding, and what to do about what it has not. Reads the system; loads plugins in a process apart.
+
+A check is one function that returns Findings; the list at the end is the order in which they are told.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from npu_proxy.devices.failure import first_line
+from npu_proxy.devices.kinds import TARGETS
+from npu_proxy.devices.openvino import available_threads
+from npu_proxy.settings import Settings
+
+_PROBE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line: `ok`, `note` (it works without) or `problem`; ``cure`` is the command or step that mends it."""
+
+    topic: str
+    level: str
+    text: str
+    cure: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """All findings, and the devices that can serve."""
+
+    findings: list[Finding]
+    devices: list[str]
+
+    @property
+    def serves(self) -> bool:
+        """Whether anything can serve."""
+        return bool(self.devices)
+
+
+def diagnose(settings: Settings) -> Diagnosis:
+    """Look at everything. Takes a few seconds."""
+    plugins = _plugins()
+    findings = [finding for check in _CHECKS for finding in check(settings)]
+    findings += _openvino(plugins)
+    return Diagnosis(findings=findings, devices=[name for name, answer in plugins.items() if answer.get("name")])
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _system(_: Settings) -> Iterator[Finding]:
+    release = platform.freedesktop_os_release().get("PRETTY_NAME", "") if sys.platform.startswith("linux") else platform.platform()
+    text = f"{release}, kernel {platform.release()}, {platform.machine()}, Python {platform.python_version()}"
+    yield Finding(topic="system", level="ok", text=text)
+    if "microsoft" in platform.release().lower():
+        yield Finding(
+            topic="system",
+            level="note",
+            text="this is WSL: the NPU is not passed through to it",
+            cure="run npu-proxy on Windows itself",
+        )
+
+
+def _memory(_: Settings) -> Iterator[Finding]:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    limit = _cgroup("memory.max")
+    text = f"{total / 1e9:.1f} GB" + (f", of which this process may use {int(limit) / 1e9:.1f}" if limit.isdigit() else "")
+    yield Finding(topic="memory", level="ok", text=text)
+    quota = _cgroup("cpu.max")
+    words = f", limited by its cgroup ({quota})" if quota and not quota.startswith("max") else ""
+    yield Finding(topic="processor", level="ok", text=f"{available_threads()} of {os.cpu_count()} threads for inference{words}")
+
+
+def _npu(_: Settings) -> Iterator[Finding]:
+    if not sys.platform.startswith("linux"):
+        return
+    present = _pci("0x1200")  # class: processing accelerator
+    if not present:
+        yield Finding(
+            topic="npu",
+            level="note",
+            text="no Intel NPU on the PCI bus (a virtual machine sees none unless it is passed through)",
+            cure="an NPU is part of Intel Core Ultra processors; in a virtual machine pass the PCI device through",
+        )
+    else:
+        yield Finding(topic="npu", level="ok", text=f"Intel NPU on the PCI bus: {', '.join(present)}")
+    module = Path("/sys/module/intel_vpu").exists()
+    if module:
+        yield Finding(topic="npu", level="ok", text="kernel module intel_vpu is loaded")
+    else:
+        yield Finding(
+            topic="npu",
+            level="problem" if present else "note",
+            text="kernel module intel_vpu is not loaded",
+            cure="sudo modprobe intel_vpu (it is part of Linux 6.8 and later)",
+        )
+    nodes = sorted(Path("/dev/accel").glob("accel*")) if Path("/dev/accel").is_dir() else []
+    if not nodes:
+        yield Finding(
+            topic="npu",
+            level="problem" if present else "note",
+            text="there is no /dev/accel/accel0",
+            cure="it appears when intel_vpu finds an NPU; `sudo dmesg | grep intel_vpu` says why not",
+        )
+    yield from _access(nodes, "npu")
+    yield from _driver(present=bool(present))
+
+
+def _driver(*, present: bool) -> Iterator[Finding]:
+    """The user-space driver, which brings its own compiler."""
+    found = _library("libze_intel_npu.so") or _library("libze_intel_vpu.so")
+    loader = _library("libze_loader.so")
+    level = "problem" if present else "note"
+    cure = "install the packages of https://github.com/intel/linux-npu-driver/releases (intel-level-zero-npu, intel-driver-compiler-npu)"
+    if found:
+        yield Finding(topic="npu", level="ok", text=f"NPU user driver: {found}")
+    else:
+        yield Finding(topic="npu", level=level, text="no NPU user driver (libze_intel_npu.so)", cure=cure)
+    if not loader:
+        yield Finding(
+            topic="npu",
+            level=level,
+            text="no Level Zero loader (libze_loader.so.1)",
+            cure="sudo apt install libze1, or `level-zero` from the NPU driver's page",
+        )
+    compiler = _library("libnpu_driver_compiler.so") or _library("libnpu_compiler.so")
+    if compiler:
+        yield Finding(topic="npu", level="ok", text=f"NPU compiler: {compiler}")
+    else:
+        yield Finding(
+            topic="npu", level=level, text="no NPU compiler: OpenVINO's Linux wheel has none, the driver brings it", cure=cure
+        )
+
+
+def _gpu(_: Settings) -> Iterator[Finding]:
+    if not sys.platform.startswith("linux"):
+        return
+    nodes = sorted(Path("/dev/dri").glob("renderD*")) if Path("/dev/dri").is_dir() else []
+    if not nodes:
+        yield Finding(topic="gpu", level="note", text="there is no /dev/dri/renderD*: no graphics driver, or no GPU")
+        return
+    yield from _access(nodes, "gpu")
+    if not _library("libOpenCL.so"):
+        yield Finding(
+            topic="gpu",
+            level="problem",
+            text="no OpenCL loader (libOpenCL.so.1)",
+            cure="sudo apt install intel-opencl-icd ocl-icd-libopencl1",
+        )
+
+
+def _access(nodes: list[Path], topic: str) -> Iterator[Finding]:
+    for node in nodes:
+        if os.access(node, os.R_OK | os.W_OK):
+            yield Finding(topic=topic, level="ok", text=f"{node} can be opened")
+            continue
+        group = node.group()
+        yield Finding(
+            topic=topic,
+            level="problem",
+            text=f"{node} belongs to the group `{group}`, and you are not in it",
+            cure=f"sudo usermod -aG {group} $USER, then log in again",
+        )
+
+
+def _folders(settings: Settings) -> Iterator[Finding]:
+    for topic, folder, setting in (("store", settings.store, "store"), ("cache", settings.cache, "cache")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            yield Finding(
+                topic=topic, level="problem", text=f"{folder}: {error.strerror}", cure=f"set `{setting}` to a folder of yours"
+            )
+            continue
+        if not writable:
+            yield Finding(
+                topic=topic, level="problem", text=f"{folder} cannot be written", cure=f"set `{setting}` to a folder of yours"
+            )
+        elif free < 2e9:
+            yield Finding(
+                topic=topic,
+                level="problem",
+                text=f"{folder}: {free / 1e9:.1f} GB are free",
+                cure="make room; a model takes 0.1 to 2 GB",
+            )
+        else:
+            yield Finding(topic=topic, level="ok", text=f"{folder}, {free / 1e9:.0f} GB free")
+
+
+_CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (_system, _memory, _folders, _npu, _gpu)
+
+
+# -- OpenVINO, in a process of its own: a broken driver may take it along ----------------------------------------------
+
+_ASK = """
+import json, sys
+import openvino as ov
+from npu_proxy.devices.failure import first_line
+from npu_proxy.devices.kinds import TARGETS
+from npu_proxy.devices.openvino import open_core
+found = {}
+for name in ("npu", "gpu", "cpu"):
+    target = TARGETS[name]
+    try:
+        core = open_core(target)
+        core.get_property(target.openvino, "SUPPORTED_PROPERTIES")  # loads the plugin, or says why it cannot
+        present = any(one.split(".")[0] == target.openvino for one in core.available_devices)
+        found[name] = {"name": core.get_property(target.openvino, "FULL_DEVICE_NAME")} if present else {}
+    except Exception as error:
+        found[name] = {"error": str(error)}
+print(json.dumps(found))
+"""
+
+
+def _plugins() -> dict[str, dict[str, str]]:
+    """Each plugin's device name, or its error."""
+    try:
+        done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)  # noqa: S603
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {name: {"error": f"no answer within {_PROBE_SECONDS:g} seconds"} for name in ("npu", "gpu", "cpu")}
+    except (IndexError, ValueError):
+        return {name: {"error": "the process that asked died"} for name in ("npu", "gpu", "cpu")}
+
+
+def _openvino(plugins: dict[str, dict[str, str]]) -> Iterator[Finding]:
+    yield Finding(topic="openvino", level="ok", text=f"OpenVINO {importlib.metadata.version('openvino')}")
+    for name, answer in plugins.items():
+        if answer.get("name"):
+            yield Finding(topic="openvino", level="ok", text=f"{name}: {answer['name']}")
+            continue
+        level = "problem" if name == "cpu" or not TARGETS[name].missing() else "note"
+        reason = first_line(answer["error"]) if "error" in answer else "its plugin loads, and shows no device"
+        yield Finding(topic="openvino", level=level, text=f"{name} cannot be used: {reason}")
+
+
+# -- small looks at the system -----------------------------------------------------------------------------------------
+
+
+def _cgroup(name: str) -> str:
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _pci(kind: str) -> list[str]:
+    """PCI addresses of Intel devices of a class."""
+    found: list[str] = []
+    for device in sorted(Path("/sys/bus/pci/devices").glob("*")):
+        try:
+            if (device / "vendor").read_text().strip() == "0x8086" and (device / "class").read_text().startswith(kind):
+                found.append(f"{device.name} {(device / 'device').read_text().strip()}")
+        except OSError:  # it went away
+            continue
+    return found
+
+
+def _library(name: str) -> str:
+    """Where the dynamic linker finds a library, or ''."""
+    folders = [
+        *os.environ.get("LD_LIBRARY_PATH", "").split(":"),
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/local/lib",
+    ]
+    for folder in filter(None, folders):
+        for file in sorted(Path(folder).glob(f"{name}*")):
+            return str(file)
+    return ""
