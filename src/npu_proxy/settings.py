@@ -47,7 +47,7 @@ class Settings:
 
     device: str = "auto"
     """Devices in order of preference, such as `npu,cpu`. auto: npu, gpu, cpu, as far as this machine shows signs of them.
-    npu-sim is an NPU's rules on the processor; debug gives made-up vectors for tests of clients."""
+    npu-sim is an NPU's rules on the processor, onnx is ONNX Runtime, debug gives made-up vectors for tests of clients."""
 
     fallback: Literal["on", "off"] = "on"
     """Whether the devices behind the first may answer; off, a failing device means 503."""
@@ -90,6 +90,9 @@ class Settings:
 
     cache_mb: int = 4096
     """Megabytes of compiled models that are kept; the oldest go first. 0 keeps none."""
+
+    onnx_file: str = "onnx/model.onnx"
+    """For device onnx: the file in the model's folder to run."""
 
     threads: int = 0
     """Processor threads for inference; 0 takes what affinity and cgroup allow."""

@@ -66,10 +66,10 @@ def test_a_fault_loses_nothing_and_the_device_comes_back(name: str, engine: Engi
     assert figures.late <= 1
     # The device that the results name is the one that the metrics count.
     assert set(figures.devices) == {"npu-sim", "cpu"}
-    executed = engine.stats().counters.executed
-    assert executed["npu-sim"] >= figures.devices["npu-sim"] > 0
-    assert executed["cpu"] >= figures.devices["cpu"] > 0
-    assert engine.stats().counters.fallbacks["cpu"] == executed["cpu"]
+    counters = engine.stats().counters
+    for device, answers in figures.devices.items():
+        assert counters.executed[device] <= answers <= counters.executed[device] + counters.merged
+    assert counters.fallbacks["cpu"] == counters.executed["cpu"]
     assert ask(engine).device == "npu-sim"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from npu_proxy.devices.accelerator import Accelerator, Plan
 from npu_proxy.devices.base import Device, GoldenRow
@@ -13,6 +13,7 @@ from npu_proxy.devices.certify import Certificates, Verdict
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
 from npu_proxy.devices.kinds import TARGETS, chain
+from npu_proxy.devices.onnx import OnnxDevice, with_onnx
 from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
 from npu_proxy.devices.process import Limits, Task
 from npu_proxy.devices.shapes import dynamic_shapes, static_shapes
@@ -27,11 +28,12 @@ def open_devices(settings: Settings, spec: ModelSpec, golden: GoldenRow, *, faul
     Returns once something can serve. Raises UnavailableError when nothing can and nothing is behind it, DeviceError and
     ModelError when the model cannot be compiled. faults: see devices/faults.py.
     """
-    if settings.device == "debug":
-        return Fallback(
-            [FakeDevice(name="debug", width=spec.width, shapes=dynamic_shapes(spec.max_length, settings.row_tokens, packed=True))]
-        )
     names = chain(settings.device)[: None if settings.fallback == "on" else 1]
+    if names == ["debug"]:
+        shapes = dynamic_shapes(spec.max_length, settings.row_tokens, packed=settings.packing)
+        return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes)], probe_every=0)
+    if names == ["onnx"]:
+        return Fallback([_onnx(settings, spec, golden)], probe_every=settings.probe_interval)
     reference = _Reference(settings, spec)
     certificates = Certificates(settings.store / "certificates")
     accelerators = [
@@ -60,6 +62,18 @@ def certify(settings: Settings, spec: ModelSpec, golden: GoldenRow, name: str) -
         return certificates.found, "" if device.ready else device.reason
     finally:
         device.close()
+
+
+def _onnx(settings: Settings, spec: ModelSpec, golden: GoldenRow) -> Device:
+    threads = settings.threads or available_threads()
+    return OnnxDevice(spec, spec.folder / settings.onnx_file, threads=threads, row_tokens=settings.row_tokens, golden=golden)
+
+
+def served_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:
+    """The spec with the fingerprint of what the setting `device` computes from."""
+    if settings.device == "onnx":
+        return with_onnx(spec, settings.onnx_file)
+    return replace(spec, fingerprint=f"debug-{spec.fingerprint}"[:16]) if settings.device == "debug" else spec
 
 
 def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Plan:

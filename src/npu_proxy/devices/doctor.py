@@ -121,7 +121,7 @@ def _driver(*, present: bool) -> Iterator[Finding]:
     found = _library("libze_intel_npu.so") or _library("libze_intel_vpu.so")
     loader = _library("libze_loader.so")
     level = "problem" if present else "note"
-    cure = "install the packages of https://github.com/intel/linux-npu-driver/releases (intel-level-zero-npu, intel-driver-compiler-npu)"
+    cure = "install intel-level-zero-npu and intel-driver-compiler-npu from https://github.com/intel/linux-npu-driver/releases"
     if found:
         yield Finding(topic="npu", level="ok", text=f"NPU user driver: {found}")
     else:

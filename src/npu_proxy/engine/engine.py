@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.devices.base import Device
-from npu_proxy.devices.chain import open_devices
+from npu_proxy.devices.chain import open_devices, served_spec
 from npu_proxy.engine.finish import check_output, finish
 from npu_proxy.engine.golden import GoldenRows
 from npu_proxy.engine.pipeline import Limits, Pipeline, Stats
@@ -61,7 +61,7 @@ def load(settings: Settings) -> Parts:
     Raises ModelError, ModelNotFoundError, DeviceError, and UnavailableError when none of the devices can serve.
     """
     name, folder = Store(settings.store).resolve(settings.model)
-    spec = read_spec(folder, name=name, pooling=settings.pooling)
+    spec = served_spec(settings, read_spec(folder, name=name, pooling=settings.pooling))
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
     device = open_devices(settings, spec, GoldenRows(encoder, spec))
     return Parts(spec=spec, encoder=encoder, device=device)
