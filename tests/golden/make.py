@@ -69,7 +69,9 @@ def pool(hidden: torch.Tensor, pooling: str) -> torch.Tensor:
     }[pooling]()
 
 
-def make(name: str, pooling: str, seed: int, *, dense: bool = False, legacy: bool = False, layers: int = 2) -> None:
+def make(
+    name: str, pooling: str, seed: int, *, dense: bool = False, legacy: bool = False, layers: int = 2, onnx: bool = False
+) -> None:
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "1_Pooling").mkdir(parents=True)
@@ -124,6 +126,8 @@ def make(name: str, pooling: str, seed: int, *, dense: bool = False, legacy: boo
         save_file(tensors, folder / "2_Dense/model.safetensors")
         about = {"in_features": WIDTH, "out_features": DENSE_WIDTH, "bias": True}
         write(folder / "2_Dense/config.json", {**about, "activation_function": "torch.nn.modules.activation.Tanh"})
+    if onnx:
+        export(model, folder / "onnx" / "model.onnx")
     encode.no_padding()
     encode.enable_truncation(LIMIT)
     vectors = []
@@ -137,13 +141,42 @@ def make(name: str, pooling: str, seed: int, *, dense: bool = False, legacy: boo
     print(name, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) // 1000, "KB")
 
 
+def export(model: BertModel, file: Path) -> None:
+    """The encoder as repositories carry it: three integer inputs, token vectors out, free batch and length."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+
+    file.parent.mkdir()
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    ids, mask, types = (torch.ones([2, 7], dtype=torch.long) for _ in names)  # three: one tensor would become one input
+    program = torch.onnx.export(
+        Encoder().eval(),
+        (ids, mask, types),
+        input_names=names,
+        output_names=["last_hidden_state"],
+        dynamic_shapes=(free, free, free),
+        dynamo=True,
+    )
+    made = program.model_proto
+    for part in (*made.graph.node, *made.graph.value_info, *made.graph.input, *made.graph.output, made.graph, made):
+        del part.metadata_props[:]  # stack traces of the exporter, twice the size of the weights
+    file.write_bytes(made.SerializeToString())
+
+
 def write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     for number, mode in enumerate(POOLINGS):
-        make(mode, mode, number)
+        make(mode, mode, number, onnx=mode in ("mean", "cls"))
     make("dense", "mean", 10, dense=True)
     make("legacy", "mean", 11, legacy=True)
     make("one_layer_cls", "cls", 12, layers=1)
