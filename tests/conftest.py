@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def fake_engine(device: FakeDevice | None = None, **settings: object) -> Engine:
     spec = read_spec(GOLDEN / "mean")
     device = device or FakeDevice(width=spec.width)
 
-    def parts(settings: Settings) -> Parts:
+    def parts(settings: Settings, _stopping: threading.Event) -> Parts:
         encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
         return Parts(spec=spec, encoder=encoder, device=device)
 

@@ -92,6 +92,19 @@ def test_a_late_row_is_started_on_the_next_device_and_the_first_answer_counts() 
     assert chain._devices[1].closed
 
 
+def test_a_late_row_goes_down_the_whole_chain() -> None:
+    """The second is late as well, the third is the one that answers; a device that is no longer ready is passed over."""
+    chain = Fallback([Late(0.5), Late(0.5), FakeDevice(name="three")], hedge=0.01, probe_every=0)
+    output = chain.infer(row())
+    assert (output.device, output.fallback) == ("three", "late; late")
+    down = FakeDevice(name="two", script=fail())
+    down.ready = False
+    output = Fallback([Late(0.5), down, FakeDevice(name="three")], hedge=0.01, probe_every=0).infer(row())
+    assert output.device == "three"
+    assert not down.packs
+    chain.close()
+
+
 def test_a_chain_is_read_and_what_is_wrong_with_it_is_named() -> None:
     assert chain("npu, GPU,cpu") == ["npu", "gpu", "cpu"]
     assert chain("auto")[-1] == "cpu"

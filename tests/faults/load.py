@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from npu_proxy import EmbedRequest, EmbedResult, Engine, NpuProxyError, Settings
 from npu_proxy.devices.accelerator import Accelerator
 from npu_proxy.devices.chain import open_devices
+from npu_proxy.devices.faults import Fault
 from npu_proxy.engine.engine import Parts
 from npu_proxy.engine.golden import GoldenRows
 from npu_proxy.engine.tokenize import TextEncoder
@@ -26,16 +28,22 @@ ALIKE = 0.99999
 
 def faulty_engine(**settings: object) -> Engine:
     """An engine on npu-sim,cpu (or the device given) whose npu-sim obeys `inject`; started, npu-sim serving."""
-    engine = Engine(settings=Settings(**{"device": "npu-sim,cpu", **settings}), parts=_parts).start()
+    engine = Engine(settings=Settings(**{"device": "npu-sim,cpu", **settings}), parts=faulty_parts()).start()
     accelerator(engine).settle(120)
     return engine
 
 
-def _parts(settings: Settings) -> Parts:
-    name, folder = Store(settings.store).resolve(settings.model)
-    spec = read_spec(folder, name=name, pooling=settings.pooling)
-    encoder = TextEncoder(spec)
-    return Parts(spec=spec, encoder=encoder, device=open_devices(settings, spec, GoldenRows(encoder, spec), faults=True))
+def faulty_parts(first: Fault = Fault.NONE) -> Callable[[Settings, threading.Event], Parts]:
+    """How such an engine is loaded; the fault ``first`` strikes from the start."""
+
+    def parts(settings: Settings, stopping: threading.Event) -> Parts:
+        name, folder = Store(settings.store).resolve(settings.model)
+        spec = read_spec(folder, name=name, pooling=settings.pooling)
+        encoder = TextEncoder(spec)
+        golden = GoldenRows(encoder, spec)
+        return Parts(spec=spec, encoder=encoder, device=open_devices(settings, spec, golden, stopping, fault=first))
+
+    return parts
 
 
 def accelerator(engine: Engine) -> Accelerator:

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import CASES
-from load import Load, accelerator, expected_vectors, faulty_engine, texts
+from load import Load, accelerator, expected_vectors, faulty_engine, faulty_parts, texts
 
 from conftest import golden
-from npu_proxy import EmbedRequest, Engine, Settings, UnavailableError
+from npu_proxy import EmbedRequest, Engine, Settings, StoppedError, UnavailableError
 from npu_proxy.devices.faults import Fault
+from npu_proxy.devices.kinds import TARGETS
 
 QUICK = {
     "heartbeat_timeout": 1.0,
@@ -88,15 +89,8 @@ def test_wrong_vectors_are_found_by_the_probe(engine: Engine) -> None:
 
 def test_a_device_that_never_was_right_is_quarantined_and_stays_so(tmp_path: Path) -> None:
     settings = QUICK | {"model": MODEL, "store": tmp_path}
-    import load as loads
-
-    def wrong(settings: Settings):
-        parts = loads._parts(settings)
-        parts.device._devices[0].inject(Fault.WRONG)
-        return parts
-
-    for faulty in (True, False):  # the second time nothing is wrong, but the verdict is known
-        engine = Engine(settings=Settings(device="npu-sim,cpu", **settings), parts=wrong if faulty else loads._parts).start()
+    for fault in (Fault.WRONG, Fault.NONE):  # the second time nothing is wrong, but the verdict is known
+        engine = Engine(settings=Settings(device="npu-sim,cpu", **settings), parts=faulty_parts(fault)).start()
         try:
             assert accelerator(engine).settle(30)
             report = engine.device.reports()[0]
@@ -134,6 +128,92 @@ def test_a_late_row_is_answered_by_the_next_device_first(engine: Engine) -> None
     assert "not done after" in result.fallback
     assert time.monotonic() - start < 2.5
     assert accelerator(engine).ready
+
+
+@pytest.mark.parametrize("engine", [{"hedge": 0.2, "row_timeout": 20.0, "requests": 1}], indirect=True)
+def test_rows_behind_a_hanging_one_do_not_wait_for_it(engine: Engine) -> None:
+    """The only slot hangs, for longer than the requests live: each of them goes to the next device in time."""
+    accelerator(engine).inject(Fault.HANG)
+    start = time.monotonic()
+    answers = [ask(engine, f"text {number} of its own") for number in range(5)]
+    assert {answer.device for answer in answers} == {"cpu"}
+    assert time.monotonic() - start < 10
+
+
+def test_an_absent_device_costs_nothing(store: Path) -> None:
+    """It is looked for now and then; between the looks its thread rests."""
+    if not TARGETS["npu"].missing():
+        pytest.skip("this machine has an NPU")
+    with Engine(settings=Settings(device="npu,cpu", model=MODEL, store=store, **QUICK)) as engine:
+        accelerator(engine).settle(10)
+        threading.Event().wait(0.5)
+        start = time.process_time()
+        threading.Event().wait(1.0)
+        assert time.process_time() - start < 0.3
+        report = engine.device.reports()[0]
+        assert (report.state, report.worker_pid) == ("absent", None)
+        assert "modprobe intel_vpu" in report.reason
+        assert ask(engine).device == "cpu"
+
+
+def test_an_engine_that_waits_for_its_only_device_can_be_stopped(store: Path) -> None:
+    parts = faulty_parts(Fault.COMPILE_HANG)
+    engine = Engine(
+        settings=Settings(device="npu-sim", model=MODEL, store=store, **(QUICK | {"compile_timeout": 60.0})), parts=parts
+    )
+    failures: list[Exception] = []
+
+    def start() -> None:
+        try:
+            engine.start()
+        except UnavailableError as error:
+            failures.append(error)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    threading.Event().wait(1.0)
+    begun = time.monotonic()
+    engine.stop()
+    starting.join(10)
+    assert time.monotonic() - begun < 8
+    assert "compiling" in str(failures[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_told_that_the_engine_is_not_its_own(engine: Engine) -> None:
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            engine.embed(["one"])
+        except StoppedError as error:
+            engine.stop()
+            code = 0 if "fork" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ask(engine).device == "npu-sim"
+
+
+def test_a_signal_to_the_whole_group_leaves_the_drain_its_worker(engine: Engine) -> None:
+    worker = engine.device.reports()[0].worker_pid
+    assert worker is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker, number)
+    assert not gone(worker, 0.5)
+    assert ask(engine).device == "npu-sim"
+
+
+def test_a_damaged_certificate_is_no_certificate(tmp_path: Path) -> None:
+    settings = QUICK | {"model": MODEL, "store": tmp_path}
+    faulty_engine(**settings).stop(0)
+    stored = list((tmp_path / "certificates").glob("*.json"))
+    assert stored
+    for file in stored:
+        file.write_bytes(b'{"subject": "\xff\xfe"')
+    engine = faulty_engine(**settings)
+    assert ask(engine).device == "npu-sim"
+    engine.stop(0)
 
 
 OWNER = """

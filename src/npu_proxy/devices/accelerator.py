@@ -25,6 +25,7 @@ from npu_proxy.devices.process import Limits, Task, WorkerProcess
 from npu_proxy.devices.worker import Hello
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import Output, Pack, Shaped
+from npu_proxy.version import __version__
 
 log = logging.getLogger("npu_proxy.devices")
 
@@ -42,6 +43,7 @@ class Plan:
     streams: int = 0
     policy: Policy = field(default_factory=Policy)
     precision: str = "fp32"
+    first_fault: Fault = Fault.NONE
 
 
 class _Quarantined(Exception):
@@ -67,8 +69,9 @@ class Accelerator:
         self._cosine: float | None = None
         self._references: dict[RowShape, tuple[Pack, Output]] = {}
         self._worker: WorkerProcess | None = None
+        self._stuck: subprocess.Popen[bytes] | None = None
         self._restarts = -1
-        self._next_fault = Fault.NONE
+        self._next_fault = plan.first_fault
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -168,28 +171,23 @@ class Accelerator:
 
     def _failed(self, worker: WorkerProcess | None, error: RowError) -> None:
         """Count a failure of this worker; one of a worker that was replaced meanwhile says nothing about the new one."""
+        now = time.monotonic()
         with self._lock:
             if worker is not self._worker or self._stopping.is_set():
                 return
-            before = self._breaker.state
-            self._breaker = self._breaker.failed(error.failure, time.monotonic(), random.random())  # noqa: S311 (jitter)
-            opened = self._breaker.state is Circuit.OPEN and before is not Circuit.OPEN
-            if opened:
-                self._state, self._reason = "recovering", str(error)
-        if opened:
-            again = error.failure is Failure.ABSENT and self._breaker.opens > 1
-            log.log(
-                logging.DEBUG if again else logging.WARNING,
-                "%s: %s; the breaker is open, next try in %.1f s",
-                self.name,
-                error,
-                self._breaker.until - time.monotonic(),
-            )
-            if self._breaker.hopeless and not again:
-                log.error(
-                    "%s failed %d times without staying up; %s", self.name, self._breaker.opens, self._plan.task.target.reload
-                )
-            self._wake.set()
+            state = self._breaker.state
+            if state is Circuit.OPEN or (state is Circuit.HALF_OPEN and threading.current_thread() is not self._thread):
+                return  # the failure that opened the breaker speaks for the rows of before, too
+            breaker = self._breaker = self._breaker.failed(error.failure, now, random.random())  # noqa: S311 (jitter)
+            if breaker.state is not Circuit.OPEN:
+                return
+            self._state, self._reason = "recovering", str(error)
+        self._wake.set()
+        again = error.failure is Failure.ABSENT and breaker.opens > 1
+        level = logging.DEBUG if again else logging.WARNING
+        log.log(level, "%s: %s; the breaker is open, next try in %.1f s", self.name, error, breaker.until - now)
+        if breaker.hopeless and not again:
+            log.error("%s failed %d times without staying up; %s", self.name, breaker.opens, self._plan.task.target.reload)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -202,7 +200,8 @@ class Accelerator:
             except _Quarantined as error:
                 self._quarantine(str(error))
             except RowError as error:
-                self._failed(self._worker, error)
+                busy = error.failure is Failure.BUSY  # the reference had no room, which is as good as an error here
+                self._failed(self._worker, RowError(Failure.ERROR, str(error)) if busy else error)
             except Exception as error:  # a fault of ours must not leave the device without its thread
                 log.exception("%s: unexpected error", self.name)
                 self._failed(self._worker, RowError(Failure.CRASH, f"unexpected error: {type(error).__name__}"))
@@ -226,20 +225,24 @@ class Accelerator:
             self._state = "absent"
         if self._breaker.rung is Rung.RESTART:
             self._kill(RowError(self._breaker.last or Failure.CRASH, self._reason))
-        self._stopping.wait(max(0.0, self._breaker.until - time.monotonic()))
+        self._stopping.wait(max(_LOOK_SECONDS, self._breaker.until - time.monotonic()))
 
     def _bring_up(self) -> None:
-        """Compile and certify, in the process that is there or in a new one; then let rows in."""
+        """Compile and certify, in the process that is there or in a new one; then let rows in.
+
+        The breaker is half-open meanwhile, so that whatever fails here opens it, and its backoff follows.
+        """
+        with self._lock:
+            recovering = self._breaker.state is not Circuit.CLOSED
+            self._breaker = self._breaker.probing()
         if missing := self._plan.task.target.missing():
             raise RowError(Failure.ABSENT, missing)
-        recovering = self._breaker.state is not Circuit.CLOSED
-        with self._lock:
-            if recovering:
-                self._breaker = self._breaker.probing()
         self._state = "recovering" if recovering else "compiling"
         worker = self._worker
         if worker is None:
             worker = self._worker = self._start()
+            if self._stopping.is_set():  # close() has looked for a worker already, or sees this one
+                worker.process.kill()
         else:
             worker.recompile(self._plan.limits.row)
         hello = worker.hello(self._plan.limits.compile)
@@ -257,6 +260,8 @@ class Accelerator:
 
     def _start(self) -> WorkerProcess:
         plan = self._plan
+        if self._stuck is not None and self._stuck.poll() is None:
+            raise RowError(Failure.HANG, f"the worker process {self._stuck.pid} cannot be killed; its driver holds it")
         layout = Layout(
             shapes=plan.shapes, by_index=plan.task.spec.pooling.by_index, width=plan.task.spec.width, slots=self.most_streams
         )
@@ -277,6 +282,8 @@ class Accelerator:
             if known is not None and known.reason:
                 raise _Quarantined(f"{known.reason} (found before; `npu-proxy certify --device {self.name}` judges anew)")
             verdict = self._judge(worker, subject, shape, least)
+            if verdict.reason:  # once more, because a verdict stays: a driver just reset may have given one bad row
+                verdict = self._judge(worker, subject, shape, least)
             self._certificates.keep(verdict)
             if verdict.reason:
                 raise _Quarantined(verdict.reason)
@@ -306,6 +313,7 @@ class Accelerator:
             device=hello.device,
             driver=hello.driver,
             openvino=hello.openvino,
+            npu_proxy=__version__,
             precision=self._plan.precision,
         )
 
@@ -324,5 +332,6 @@ class Accelerator:
         if worker is not None:
             try:
                 worker.kill(reason)
-            except (OSError, subprocess.TimeoutExpired):  # the kernel does not let go of it (a driver does that); go on without
+            except (OSError, subprocess.TimeoutExpired):  # the kernel does not let go of it; drivers do that
+                self._stuck = worker.process
                 log.exception("%s: process %d does not end", self.name, worker.process.pid)

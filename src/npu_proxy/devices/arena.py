@@ -10,6 +10,7 @@ import mmap
 import os
 import secrets
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ class Arena:
             self._map = mmap.mmap(-1, layout.size, tagname=self.handle)
         else:
             self.handle = handle if isinstance(handle, int) else _unnamed(layout.size)
+            self._given_back = weakref.finalize(self, os.close, self.handle)
             self._map = mmap.mmap(self.handle, layout.size)
         self.control: npt.NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, _CONTROL // 8)
         """[0] counts the worker's heartbeats; [1] is the fault that devices/faults.py injects, and 0 otherwise."""
@@ -95,9 +97,8 @@ class Arena:
 
     def close(self) -> None:
         """Give the handle back; the memory goes when nobody looks at it any more."""
-        if isinstance(self.handle, int) and self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
+        if sys.platform != "win32":
+            self._given_back()
 
 
 def _unnamed(size: int) -> int:

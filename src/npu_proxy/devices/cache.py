@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-_PROBE = ".writable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +21,9 @@ class Cache:
         folder = self.root / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / _PROBE).write_bytes(b"0" * 4096)
-            (folder / _PROBE).unlink()
+            probe = folder / f".writable-{os.getpid()}"
+            probe.write_bytes(b"0" * 4096)
+            probe.unlink()
         except OSError:
             return None
         return folder

@@ -1,12 +1,14 @@
 """Certification: before a device may serve, golden texts must give the vectors that fp32 on the CPU gives.
 
-A clean compile is not a right answer (openvino issues 37264, 38100). Verdicts are kept, by everything that can change
-the answer: model fingerprint, row shape, device, driver, OpenVINO.
+A clean compile is not a right answer (openvino issues 37264, 38100), so every start compares. Verdicts are kept, by
+everything that can change the answer (model fingerprint, row shape, device, driver, versions): a failed one holds over
+restarts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     driver: str
     openvino: str
+    npu_proxy: str
     precision: str
 
     @property
@@ -62,16 +65,16 @@ class Certificates:
             return None
         try:
             return msgspec.json.decode((self._folder / f"{subject.key}.json").read_bytes(), type=Verdict)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError):
             return None
 
     def keep(self, verdict: Verdict) -> None:
-        """Store a verdict; a full disk costs only the next start's time."""
+        """Store a verdict; with a full disk it holds for this life only."""
         self.found.append(verdict)
         path = self._folder / f"{verdict.subject.key}.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
+            partial = path.with_suffix(f".{os.getpid()}.partial")
             partial.write_bytes(msgspec.json.encode(verdict))
             partial.replace(path)
         except OSError:

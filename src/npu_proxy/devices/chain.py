@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from npu_proxy.devices.accelerator import Accelerator, Plan
@@ -12,6 +14,7 @@ from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.certify import Certificates, Verdict
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
+from npu_proxy.devices.faults import Fault
 from npu_proxy.devices.kinds import TARGETS, chain
 from npu_proxy.devices.onnx import OnnxDevice, with_onnx
 from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
@@ -21,12 +24,17 @@ from npu_proxy.errors import UnavailableError
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec, Output, Pack
 
+_LOOK_SECONDS = 0.05
 
-def open_devices(settings: Settings, spec: ModelSpec, golden: GoldenRow, *, faults: bool = False) -> Fallback:
+
+def open_devices(
+    settings: Settings, spec: ModelSpec, golden: GoldenRow, stopping: threading.Event, *, fault: Fault | None = None
+) -> Fallback:
     """The chain that the setting `device` names, its accelerators compiling in the background.
 
-    Returns once something can serve. Raises UnavailableError when nothing can and nothing is behind it, DeviceError and
-    ModelError when the model cannot be compiled. faults: see devices/faults.py.
+    Returns once something can serve. Raises UnavailableError when nothing can or ``stopping`` is set first, DeviceError
+    and ModelError when the model cannot be compiled. fault: for tests, what befalls the accelerators from
+    the start; with any, they obey ``inject`` (devices/faults.py).
     """
     names = chain(settings.device)[: None if settings.fallback == "on" else 1]
     if names == ["debug"]:
@@ -34,29 +42,37 @@ def open_devices(settings: Settings, spec: ModelSpec, golden: GoldenRow, *, faul
         return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes)], probe_every=0)
     if names == ["onnx"]:
         return Fallback([_onnx(settings, spec, golden)], probe_every=settings.probe_interval)
-    reference = _Reference(settings, spec)
+    reference = _Reference(settings, spec, golden)
     certificates = Certificates(settings.store / "certificates")
     accelerators = [
-        Accelerator(_plan(settings, spec, name, faults=faults), golden, reference, certificates) for name in names if name != "cpu"
+        Accelerator(_plan(settings, spec, name, fault), golden, reference, certificates) for name in names if name != "cpu"
     ]
     devices: list[Device] = [*accelerators]
     try:
         if "cpu" in names:
-            devices.append(reference.keep(golden))
-        elif not any(one.settle(2 * settings.compile_timeout) and one.ready for one in accelerators):
-            reasons = "; ".join(f"{one.name}: {one.reason}" for one in accelerators)
-            raise UnavailableError(f"no device can serve: {reasons}. Add `cpu` to `device`, or see `npu-proxy doctor`")
+            devices.append(reference.keep())
+        else:
+            _await_any(accelerators, 2 * settings.compile_timeout, stopping)
+        return Fallback(devices, hedge=settings.hedge, probe_every=settings.probe_interval)
     except BaseException:
         for one in accelerators:
             one.close()
         raise
-    return Fallback(devices, hedge=settings.hedge, probe_every=settings.probe_interval)
+
+
+def _await_any(accelerators: Sequence[Accelerator], seconds: float, stopping: threading.Event) -> None:
+    """Until one of them serves. Raises UnavailableError once none will, after ``seconds``, and when ``stopping`` is set."""
+    end = time.monotonic() + seconds
+    while not any(one.ready for one in accelerators):
+        if all(one.settle(0) for one in accelerators) or time.monotonic() > end or stopping.wait(_LOOK_SECONDS):
+            reasons = "; ".join(f"{one.name}: {one.reason}" for one in accelerators)
+            raise UnavailableError(f"no device can serve: {reasons}. Add `cpu` to `device`, or see `npu-proxy doctor`")
 
 
 def certify(settings: Settings, spec: ModelSpec, golden: GoldenRow, name: str) -> tuple[list[Verdict], str]:
     """Judge one accelerator anew, whatever was found before: its verdicts by shape, and why it cannot serve ('' if it can)."""
     certificates = Certificates(settings.store / "certificates", anew=True)
-    device = Accelerator(_plan(settings, spec, name, faults=False), golden, _Reference(settings, spec), certificates)
+    device = Accelerator(_plan(settings, spec, name), golden, _Reference(settings, spec, golden), certificates)
     try:
         device.settle(2 * settings.compile_timeout)
         return certificates.found, "" if device.ready else device.reason
@@ -76,7 +92,7 @@ def served_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:
     return replace(spec, fingerprint=f"debug-{spec.fingerprint}"[:16]) if settings.device == "debug" else spec
 
 
-def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Plan:
+def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = None) -> Plan:
     target = TARGETS[name]
     properties: dict[str, object] = {
         "PERFORMANCE_HINT": settings.hint.upper(),
@@ -84,10 +100,11 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, *, faults: bool) -> Pl
     }
     cache = Cache(root=settings.cache, limit=settings.cache_mb * 1_000_000) if settings.cache_mb else None
     return Plan(
-        task=Task(target=target, spec=spec, properties=properties, cache=cache, faults=faults),
+        task=Task(target=target, spec=spec, properties=properties, cache=cache, faults=fault is not None),
         shapes=static_shapes(spec.max_length, settings.row_tokens, packed=settings.packing),
         limits=Limits(compile=settings.compile_timeout, row=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
         streams=settings.requests,
+        first_fault=fault or Fault.NONE,
         policy=Policy(
             failures=settings.breaker_failures,
             window=settings.breaker_window,
@@ -103,12 +120,13 @@ class _Reference:
 
     settings: Settings
     spec: ModelSpec
+    golden: GoldenRow
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._device: OpenVinoCpu | None = None
 
-    def keep(self, golden: GoldenRow | None = None) -> OpenVinoCpu:
+    def keep(self) -> OpenVinoCpu:
         """The CPU device, compiled at the first call."""
         with self._lock:
             if self._device is None:
@@ -119,7 +137,7 @@ class _Reference:
                     streams=chosen.streams,
                     row_tokens=chosen.row_tokens,
                     packed=chosen.packing,
-                    golden=golden,
+                    golden=self.golden,
                 )
             return self._device
 

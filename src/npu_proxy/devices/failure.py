@@ -9,7 +9,7 @@ from npu_proxy.errors import DeviceError
 
 
 class Failure(StrEnum):
-    """Kinds of trouble; recovery.py says what each leads to."""
+    """Kinds of trouble; breaker.py says what each leads to."""
 
     ABSENT = "absent"
     """There is no such device, or no driver, runtime or compiler for it."""

@@ -14,12 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from npu_proxy.devices.base import Device, LateError, Report
-from npu_proxy.devices.failure import Failure, RowError
 from npu_proxy.errors import DeviceError, UnavailableError
 from npu_proxy.types import Output, Pack, Shaped
 
 _LATE_ROWS = 4
-"""A row that takes less than so many usual ones is slow, not late: starting it twice would only add to the load."""
+"""Usual rows in the time of one that is late."""
 
 log = logging.getLogger("npu_proxy.devices")
 
@@ -38,7 +37,8 @@ class Fallback:
         self.name = ",".join(device.name for device in devices)
         self.kind = devices[0].kind
         self.most_streams = max(device.most_streams for device in devices)
-        self._spare = ThreadPoolExecutor(2 * self.most_streams, "npu-proxy-late")
+        # A late row takes two threads for each device behind which there is another; fewer could wait for each other.
+        self._spare = ThreadPoolExecutor(2 * self.most_streams * max(1, len(devices) - 1), "npu-proxy-late")
         self._stopping = threading.Event()
         self._prober = threading.Thread(target=self._probe, args=(probe_every,), name="npu-proxy-probe", daemon=True)
         if probe_every:
@@ -72,26 +72,7 @@ class Fallback:
 
     def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """The row's vectors from the first device that gives them. Raises the last device's error, or UnavailableError."""
-        reasons: list[str] = []
-        last: DeviceError | None = None
-        for number, device in enumerate(self._devices):
-            if not device.ready:
-                reasons.append(_why(device))
-                continue
-            if not device.takes(pack.shape):
-                reasons.append(f"{device.name} was not ready when the row was packed")
-                continue
-            rest = [other for other in self._devices[number + 1 :] if other.ready and other.takes(pack.shape)]
-            try:
-                output = self._hedged(device, rest, pack) if rest else device.infer(pack)
-            except DeviceError as error:
-                reasons.append(str(error))
-                last = error
-                continue
-            return replace(output, fallback="; ".join(reasons)) if reasons else output
-        if last is not None:
-            raise last
-        raise UnavailableError(f"no device is ready: {'; '.join(reasons)}")
+        return self._first(self._devices, pack, [])
 
     def reports(self) -> Sequence[Report]:
         """Every device's."""
@@ -114,34 +95,58 @@ class Fallback:
         self._stopping.set()
         for device in self._devices:
             device.close()
-        self._spare.shutdown(wait=True, cancel_futures=True)
+        self._spare.shutdown(wait=True)
         if self._prober.is_alive():
             self._prober.join(timeout=10)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _hedged(self, device: Device, rest: Sequence[Device], pack: Pack) -> Output:
-        """The row on ``device``; once it is late also on the next one, and the first answer counts."""
-        usual = self._usual.get(device.name, 0.0)
-        try:
-            output = device.infer(pack, min(self._hedge, max(_LATE_ROWS * usual, _patience(pack))))
-            self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
-            return output
-        except LateError as error:
-            slow = self._spare.submit(error.pending)
-            reason = str(error)
-        other = self._spare.submit(self._other, rest, pack, reason)
+    def _first(self, devices: Sequence[Device], pack: Pack, reasons: list[str]) -> Output:
+        """The first of ``devices`` that gives the row's vectors; reasons: why those before them did not."""
+        last: DeviceError | None = None
+        for number, device in enumerate(devices):
+            if not device.ready:
+                reasons.append(_why(device))
+                continue
+            if not device.takes(pack.shape):
+                reasons.append(f"{device.name} was not ready when the row was packed")
+                continue
+            behind = devices[number + 1 :]
+            try:
+                output = device.infer(pack, self._late(device, pack) if behind else math.inf)
+            except LateError as error:
+                return self._race(error, behind, pack, reasons)
+            except DeviceError as error:
+                reasons.append(str(error))
+                last = error
+                continue
+            self._usual[device.name] = output.seconds + 0.9 * (self._usual.get(device.name, 0.0) - output.seconds)
+            return replace(output, fallback="; ".join(reasons)) if reasons else output
+        if last is not None:
+            raise last
+        raise UnavailableError(f"no device is ready: {'; '.join(reasons)}")
+
+    def _late(self, device: Device, pack: Pack) -> float:
+        """Seconds after which a row on ``device`` is late: the setting's, or when half the row's time is over.
+
+        Without the setting, a row that takes less than a few usual ones is slow, not late: to start it twice would only
+        add to the load.
+        """
+        return min(self._hedge, max(_LATE_ROWS * self._usual.get(device.name, 0.0), _patience(pack)))
+
+    def _race(self, late: LateError, behind: Sequence[Device], pack: Pack, reasons: list[str]) -> Output:
+        """The late row goes on, and on ``behind`` it starts anew: the first answer counts. Raises the last device's error."""
+        slow = self._spare.submit(late.pending)
+        other = self._spare.submit(self._first, behind, pack, [*reasons, str(late)])
         runs: set[Future[Output]] = {slow, other}
         while runs:
             done, runs = wait(runs, return_when=FIRST_COMPLETED)
             for run in done:
                 if run.exception() is None:
-                    return run.result()
-        failed = slow.exception()
-        raise failed if isinstance(failed, DeviceError) else RowError(Failure.ERROR, reason)
-
-    def _other(self, rest: Sequence[Device], pack: Pack, reason: str) -> Output:
-        return replace(rest[0].infer(pack), fallback=reason)
+                    output = run.result()
+                    return replace(output, fallback="; ".join(reasons)) if run is slow and reasons else output
+        failed = (run.exception() for run in (other, slow))
+        raise next((error for error in failed if isinstance(error, DeviceError)), late)
 
     def _probe(self, every: float) -> None:
         """A test inference on each device, every so many seconds."""

@@ -65,7 +65,8 @@ def compile_static(
     """
     listed = core.get_property(target.openvino, "SUPPORTED_PROPERTIES")
     wanted = supported({**target.properties, **properties, **_compiler()}, listed)
-    if cache is not None and faults is None and (folder := cache.folder(_versions(core, target))) is not None:
+    folder = None if cache is None or faults is not None else cache.folder(_versions(core, target))
+    if folder is not None:
         core.set_property({"CACHE_DIR": str(folder)})
     weights = Tensors(spec.weight_files, family(spec).canonical_name)
     models: dict[RowShape, ov.CompiledModel] = {}
@@ -76,8 +77,9 @@ def compile_static(
         try:
             models[shape] = core.compile_model(model, target.openvino, wanted)
         except RuntimeError:
-            if cache is None:
+            if folder is None:
                 raise
+            folder = None
             core.set_property({"CACHE_DIR": ""})  # a blob that cannot be read or written must not stop anybody
             models[shape] = core.compile_model(model, target.openvino, wanted)
     weights.release()

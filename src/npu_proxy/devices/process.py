@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,6 +31,8 @@ from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import ModelSpec, Output, Pack
 
 _SEND_SECONDS = 5.0
+_START_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +131,13 @@ class WorkerProcess:
         self.slots = [Slot(task.target.name, number, self._arena, layout) for number in range(layout.slots)]
         self.free: queue.LifoQueue[Slot | None] = queue.LifoQueue()
         theirs = [control, *(slot.theirs for slot in self.slots)]
-        command = [sys.executable, "-c", "from npu_proxy.devices.worker import main; main()"]
+        command = [sys.executable, "-P", "-c", "from npu_proxy.devices.worker import main; main()"]
         inherit = {} if sys.platform == "win32" else {"pass_fds": [self._arena.handle, *(end.fileno() for end in theirs)]}
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **inherit)  # noqa: S603  # type: ignore[call-overload]
         self._beats = (0, time.monotonic())
         self._opened = 0
+        self._overdue: RowError | None = None
         job = WorkerJob(
             target=task.target,
             spec=task.spec,
@@ -146,22 +150,34 @@ class WorkerProcess:
             owner=os.getpid(),
         )
         assert self.process.stdin is not None
+        guard = threading.Timer(_START_SECONDS, self.process.kill)  # more than a pipe holds; a stopped process reads none of it
+        guard.daemon = True
+        guard.start()
         with suppress(OSError):  # it died already; hello() says so
             pickle.dump(job, self.process.stdin)
             self.process.stdin.flush()
+        guard.cancel()
         for end in theirs:
             end.close()
 
     def hello(self, seconds: float) -> Hello:
         """What the worker says after compiling. Raises RowError when it fails, dies, or takes longer than ``seconds``."""
-        self._control.settimeout(seconds)
-        try:
-            head = receive(self._control, 4)
-            content = receive(self._control, struct.unpack("<I", head)[0]) if len(head) == 4 else b""
-        except TimeoutError:
-            raise RowError(Failure.COMPILE, f"compiling took longer than {seconds:g} seconds; see `compile_timeout`") from None
-        except OSError:
-            content = b""
+        end = time.monotonic() + seconds
+        head = None
+        while head is None:
+            dead = self.process.poll() is not None  # looked at first: its last words may be on their way
+            self._control.settimeout(max(0.001, min(_LOOK_SECONDS, end - time.monotonic())))
+            try:
+                head = receive(self._control, 4)
+            except TimeoutError:
+                if dead:
+                    head = b""
+                elif time.monotonic() >= end:
+                    text = f"compiling took longer than {seconds:g} seconds; see `compile_timeout`"
+                    raise RowError(Failure.COMPILE, text) from None
+            except OSError:
+                head = b""
+        content = receive(self._control, struct.unpack("<I", head)[0]) if len(head) == 4 else b""
         if not content:
             raise RowError(Failure.CRASH, f"the worker process died while compiling (exit code {self.process.poll()})")
         hello = msgspec.json.decode(content, type=Hello)
@@ -181,19 +197,21 @@ class WorkerProcess:
         """Ask the worker to drop everything and compile again, once no row is under way; ``hello`` waits for it."""
         resting: list[Slot | None] = []
         try:
+            self._check_overdue()
             resting.extend(self.free.get(timeout=seconds) for _ in range(self._opened))
         except queue.Empty:
             raise RowError(Failure.HANG, f"a row was not done after {seconds:g} seconds") from None
         finally:
             for slot in resting:
                 self.free.put(slot)
+        self._check_overdue()
         with suppress(OSError):  # it is dead; hello() says so
             self._control.sendall(b"c")
 
     def infer(self, pack: Pack, late: float, limit: float) -> Output:
         """Run a row. Raises LateError after ``late`` seconds, RowError for what went wrong, BUSY where no slot came free."""
         try:
-            slot = self.free.get(timeout=limit)
+            slot = self.free.get(timeout=min(late, limit))
         except queue.Empty:
             raise RowError(Failure.BUSY, "no slot came free in time") from None
         if slot is None:
@@ -201,28 +219,34 @@ class WorkerProcess:
             raise RowError(Failure.CRASH, "the worker process has ended")
         lent = True
         try:
+            self._check_overdue()
             slot.begin(pack)
             output = slot.wait(pack, min(late, limit))
             if output is None and late < limit:
                 lent = False
                 raise LateError(f"a row was not done after {late:.3g} seconds", lambda: self._resume(slot, pack, limit))
+            return self._done(output, limit)
         finally:
             if lent:
                 self.free.put(slot)
-        return self._done(output, limit)
 
     def _resume(self, slot: Slot, pack: Pack, limit: float) -> Output:
         """Wait for a late row, which has its slot still."""
         try:
-            output = slot.wait(pack, limit)
+            return self._done(slot.wait(pack, limit), limit)
         finally:
             self.free.put(slot)
-        return self._done(output, limit)
 
     def _done(self, output: Output | None, limit: float) -> Output:
+        """The output. Without one, the worker may still write into that slot: no row may use this process again."""
         if output is None:
-            raise RowError(Failure.HANG, f"a row was not done after {limit:g} seconds")
+            self._overdue = RowError(Failure.HANG, f"a row was not done after {limit:g} seconds")
+            raise self._overdue
         return output
+
+    def _check_overdue(self) -> None:
+        if self._overdue is not None:
+            raise RowError(self._overdue.failure, str(self._overdue))
 
     def trouble(self, limits: Limits) -> RowError | None:
         """What is wrong with the process: dead, no heartbeat, a row overdue. A look, no wait."""
@@ -247,8 +271,14 @@ class WorkerProcess:
         self.process.kill()
         for slot in self.slots:
             slot.cut(reason)
-        self.process.wait(timeout=_SEND_SECONDS)
-        with suppress(queue.Empty):  # who waited has been woken and brings its slot back
+        try:
+            self.process.wait(timeout=_SEND_SECONDS)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the slots, once those who wait have been woken, the sockets and the memory."""
+        with suppress(queue.Empty):
             for _ in range(self._opened):
                 self.free.get(timeout=_SEND_SECONDS)
         self.free.put(None)

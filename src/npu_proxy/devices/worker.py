@@ -73,7 +73,9 @@ def main() -> None:
     job: WorkerJob = pickle.load(sys.stdin.buffer)  # noqa: S301 (our own parent wrote it)
     die_with(job.owner)
     os.dup2(2, 1)  # native code prints where it likes; nothing reads our standard output
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they reach the whole group; the owner drains first, then kills
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     arena = Arena(job.layout, job.arena)
     control, *slots = (_socket(shared) for shared in job.sockets)
     _thread(_beat, arena)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -55,15 +56,15 @@ class Parts:
     device: Device
 
 
-def load(settings: Settings) -> Parts:
-    """Read the model, its tokenizer, and compile it. No network.
+def load(settings: Settings, stopping: threading.Event) -> Parts:
+    """Read the model, its tokenizer, and compile it. No network. ``stopping`` ends a wait for a device.
 
     Raises ModelError, ModelNotFoundError, DeviceError, and UnavailableError when none of the devices can serve.
     """
     name, folder = Store(settings.store).resolve(settings.model)
     spec = served_spec(settings, read_spec(folder, name=name, pooling=settings.pooling))
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
-    device = open_devices(settings, spec, GoldenRows(encoder, spec))
+    device = open_devices(settings, spec, GoldenRows(encoder, spec), stopping)
     return Parts(spec=spec, encoder=encoder, device=device)
 
 
@@ -81,7 +82,7 @@ class Engine:
         device: str | None = None,
         settings: Settings | None = None,
         *,
-        parts: Callable[[Settings], Parts] = load,
+        parts: Callable[[Settings, threading.Event], Parts] = load,
     ) -> None:
         """``model`` and ``device`` override the settings' own. Nothing is loaded before ``start``."""
         settings = settings or Settings()
@@ -93,6 +94,8 @@ class Engine:
         self._load = parts
         self._state: State = "new"
         self._change = threading.Lock()
+        self._stopping = threading.Event()
+        self._process = os.getpid()
         self._pipeline: Pipeline | None = None
         self._parts: Parts | None = None
 
@@ -110,7 +113,7 @@ class Engine:
                 return self
             if self._state != "new":
                 raise StoppedError("this engine was stopped; make a new one")
-            parts = self._load(self.settings)
+            parts = self._load(self.settings, self._stopping)
             limits = Limits(
                 batch_delay=self.settings.batch_delay,
                 aging=self.settings.aging,
@@ -118,13 +121,21 @@ class Engine:
                 max_items=self.settings.max_queue_items,
                 max_tokens=self.settings.max_queue_tokens,
             )
+            try:
+                self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec.pooling, limits)
+            except BaseException:
+                parts.device.close()
+                raise
             self._parts = parts
-            self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec.pooling, limits)
+            self._process = os.getpid()
             self._state = "running"
         return self
 
     def stop(self, drain: float | None = None) -> None:
         """Finish open requests for up to ``drain`` seconds (the setting's by default), fail the rest, end all threads."""
+        if self._forked():
+            return
+        self._stopping.set()
         with self._change:
             if self._pipeline is not None and self._parts is not None and self._state == "running":
                 self._state = "stopping"
@@ -244,7 +255,13 @@ class Engine:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _forked(self) -> bool:
+        """Whether this is a copy in a forked child: the threads and the device are the parent's."""
+        return self._state != "new" and os.getpid() != self._process
+
     def _running(self) -> tuple[Parts, Pipeline]:
+        if self._forked():
+            raise StoppedError("this engine was started before a fork; make a new one in each process")
         if self._state == "new":
             self.start()
         if self._parts is None or self._pipeline is None or self._state == "stopped":

@@ -215,7 +215,7 @@ class Pipeline:
             if ticket.open and not ticket.abandoned():
                 texts = [ticket.request.texts[index] for index in chunk.indices]
                 encodings = self._encoder.encode(texts, chunk.prompt, ticket.request.truncate)
-        except Exception as error:  # these texts fail, the stage goes on
+        except BaseException as error:  # these texts fail, the stage goes on; a panic in Rust is no Exception
             encodings = [_wrapped(error, "tokenizing failed")] * len(chunk.indices)
         finally:
             self._enqueue(chunk, encodings)
@@ -250,7 +250,7 @@ class Pipeline:
         try:
             row = pack(jobs, plan, self._fill_pool, by_index=self._by_index)
             answer = self._device.infer(row)
-        except Exception as error:  # these jobs fail, the stage goes on
+        except BaseException as error:  # these jobs fail, the stage goes on
             answer = _wrapped(error, "the device failed")
         return row, answer
 
@@ -359,7 +359,7 @@ def _vector(answer: Output, row: Pack, number: int) -> Vector | DeviceError:
     return vector
 
 
-def _wrapped(error: Exception, what: str) -> NpuProxyError:
+def _wrapped(error: BaseException, what: str) -> NpuProxyError:
     if isinstance(error, NpuProxyError):
         return error
     log.error("%s", what, exc_info=error)
