@@ -11,7 +11,9 @@ from npu_proxy.graph.packed import CPU, NATIVE, Style, attend, gelu, segment_mas
 
 
 def run(inputs: list, output) -> np.ndarray:
-    compiled = ov.Core().compile_model(ov.Model([op.result(output)], [node for node, _ in inputs], "test"), "CPU")
+    model = ov.Model([op.result(output)], [node for node, _ in inputs], "test")
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bfloat16 would use it
+    compiled = ov.Core().compile_model(model, "CPU", exact)
     return compiled([value for _, value in inputs])[0]
 
 
