@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 
 from npu_proxy import Engine, Settings
+from npu_proxy.devices import profile
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.engine.engine import Parts
 from npu_proxy.engine.tokenize import TextEncoder
@@ -26,6 +27,10 @@ from npu_proxy.models.store import Store
 # How long an example takes says nothing on a shared machine.
 hypothesis_settings.register_profile("untimed", deadline=None)
 hypothesis_settings.load_profile("untimed")
+
+# What somebody tuned on this machine is not what is tested.
+os.environ["NPU_PROXY_PROFILE"] = "off"
+profile.machine = lambda: "the tests' own"
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "modules.json").exists())

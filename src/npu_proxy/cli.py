@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Literal, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter, config
+from cyclopts import App, CycloptsError, config
 from rich.console import Console
 from rich.markup import escape
 
@@ -19,15 +19,13 @@ from npu_proxy.engine.engine import Engine, Options
 from npu_proxy.errors import InputError, ModelError, NpuProxyError, SettingsError
 from npu_proxy.models.pull import pull as pull_model
 from npu_proxy.models.store import Store
+from npu_proxy.prepare.commands import DEFAULTS, Shared, certify, compile_model, doctor, quantize, tune
 from npu_proxy.settings import Settings
 from npu_proxy.types import DType, Truncate
 from npu_proxy.version import __version__
 
 _PREFIX = "NPU_PROXY_"
 _CONFIG = f"{_PREFIX}CONFIG"
-
-Shared = Annotated[Settings, Parameter(name="*", group="Settings")]
-_DEFAULTS = Settings()
 
 
 def _format_error(error: CycloptsError) -> str:
@@ -59,7 +57,7 @@ def embed(
     batch_size: int = 256,
     parallel: int | None = None,
     on_error: Literal["stop", "null"] = "stop",
-    settings: Shared = _DEFAULTS,
+    settings: Shared = DEFAULTS,
 ) -> None:
     """Embed texts, or the texts of a file.
 
@@ -134,7 +132,7 @@ def embed(
 
 
 @app.command
-def serve(*, settings: Shared = _DEFAULTS) -> None:
+def serve(*, settings: Shared = DEFAULTS) -> None:
     """Serve the model over HTTP. The port answers at once, with 503 until the model is ready; SIGTERM drains."""
     from npu_proxy.server.run import serve as run_server
 
@@ -142,7 +140,7 @@ def serve(*, settings: Shared = _DEFAULTS) -> None:
 
 
 @app.command
-def pull(model: str = "", *, revision: str | None = None, settings: Shared = _DEFAULTS) -> None:
+def pull(model: str = "", *, revision: str | None = None, settings: Shared = DEFAULTS) -> None:
     """Fetch a model into the local store, or check and repair one that is there.
 
     Parameters
@@ -164,7 +162,7 @@ def pull(model: str = "", *, revision: str | None = None, settings: Shared = _DE
 
 
 @app.command(name="list")
-def list_models(*, settings: Shared = _DEFAULTS) -> None:
+def list_models(*, settings: Shared = DEFAULTS) -> None:
     """Show the models in the local store."""
     models = Store(settings.store).list()
     if not models:
@@ -178,7 +176,7 @@ def list_models(*, settings: Shared = _DEFAULTS) -> None:
 
 
 @app.command
-def rm(model: str, *, settings: Shared = _DEFAULTS) -> None:
+def rm(model: str, *, settings: Shared = DEFAULTS) -> None:
     """Remove a model from the local store.
 
     Parameters
@@ -198,57 +196,8 @@ def _devices(engine: Engine) -> str:
     return ", ".join(f"{device} ({texts} texts)" for device, texts in executed.items())
 
 
-@app.command
-def doctor(*, json: bool = False, settings: Shared = _DEFAULTS) -> None:
-    """Say what this machine has for embedding, and the command that mends what it has not. Exit code 0 when something serves.
-
-    Parameters
-    ----------
-    json
-        Print the findings as one JSON object.
-    """
-    import msgspec
-
-    from npu_proxy.devices.doctor import diagnose
-
-    found = diagnose(settings)
-    if json:
-        print(msgspec.json.encode(found).decode())
-        sys.exit(0 if found.serves else 1)
-    for finding in found.findings:
-        print(f"{_MARKS[finding.level]} {finding.topic:10} {finding.text}")
-        if finding.cure:
-            print(f"{'':13} -> {finding.cure}")
-    print(f"\n{', '.join(found.devices)} can serve" if found.devices else "\nnothing can serve")
-    sys.exit(0 if found.serves else 1)
-
-
-@app.command
-def certify(*, settings: Shared = _DEFAULTS) -> None:
-    """Compare an accelerator's vectors of golden texts with fp32 on the CPU, in every row shape, and keep the verdict.
-
-    The device is the first of the setting `device`. Exit code 0 when it may serve.
-    """
-    from npu_proxy.devices.chain import certify as judge
-    from npu_proxy.devices.kinds import chain
-    from npu_proxy.engine.golden import GoldenRows
-    from npu_proxy.engine.tokenize import TextEncoder
-    from npu_proxy.models.layout import read_spec
-
-    name = chain(settings.device)[0]
-    if name == "cpu":
-        raise SettingsError("the CPU is what others are compared with; name another one with --device", param="device")
-    model, folder = Store(settings.store).resolve(settings.model)
-    spec = read_spec(folder, name=model, pooling=settings.pooling)
-    verdicts, reason = judge(settings, spec, GoldenRows(TextEncoder(spec), spec), name)
-    for verdict in verdicts:
-        print(f"{verdict.subject.shape:12} cosine {verdict.cosine:.6f}  {verdict.reason or 'certified'}")
-    if reason:
-        _quit(f"{name} may not serve {model}: {reason}", 1)
-    print(f"{name} may serve {model}")
-
-
-_MARKS = {"ok": "ok      ", "note": "note    ", "problem": "PROBLEM "}
+for command in (doctor, certify, quantize, tune, compile_model):
+    app.command(command, name="compile" if command is compile_model else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -277,7 +226,7 @@ def _check_environment() -> None:
     """An NPU_PROXY_* variable that means nothing is a mistake, not a comment."""
     known = [_PREFIX + setting.name.upper() for setting in fields(Settings)] + [_CONFIG]
     own = ["INPUT", "TEXT_FIELD", "OUTPUT", "DIMENSIONS", "NORMALIZE", "TRUNCATE", "DTYPE", "INPUT_TYPE", "PROMPT_NAME"]
-    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION", "JSON"]
+    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION", "JSON", "PAIRS", "TEXTS", "MOST_LOSS", "ROUNDS", "PLATFORM"]
     known += [_PREFIX + name for name in own]
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in known:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from npu_proxy.devices.kinds import chain
+from npu_proxy.devices.kinds import ALONE, chain
 from npu_proxy.errors import SettingsError
 from npu_proxy.models.catalog import DEFAULT_MODEL
 from npu_proxy.types import Pooling
@@ -51,6 +51,14 @@ class Settings:
 
     fallback: Literal["on", "off"] = "on"
     """Whether the devices behind the first may answer; off, a failing device means 503."""
+
+    precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    """Arithmetic. auto: what `npu-proxy tune` chose, else fp32. fp32: the most exact each device has. fp16: half, where a
+    device has it. int8: the copy of the model that `npu-proxy quantize` made. Each has a fingerprint of its own."""
+
+    profile: Literal["on", "off"] = "on"
+    """Whether what `npu-proxy tune` found fastest on this machine fills in device, precision, streams and row_tokens where
+    they are left at their defaults."""
 
     hint: Literal["throughput", "latency"] = "throughput"
     """What an accelerator is tuned for: many rows under way, or the next one soon."""
@@ -100,8 +108,9 @@ class Settings:
     streams: int = 0
     """Rows computed at once; 0 is one a thread, which is fastest under load."""
 
-    row_tokens: int = 512
-    """Positions in a full row; more is a little faster under load and slower for the first answer."""
+    row_tokens: int = 0
+    """Positions in a full row; 0 is 512, or what `npu-proxy tune` chose. More is a little faster under load and slower for
+    the first answer."""
 
     packing: bool = True
     """Put several texts into a row. Off: one text a bin, padded, for comparison."""
@@ -160,6 +169,8 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse values that make no sense, naming the setting."""
         chain(self.device)
+        if self.precision not in ("auto", "fp32") and self.device in ALONE:
+            raise SettingsError(f"`precision` is {self.precision}; device `{self.device}` knows only fp32", param="precision")
         for setting in fields(self):
             value: object = getattr(self, setting.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -167,7 +178,7 @@ class Settings:
             least = 0 if setting.name in _MAY_BE_ZERO else 1 if isinstance(setting.default, int) else 1e-9
             if value < least:
                 raise SettingsError(f"`{setting.name}` is {value}; it must be at least {least:g}", param=setting.name)
-        if self.row_tokens < 32:
+        if 0 < self.row_tokens < 32:
             raise SettingsError(f"`row_tokens` is {self.row_tokens}; a row has at least 32 positions", param="row_tokens")
 
 
@@ -175,6 +186,7 @@ _MAY_BE_ZERO = {
     "port",
     "threads",
     "streams",
+    "row_tokens",
     "batch_delay",
     "aging",
     "drain",

@@ -100,6 +100,10 @@ class ModelSpec:
     prompts: Mapping[str, str]
     default_prompt: str | None
     fingerprint: str
+    precision: str = "fp32"
+    """fp32; fp16: the same weights, computed in half precision where a device can; int8: ``graph``."""
+    graph: Path | None = None
+    """For int8, the file of its graph (models/quantized.py)."""
 
 
 # -- the way of one text ---------------------------------------------------------------------------------------------

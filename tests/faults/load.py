@@ -14,8 +14,9 @@ import numpy as np
 
 from npu_proxy import EmbedRequest, EmbedResult, Engine, NpuProxyError, Settings
 from npu_proxy.devices.accelerator import Accelerator
-from npu_proxy.devices.chain import open_devices
+from npu_proxy.devices.chain import open_devices, served_spec
 from npu_proxy.devices.faults import Fault
+from npu_proxy.devices.profile import settled
 from npu_proxy.engine.engine import Parts
 from npu_proxy.engine.golden import GoldenRows
 from npu_proxy.engine.tokenize import TextEncoder
@@ -39,6 +40,8 @@ def faulty_parts(first: Fault = Fault.NONE) -> Callable[[Settings, threading.Eve
     def parts(settings: Settings, stopping: threading.Event) -> Parts:
         name, folder = Store(settings.store).resolve(settings.model)
         spec = read_spec(folder, name=name, pooling=settings.pooling)
+        settings = settled(settings, spec)
+        spec = served_spec(settings, spec)
         encoder = TextEncoder(spec)
         golden = GoldenRows(encoder, spec)
         return Parts(spec=spec, encoder=encoder, device=open_devices(settings, spec, golden, stopping, fault=first))

@@ -7,7 +7,9 @@ import openvino as ov
 import pytest
 from openvino import opset15 as op
 
-from npu_proxy.graph.packed import CPU, NATIVE, Style, attend, gelu, segment_mask
+from npu_proxy.graph.heads import wanted_segments
+from npu_proxy.graph.packed import CPU, NATIVE, Form, RowShape, Style, attend, gelu, row_inputs, segment_mask
+from npu_proxy.types import Pooling
 
 
 def run(inputs: list, output) -> np.ndarray:
@@ -23,6 +25,21 @@ def test_gelu_is_exact_to_float32(style: Style) -> None:
     node = op.parameter([len(x)], np.float32)
     exact = np.array([value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.astype(np.float64)])
     np.testing.assert_allclose(run([(node, x)], gelu(node, style)), exact, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 8])
+@pytest.mark.parametrize("positions", [32, 64, 128, 256])
+def test_segments_of_wanted_rows_are_those_at_their_positions(bins: int, positions: int) -> None:
+    shape = RowShape(bins=bins, positions=positions, segments=positions // 8)
+    inputs = row_inputs(Form.of(shape), pool_by_index=True)
+    _, _, segments, pool = inputs.parameters
+    output = wanted_segments(inputs, Pooling.CLS)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        numbers = rng.integers(-1, 7, (bins, positions)).astype(np.int32)
+        wanted = rng.integers(0, positions, (bins, shape.segments)).astype(np.int32)
+        found = run([(segments, numbers), (pool, wanted)], output)
+        np.testing.assert_array_equal(found, np.take_along_axis(numbers, wanted, 1))
 
 
 @pytest.mark.parametrize("style", [CPU, NATIVE], ids=["cpu", "native"])

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from npu_proxy.devices.shapes import static_shapes
+from npu_proxy.devices.shapes import ROW_TOKENS, static_shapes
 from npu_proxy.engine.packing import plan_row
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.graph.build import build, family
@@ -241,7 +241,7 @@ def main() -> None:
 
 def shapes_for(spec: ModelSpec) -> list[RowShape]:
     """What the device compiles; for the default model also what it is compared with."""
-    own = static_shapes(spec.max_length, Settings().row_tokens, packed=True)
+    own = static_shapes(spec.max_length, ROW_TOKENS, packed=True)
     compared = shapes_of(COMPARED) if spec.name == Settings().model else []
     return list(dict.fromkeys([*own, *compared]))
 

@@ -42,7 +42,6 @@ class Plan:
     limits: Limits
     streams: int = 0
     policy: Policy = field(default_factory=Policy)
-    precision: str = "fp32"
     first_fault: Fault = Fault.NONE
 
 
@@ -139,7 +138,7 @@ class Accelerator:
                 worker_pid=None if worker is None else worker.process.pid,
                 restarts=max(0, self._restarts),
                 certified=self._cosine,
-                precision=self._plan.precision,
+                precision=self._plan.task.spec.precision,
             )
         ]
 
@@ -271,7 +270,7 @@ class Accelerator:
 
     def _certify(self, worker: WorkerProcess, hello: Hello, *, again: bool) -> None:
         """Golden texts in every shape. again: it has passed before, so wrong numbers now are a fault that may pass."""
-        least = self._plan.task.target.kind.least_cosine[self._plan.precision]
+        least = self._plan.task.target.kind.least_cosine[self._plan.task.spec.precision]
         cosines: list[float] = []
         for shape in self.shapes:
             if again:
@@ -303,7 +302,7 @@ class Accelerator:
     def _run_golden(self, worker: WorkerProcess, shape: RowShape) -> float:
         row, reference = self._references[shape]
         output = worker.infer(row, math.inf, self._plan.limits.row)
-        return compare(self.name, row, output, reference, self._plan.task.target.kind.least_cosine[self._plan.precision])
+        return compare(self.name, row, output, reference, self._plan.task.target.kind.least_cosine[self._plan.task.spec.precision])
 
     def _subject(self, shape: RowShape, hello: Hello) -> Subject:
         return Subject(
@@ -314,7 +313,7 @@ class Accelerator:
             driver=hello.driver,
             openvino=hello.openvino,
             npu_proxy=__version__,
-            precision=self._plan.precision,
+            precision=self._plan.task.spec.precision,
         )
 
     def _watch(self) -> None:

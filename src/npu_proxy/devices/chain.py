@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from npu_proxy.devices.accelerator import Accelerator, Plan
 from npu_proxy.devices.base import Device, GoldenRow
+from npu_proxy.devices.blobs import Blob, compile_ahead
 from npu_proxy.devices.breaker import Policy
 from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.certify import Certificates, Verdict
@@ -21,6 +23,8 @@ from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
 from npu_proxy.devices.process import Limits, Task
 from npu_proxy.devices.shapes import dynamic_shapes, static_shapes
 from npu_proxy.errors import UnavailableError
+from npu_proxy.models.fingerprint import fingerprint
+from npu_proxy.models.quantized import int8_spec
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec, Output, Pack
 
@@ -50,7 +54,7 @@ def open_devices(
     devices: list[Device] = [*accelerators]
     try:
         if "cpu" in names:
-            devices.append(reference.keep())
+            devices.append(reference.serving())
         else:
             _await_any(accelerators, 2 * settings.compile_timeout, stopping)
         return Fallback(devices, hedge=settings.hedge, probe_every=settings.probe_interval)
@@ -80,15 +84,27 @@ def certify(settings: Settings, spec: ModelSpec, golden: GoldenRow, name: str) -
         device.close()
 
 
+def compile_blobs(settings: Settings, spec: ModelSpec, name: str, platform: str) -> tuple[Path, list[Blob]]:
+    """Compile a model's rows ahead of time for a device, or for another machine's (``platform``). Raises DeviceError."""
+    plan = _plan(settings, spec, name)
+    limit = settings.compile_timeout * len(plan.shapes)
+    task = plan.task
+    return compile_ahead(settings.store, task.target, spec, plan.shapes, task.properties, platform, seconds=limit)
+
+
 def _onnx(settings: Settings, spec: ModelSpec, golden: GoldenRow) -> Device:
     threads = settings.threads or available_threads()
     return OnnxDevice(spec, spec.folder / settings.onnx_file, threads=threads, row_tokens=settings.row_tokens, golden=golden)
 
 
 def served_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:
-    """The spec with the fingerprint of what the setting `device` computes from."""
+    """The spec of what the settings `device` and `precision` compute from, with its fingerprint. Raises ModelError."""
     if settings.device == "onnx":
         return with_onnx(spec, settings.onnx_file)
+    if settings.precision == "int8":
+        spec = int8_spec(settings.store, spec)
+    if settings.precision == "fp16":
+        spec = replace(spec, precision="fp16", fingerprint=fingerprint(spec, precision="fp16"))
     return replace(spec, fingerprint=f"debug-{spec.fingerprint}"[:16]) if settings.device == "debug" else spec
 
 
@@ -100,7 +116,7 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = 
     }
     cache = Cache(root=settings.cache, limit=settings.cache_mb * 1_000_000) if settings.cache_mb else None
     return Plan(
-        task=Task(target=target, spec=spec, properties=properties, cache=cache, faults=fault is not None),
+        task=Task(target=target, spec=spec, properties=properties, cache=cache, store=settings.store, faults=fault is not None),
         shapes=static_shapes(spec.max_length, settings.row_tokens, packed=settings.packing),
         limits=Limits(compile=settings.compile_timeout, row=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
         streams=settings.requests,
@@ -111,6 +127,17 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = 
             first=settings.breaker_backoff,
             longest=max(settings.breaker_backoff, settings.breaker_longest),
         ),
+    )
+
+
+def _cpu(settings: Settings, spec: ModelSpec, golden: GoldenRow) -> OpenVinoCpu:
+    return OpenVinoCpu(
+        spec,
+        threads=settings.threads,
+        streams=settings.streams,
+        row_tokens=settings.row_tokens,
+        packed=settings.packing,
+        golden=golden,
     )
 
 
@@ -126,21 +153,16 @@ class _Reference:
         self._lock = threading.Lock()
         self._device: OpenVinoCpu | None = None
 
-    def keep(self) -> OpenVinoCpu:
-        """The CPU device, compiled at the first call."""
+    def serving(self) -> OpenVinoCpu:
+        """The chain's CPU, which is the reference as well when it computes in fp32."""
         with self._lock:
-            if self._device is None:
-                chosen = self.settings
-                self._device = OpenVinoCpu(
-                    self.spec,
-                    threads=chosen.threads,
-                    streams=chosen.streams,
-                    row_tokens=chosen.row_tokens,
-                    packed=chosen.packing,
-                    golden=self.golden,
-                )
-            return self._device
+            device = _cpu(self.settings, self.spec, self.golden)
+            self._device = device if self.spec.precision == "fp32" else None
+            return device
 
     def __call__(self, row: Pack) -> Output:
         """The row's vectors."""
-        return self.keep().infer(row)
+        with self._lock:
+            if self._device is None:
+                self._device = _cpu(self.settings, replace(self.spec, precision="fp32", graph=None), self.golden)
+        return self._device.infer(row)

@@ -41,6 +41,7 @@ class Target:
 
     nodes: glob patterns of device files (Linux), any of which must exist; none: no such sign, ask OpenVINO.
     plugin: a plugin library to register under ``openvino`` first. properties: asked for where the plugin lists them.
+    hints: the arithmetic to ask for, by precision; an NPU has only one.
     """
 
     name: str
@@ -49,10 +50,16 @@ class Target:
     nodes: tuple[str, ...] = ()
     plugin: str = ""
     properties: Mapping[str, object] = field(default_factory=dict[str, object])
+    hints: Mapping[str, str] = field(default_factory=dict[str, str])
     cure: str = ""
     """What to do when the system does not show it."""
     reload: str = "its log lines above say why"
     """What the operator can do when restarting the worker process does not help."""
+
+    def asked(self, precision: str, properties: Mapping[str, object]) -> dict[str, object]:
+        """All properties to ask for, ``properties`` first."""
+        hint = {"INFERENCE_PRECISION_HINT": self.hints[precision]} if precision in self.hints else {}
+        return {**self.properties, **hint, **properties}
 
     def missing(self) -> str:
         """Why this system cannot have the device, or ''. Costs a look at the file system only."""
@@ -61,16 +68,18 @@ class Target:
         return f"there is no /{self.nodes[0]}; {self.cure}"
 
 
-_FP32_CPU = {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
+_ON_CPU = {"ENABLE_CPU_PINNING": False}  # the tokenizer and HTTP share its cores
+_CPU_HINTS = {"fp32": "f32", "fp16": "f16", "int8": "f32"}
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target(name="cpu", kind=_CPU, openvino="CPU", properties=_FP32_CPU),
+        Target(name="cpu", kind=_CPU, openvino="CPU", properties=_ON_CPU, hints=_CPU_HINTS),
         Target(
             name="gpu",
             kind=_GPU,
             openvino="GPU",
             nodes=("dev/dri/renderD*",),
+            hints={"fp32": "f32", "fp16": "f16", "int8": "f16"},
             cure="no graphics driver is loaded",
             reload="reload its driver or restart the machine, see `npu-proxy doctor`",
         ),
@@ -87,7 +96,8 @@ TARGETS: Mapping[str, Target] = {
             kind=_NPU,
             openvino="NPUSIM_CPU",  # the plugin insists on CPU in the name
             plugin="openvino_intel_cpu_plugin",
-            properties=_FP32_CPU,
+            properties=_ON_CPU,
+            hints=_CPU_HINTS,
         ),
     )
 }

@@ -15,15 +15,15 @@ import numpy.typing as npt
 import openvino as ov
 
 from npu_proxy.devices.base import GoldenRow, Report, check_vectors
+from npu_proxy.devices.blobs import import_blob, stored
 from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.failure import Failure, RowError, first_line
 from npu_proxy.devices.faults import with_faults
-from npu_proxy.devices.kinds import Target, supported
+from npu_proxy.devices.kinds import TARGETS, Target, supported
 from npu_proxy.devices.shapes import dynamic_shapes
 from npu_proxy.errors import DeviceError
-from npu_proxy.graph.build import build, family
 from npu_proxy.graph.packed import CPU, Form, RowShape
-from npu_proxy.models.weights import Tensors
+from npu_proxy.models.graphs import Graphs
 from npu_proxy.types import ModelSpec, Output, Pack, Shaped
 
 ROOM_SECONDS = 60.0
@@ -56,22 +56,29 @@ def compile_static(
     properties: Mapping[str, object],
     *,
     cache: Cache | None = None,
+    store: Path | None = None,
+    demanded: Mapping[str, object] | None = None,
     faults: npt.NDArray[np.uint64] | None = None,
 ) -> dict[RowShape, ov.CompiledModel]:
     """One static graph a row shape, compiled one after the other with those of ``properties`` that the plugin lists.
 
-    cache: where blobs lie; without it, or where its disk is full, each graph is compiled anew. faults: the control block
-    of the arena; then devices/faults.py stands in the graph, which cannot be cached.
+    cache: where OpenVINO keeps blobs; without it, or where its disk is full, each graph is compiled anew. store: where
+    blobs made ahead of time may lie. demanded: properties that are set whether the plugin lists them or not. faults: the
+    control block of the arena; then devices/faults.py stands in the graph, which cannot be cached.
     """
     listed = core.get_property(target.openvino, "SUPPORTED_PROPERTIES")
-    wanted = supported({**target.properties, **properties, **_compiler()}, listed)
+    wanted = {**supported({**target.asked(spec.precision, properties), **_compiler()}, listed), **(demanded or {})}
     folder = None if cache is None or faults is not None else cache.folder(_versions(core, target))
     if folder is not None:
         core.set_property({"CACHE_DIR": str(folder)})
-    weights = Tensors(spec.weight_files, family(spec).canonical_name)
+    graphs = Graphs(spec)
     models: dict[RowShape, ov.CompiledModel] = {}
     for shape in shapes:
-        model = build(spec, weights, Form.of(shape), target.kind.style)
+        ready = store and faults is None and import_blob(core, target, stored(store, target, spec, shape), wanted)
+        if ready:
+            models[shape] = ready
+            continue
+        model = graphs(Form.of(shape), target.kind.style)
         if faults is not None:
             model = with_faults(model, faults)
         try:
@@ -82,7 +89,7 @@ def compile_static(
             folder = None
             core.set_property({"CACHE_DIR": ""})  # a blob that cannot be read or written must not stop anybody
             models[shape] = core.compile_model(model, target.openvino, wanted)
-    weights.release()
+    graphs.release()
     if cache is not None:
         cache.prune()
     return models
@@ -134,31 +141,24 @@ class OpenVinoCpu:
         self.shapes: Sequence[RowShape] = dynamic_shapes(spec.max_length, row_tokens, packed=packed)
         self._row_tokens = row_tokens
         self._golden = golden
+        self._precision = spec.precision
         self._failing = ""
-        weights = Tensors(spec.weight_files, family(spec).canonical_name)
+        graphs = Graphs(spec)
         try:
             core = ov.Core()
             with ThreadPoolExecutor(2) as pool:  # compiling leaves cores idle; two at once take little longer than one
                 # Small rows are computed one at a time by all threads, full rows one a thread.
-                full = pool.submit(self._compile, core, spec, weights, Form(tokens=row_tokens), self.streams)
-                small = pool.submit(self._compile, core, spec, weights, Form(), 1)
+                full = pool.submit(self._compile, core, spec, graphs(Form(tokens=row_tokens), CPU), self.streams)
+                small = pool.submit(self._compile, core, spec, graphs(Form(), CPU), 1)
             self._full, self._small = full.result(), small.result()
-            weights.release()
+            graphs.release()
         except RuntimeError as error:
             raise DeviceError(f"the CPU could not compile {spec.name}: {first_line(error)}") from error
 
-    def _compile(
-        self, core: ov.Core, spec: ModelSpec, weights: Tensors, form: Form, streams: int
-    ) -> queue.SimpleQueue[ov.InferRequest]:
+    def _compile(self, core: ov.Core, spec: ModelSpec, model: ov.Model, streams: int) -> queue.SimpleQueue[ov.InferRequest]:
         """An infer request a stream; the compiled graph lives as long as they do."""
-        properties: dict[str, object] = {
-            "PERFORMANCE_HINT": "THROUGHPUT",
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": self._threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-            "ENABLE_CPU_PINNING": False,  # the tokenizer and HTTP share these cores
-        }
-        compiled = core.compile_model(build(spec, weights, form, CPU), "CPU", properties)
+        wanted = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": self._threads}
+        compiled = core.compile_model(model, "CPU", TARGETS["cpu"].asked(spec.precision, wanted))
         requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
         for _ in range(streams):
             requests.put(compiled.create_infer_request())
@@ -189,7 +189,15 @@ class OpenVinoCpu:
 
     def reports(self) -> Sequence[Report]:
         """The CPU serves, or its last probe failed."""
-        return [Report(name=self.name, kind=self.kind, state="failing" if self._failing else "serving", reason=self._failing)]
+        return [
+            Report(
+                name=self.name,
+                kind=self.kind,
+                state="failing" if self._failing else "serving",
+                reason=self._failing,
+                precision=self._precision,
+            )
+        ]
 
     def probe(self) -> None:
         """Run the smallest golden row. Raises DeviceError."""

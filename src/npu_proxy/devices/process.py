@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
@@ -46,12 +47,13 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a worker compiles, and how. cache: where compiled models lie. faults: see faults.py."""
+    """What a worker compiles, and how. cache, store: where compiled models may lie. faults: see faults.py."""
 
     target: Target
     spec: ModelSpec
     properties: Mapping[str, object]
     cache: Cache | None = None
+    store: Path | None = None
     faults: bool = False
 
 
@@ -144,6 +146,7 @@ class WorkerProcess:
             layout=layout,
             properties=task.properties,
             cache=task.cache,
+            store=task.store,
             faults=task.faults,
             arena=self._arena.handle,
             sockets=[_shared(end, self.process.pid) for end in theirs],

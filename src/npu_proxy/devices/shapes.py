@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from npu_proxy.graph.packed import RowShape
 
+ROW_TOKENS = 512
+"""Positions in a full row, unless settings or a tuned profile say otherwise."""
 SHORTEST_BIN = 32
 """Bins double from here until one holds the model's longest text."""
 SHORTEST_IN_FULL_ROW = 64

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import openvino as ov
@@ -48,6 +49,7 @@ class WorkerJob:
     layout: Layout
     properties: Mapping[str, object]
     cache: Cache | None
+    store: Path | None
     faults: bool
     arena: int | str
     sockets: Sequence[int | bytes]
@@ -146,6 +148,7 @@ class CompiledRows:
             job.layout.shapes,
             job.properties,
             cache=job.cache,
+            store=job.store,
             faults=arena.control if job.faults else None,
         )
         self._requests: dict[tuple[int, RowShape], ov.InferRequest] = {}

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from npu_proxy.devices.base import Device
 from npu_proxy.devices.chain import open_devices, served_spec
+from npu_proxy.devices.profile import settled
 from npu_proxy.engine.finish import check_output, finish
 from npu_proxy.engine.golden import GoldenRows
 from npu_proxy.engine.pipeline import Limits, Pipeline, Stats
@@ -62,7 +63,9 @@ def load(settings: Settings, stopping: threading.Event) -> Parts:
     Raises ModelError, ModelNotFoundError, DeviceError, and UnavailableError when none of the devices can serve.
     """
     name, folder = Store(settings.store).resolve(settings.model)
-    spec = served_spec(settings, read_spec(folder, name=name, pooling=settings.pooling))
+    spec = read_spec(folder, name=name, pooling=settings.pooling)
+    settings = settled(settings, spec)
+    spec = served_spec(settings, spec)
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
     device = open_devices(settings, spec, GoldenRows(encoder, spec), stopping)
     return Parts(spec=spec, encoder=encoder, device=device)

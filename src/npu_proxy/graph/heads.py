@@ -60,8 +60,12 @@ def wanted_rows(x: Node, inputs: RowInputs, pooling: Pooling, width: int) -> Nod
 
 
 def wanted_segments(inputs: RowInputs, pooling: Pooling) -> Node:
-    """Segment numbers [bins, n] of those rows."""
-    return op.gather(inputs.segments, inputs.pool, integers(1), 1) if pooling.by_index else inputs.segments
+    """Segment numbers [bins, n] of those rows.
+
+    GatherElements, because OpenVINO 2026.4's CPU plugin gathers wrongly, or reads beyond its memory, in batches of small
+    rows on AVX-512 (data [1, 64], indices [1, 8]).
+    """
+    return op.gather_elements(inputs.segments, inputs.pool, 1) if pooling.by_index else inputs.segments
 
 
 ACTIVATIONS: dict[str, Callable[[Node], Node]] = {

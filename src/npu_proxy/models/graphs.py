@@ -1,0 +1,46 @@
+"""The graphs of one model: from its weights, or from the int8 graph that its spec names."""
+
+from __future__ import annotations
+
+import openvino as ov
+
+from npu_proxy.errors import ModelError
+from npu_proxy.graph.build import build, family
+from npu_proxy.graph.packed import Form, Style
+from npu_proxy.models.weights import Tensors
+from npu_proxy.types import ModelSpec
+
+
+class Graphs:
+    """Call it for a graph. All graphs share the weights, which must outlive what is made of them: keep this object."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        """Open the weights; nothing is read yet. Raises ModelError."""
+        self._spec = spec
+        self._weights = None if spec.graph else Tensors(spec.weight_files, family(spec).canonical_name)
+
+    def __call__(self, form: Form, style: Style) -> ov.Model:
+        """The graph for rows of a form. An int8 graph has the style it was made with. Raises ModelError."""
+        if self._weights is not None:
+            return build(self._spec, self._weights, form, style)
+        assert self._spec.graph is not None
+        try:
+            model = ov.Core().read_model(self._spec.graph)
+            if min(form.bins, form.positions, form.segments) > 0:
+                model.reshape(_shapes(model, form))
+        except RuntimeError as error:
+            raise ModelError(f"the {self._spec.precision} graph {self._spec.graph} cannot be read: {error}") from error
+        return model
+
+    def release(self) -> None:
+        """Give back the memory of weights read so far."""
+        if self._weights is not None:
+            self._weights.release()
+
+
+def _shapes(model: ov.Model, form: Form) -> dict[str, ov.PartialShape]:
+    """The static shapes of a row's inputs (graph.packed.row_inputs)."""
+    whole = (form.bins, form.segments, form.positions)
+    pool = model.input("pool").get_partial_shape().rank.get_length()
+    grid = ov.PartialShape([form.bins, form.positions])
+    return {"input_ids": grid, "position_ids": grid, "segment_ids": grid, "pool": ov.PartialShape(list(whole[:pool]))}

@@ -1,0 +1,193 @@
+"""int8 copies, tuned profiles and blobs ahead of time, on golden models."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import golden, smallest_cosine
+from npu_proxy import Engine, InputError, ModelError, Settings
+from npu_proxy.devices import blobs, profile
+from npu_proxy.devices.chain import compile_blobs
+from npu_proxy.devices.kinds import TARGETS
+from npu_proxy.devices.profile import Choice, Profile, settled
+from npu_proxy.devices.shapes import ROW_TOKENS, static_shapes
+from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.errors import DeviceError
+from npu_proxy.models import quantized
+from npu_proxy.models.layout import read_spec
+from npu_proxy.prepare.quantize import Pairs, calibration_rows, quantize, read_pairs
+from npu_proxy.prepare.tune import candidates, sample_texts, tune
+
+MODEL = golden("mean")[0]
+CLS = golden("cls")[0]
+
+
+def pairs_of(model: Path, count: int = 300) -> Pairs:
+    """Pairs whose scores are the model's own cosines, so that fp32 is perfect and every loss shows."""
+    texts = sample_texts(2 * count)
+    with Engine(model, device="cpu") as engine:
+        vectors = engine.embed(texts)
+    cosines = (vectors[:count] * vectors[count:]).sum(1)
+    return Pairs(one=texts[:count], other=texts[count:], scores=[float(cosine) for cosine in cosines])
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return pairs_of(MODEL)
+
+
+def test_an_int8_copy_is_measured_kept_and_served_under_its_own_fingerprint(tmp_path: Path, pairs: Pairs) -> None:
+    pytest.importorskip("nncf")
+    settings = Settings(model=str(MODEL), store=tmp_path, device="cpu")
+    with pytest.raises(ModelError, match="npu-proxy quantize"):
+        Engine(settings=replace(settings, precision="int8")).start()
+    with pytest.raises(ModelError, match="more than 0; it was not kept"):
+        quantize(settings, pairs, most_loss=0.0)
+    assert not list((tmp_path / "quantized").iterdir())
+    said: list[str] = []
+    report = quantize(settings, pairs, most_loss=20.0, say=said.append)
+    assert report.pairs == 150  # the other half was calibrated on
+    assert report.spearman_fp32 == pytest.approx(100)
+    assert 0 < report.loss < 20
+    assert 0.9 < report.least_cosine < 1
+    assert len(said) == 2
+    texts = golden("mean")[1]
+    with (
+        Engine(settings=replace(settings, precision="int8", device="npu-sim,cpu", fallback="off")) as sim,
+        Engine(settings=replace(settings, precision="int8")) as cpu,
+        Engine(settings=settings) as exact,
+    ):
+        reports = [(one.name, one.precision, one.state) for one in sim.device.reports()]
+        assert reports == [("npu-sim", "int8", "serving")]
+        assert cpu.spec.fingerprint == sim.spec.fingerprint == report.fingerprint != exact.spec.fingerprint
+        vectors, wanted = cpu.embed(texts), exact.embed(texts)
+        assert smallest_cosine(sim.embed(texts), vectors) > 0.999
+        assert 0.9 < smallest_cosine(vectors, wanted) < 0.999999  # it is int8 that runs
+    again = quantize(settings, pairs, texts, most_loss=20.0)
+    assert [one.fingerprint for one in quantized.reports(tmp_path)] == [again.fingerprint]
+    (tmp_path / "quantized" / again.fingerprint / "graph.bin").write_bytes(b"short")
+    with pytest.raises(ModelError, match=r"graph\.bin is damaged"):
+        Engine(settings=replace(settings, precision="int8")).start()
+
+
+def test_calibration_rows_hold_every_text_once() -> None:
+    spec = read_spec(MODEL)
+    texts = sample_texts(50)
+    rows = list(calibration_rows(spec, TextEncoder(spec), texts))
+    assert sum(len(row.slots) for row in rows) == 50
+    assert len({row.shape for row in rows}) > 1
+
+
+def test_pairs_are_read_in_every_format_and_what_is_wrong_is_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [{"sentence1": f"one {i}", "sentence2": f"two, {i}", "score": i / 10} for i in range(120)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with (tmp_path / "b.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    (tmp_path / "d.csv").write_text("".join(f"g\tf\ty\t{i}\t{i / 10}\tone {i}\ttwo, {i}\n" for i in range(120)))
+    for name in ("a.jsonl", "b.csv", "c.parquet", "d.csv"):
+        found = read_pairs(tmp_path / name)
+        assert (found.one[3], found.other[3], found.scores[3]) == ("one 3", "two, 3", 0.3)
+    (tmp_path / "e.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n')
+    (tmp_path / "f.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "g.jsonl").write_text(json.dumps(rows[0]))
+    for name, words in {
+        "e.jsonl": "score",
+        "f.csv": "cannot be read as sentence pairs",
+        "g.jsonl": "at least 100",
+        "h.txt": "h.txt",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            read_pairs(tmp_path / name)
+
+
+def test_tuning_measures_keeps_the_fastest_and_the_settings_follow_it(tmp_path: Path) -> None:
+    settings = Settings(model=str(MODEL), store=tmp_path, device="cpu")
+    found = tune(settings, sample_texts(60), rounds=2, say=lambda line: None)
+    spec = read_spec(MODEL)
+    assert {trial.choice for trial in found.trials} == set(candidates(settings, spec))
+    assert found.chosen == found.trials[0].choice
+    assert found.trials[0].ratio == max(trial.ratio for trial in found.trials if not trial.error)
+    assert all(trial.mean_cosine > 0.999 for trial in found.trials if not trial.error)
+    chosen = settled(settings, spec)
+    assert (chosen.precision, chosen.streams, chosen.row_tokens) == (
+        found.chosen.precision,
+        found.chosen.streams,
+        found.chosen.row_tokens,
+    )
+    off = settled(replace(settings, profile="off"), spec)
+    assert (off.precision, off.streams, off.row_tokens) == ("fp32", 0, ROW_TOKENS)
+
+
+def test_a_choice_that_is_wrong_or_does_not_run_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from npu_proxy.prepare import tune as module
+
+    choices = [Choice(device="debug"), Choice(device="cpu", precision="int8"), Choice(device="cpu", streams=1, row_tokens=256)]
+    monkeypatch.setattr(module, "candidates", lambda settings, spec: iter(choices))
+    found = tune(Settings(model=str(MODEL), store=tmp_path), sample_texts(40), rounds=2, say=lambda line: None)
+    assert found.chosen == choices[2]
+    errors = {trial.choice: trial.error for trial in found.trials}
+    assert "vectors differ" in errors[choices[0]]
+    assert "npu-proxy quantize" in errors[choices[1]]
+
+
+def test_a_profile_fills_only_what_is_left_open_and_only_where_it_fits(tmp_path: Path) -> None:
+    spec = read_spec(MODEL)
+    base = Settings(model=str(MODEL), store=tmp_path)
+
+    def store(choice: Choice) -> None:
+        made = Profile(model="m", fingerprint=spec.fingerprint, machine="here", chosen=choice, trials=[], unix=0.0)
+        profile.keep(tmp_path, made)
+
+    store(Choice(device="cpu", precision="fp16", streams=1, row_tokens=256))
+    assert settled(base, spec).device == "cpu"
+    assert settled(base, spec).precision == "fp16"
+    own = settled(replace(base, precision="fp32", row_tokens=64), spec)
+    assert (own.precision, own.row_tokens, own.streams) == ("fp32", 64, 0)  # streams were measured with fp16
+    elsewhere = settled(replace(base, device="npu-sim,cpu"), spec)
+    assert (elsewhere.device, elsewhere.precision, elsewhere.row_tokens) == ("npu-sim,cpu", "fp32", ROW_TOKENS)
+    store(Choice(device="cpu", precision="int8", streams=1, row_tokens=256))
+    gone = settled(base, spec)
+    assert (gone.precision, gone.row_tokens) == ("fp32", ROW_TOKENS)  # there is no int8 copy
+    store(Choice(device="onnx"))
+    assert settled(base, spec).device == "onnx"
+    assert settled(replace(base, device="debug"), spec).precision == "fp32"
+    next((tmp_path / "profiles").iterdir()).write_text("{")
+    assert settled(base, spec).precision == "fp32"
+
+
+def test_blobs_made_ahead_are_imported_and_bad_ones_compiled_anew(tmp_path: Path) -> None:
+    settings = settled(Settings(model=str(CLS), store=tmp_path, device="npu-sim", cache_mb=0), read_spec(CLS))
+    spec, target = read_spec(CLS), TARGETS["npu-sim"]
+    folder, made = compile_blobs(settings, spec, "npu-sim", blobs.ANY)
+    shapes = static_shapes(spec.max_length, ROW_TOKENS, packed=True)
+    assert [blob.shape for blob in made] == shapes
+    assert all(blob.size > 1000 and blob.seconds > 0 for blob in made)
+    files = [blobs.stored(tmp_path, target, spec, shape) for shape in shapes]
+    assert all(len(found) == 1 for found in files)
+    assert sorted(folder.iterdir()) == sorted(path for found in files for path in found)
+    texts, vectors = golden("cls")[1:]
+    for content in (None, b"not a blob"):
+        if content:
+            files[0][0].write_bytes(content)
+        with Engine(settings=replace(settings, fallback="off")) as engine:
+            np.testing.assert_allclose(engine.embed(texts, normalize=False), vectors, atol=2e-5)
+
+
+def test_a_compiler_that_is_not_there_or_takes_too_long_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    settings = settled(Settings(model=str(CLS), store=tmp_path), read_spec(CLS))
+    if TARGETS["npu"].missing():
+        with pytest.raises(DeviceError, match="there is no compiler for it here"):
+            compile_blobs(settings, read_spec(CLS), "npu", "4000")
+    with pytest.raises(DeviceError, match="compile_timeout"):
+        compile_blobs(replace(settings, compile_timeout=0.05), read_spec(CLS), "npu-sim", blobs.ANY)
+    assert not list((tmp_path / "compiled").iterdir())
