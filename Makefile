@@ -60,6 +60,9 @@ bench: $(VENV)/.bench weights  ## throughput, latency, memory and start against 
 faults: weights  ## every fault under a thousand concurrent requests, as a table, into bench/results/
 	$(BIN)/python bench/faults.py
 
+rows: weights  ## npu-sim packed against padded buckets, and what a worker process costs a row, into bench/results/
+	$(BIN)/python bench/rows.py --data $(DATA)
+
 soak: $(VENV)/.bench weights  ## ten minutes of load with a random fault every five seconds
 	$(BIN)/python bench/soak.py
 

@@ -15,7 +15,7 @@ import ir_measures
 import numpy as np
 from scipy.stats import spearmanr
 
-from npu_proxy import Engine
+from npu_proxy import Engine, Settings
 
 
 def sts(engine: Engine, folder: Path) -> float:
@@ -49,7 +49,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="folder with stsb/ and scifact/")
     data: Path = arguments.parse_args().data
-    with Engine() as engine:
+    with Engine(settings=Settings(precision="fp32")) as engine:
         print(f"model {engine.spec.name}, fingerprint {engine.spec.fingerprint}, on {engine.device.name}")
         print(f"STS-B test, Spearman x100:  {sts(engine, data / 'stsb'):.2f}  (published 82.03)", flush=True)
         print(f"SciFact test, nDCG@10 x100: {scifact(engine, data / 'scifact'):.2f}  (published about 64.5)")

@@ -17,9 +17,9 @@ Embed = Callable[[list[str]], object]
 
 
 def npu_proxy(model: Path, onnx: Path) -> Embed:
-    from npu_proxy import Engine
+    from npu_proxy import Engine, Settings
 
-    return Engine(model).start().embed
+    return Engine(model, settings=Settings(profile="off")).start().embed
 
 
 def sentence_transformers(model: Path, onnx: Path) -> Embed:

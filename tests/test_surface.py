@@ -12,6 +12,7 @@ SOURCE = ROOT / "src" / "npu_proxy"
 LAYERS = {
     "cli": 5,
     "server": 5,
+    "prepare": 5,
     "bulk": 5,
     "engine": 4,
     "settings": 3,

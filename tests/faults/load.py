@@ -29,7 +29,7 @@ ALIKE = 0.99999
 
 def faulty_engine(**settings: object) -> Engine:
     """An engine on npu-sim,cpu (or the device given) whose npu-sim obeys `inject`; started, npu-sim serving."""
-    engine = Engine(settings=Settings(**{"device": "npu-sim,cpu", **settings}), parts=faulty_parts()).start()
+    engine = Engine(settings=Settings(**{"device": "npu-sim,cpu", "profile": "off", **settings}), parts=faulty_parts()).start()
     accelerator(engine).settle(120)
     return engine
 
@@ -172,5 +172,5 @@ class Load:
 
 def expected_vectors(model: str | Path, store: Path, some: list[str]) -> dict[str, np.ndarray]:
     """What the CPU gives."""
-    with Engine(model, device="cpu", settings=Settings(store=store)) as engine:
+    with Engine(model, device="cpu", settings=Settings(store=store, profile="off")) as engine:
         return dict(zip(some, engine.embed(some), strict=True))
