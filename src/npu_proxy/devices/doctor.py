@@ -19,9 +19,16 @@ from pathlib import Path
 from npu_proxy.devices.failure import first_line
 from npu_proxy.devices.kinds import TARGETS
 from npu_proxy.devices.openvino import available_threads
+from npu_proxy.devices.profile import find
+from npu_proxy.devices.system import cgroup, library, pci
+from npu_proxy.errors import ModelNotFoundError, NpuProxyError
+from npu_proxy.models.layout import read_spec
+from npu_proxy.models.quantized import reports
+from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
 
 _PROBE_SECONDS = 60.0
+_GPU_CURE = "for an Intel GPU: sudo apt install intel-opencl-icd ocl-icd-libopencl1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,10 @@ def diagnose(settings: Settings) -> Diagnosis:
 
 
 def _system(_: Settings) -> Iterator[Finding]:
-    release = platform.freedesktop_os_release().get("PRETTY_NAME", "") if sys.platform.startswith("linux") else platform.platform()
+    try:
+        release = platform.freedesktop_os_release().get("PRETTY_NAME", "")
+    except OSError:  # not Linux, or a container without the file
+        release = platform.platform()
     text = f"{release}, kernel {platform.release()}, {platform.machine()}, Python {platform.python_version()}"
     yield Finding(topic="system", level="ok", text=text)
     if "microsoft" in platform.release().lower():
@@ -73,10 +83,10 @@ def _system(_: Settings) -> Iterator[Finding]:
 
 def _memory(_: Settings) -> Iterator[Finding]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    limit = _cgroup("memory.max")
+    limit = cgroup("memory.max")
     text = f"{total / 1e9:.1f} GB" + (f", of which this process may use {int(limit) / 1e9:.1f}" if limit.isdigit() else "")
     yield Finding(topic="memory", level="ok", text=text)
-    quota = _cgroup("cpu.max")
+    quota = cgroup("cpu.max")
     words = f", limited by its cgroup ({quota})" if quota and not quota.startswith("max") else ""
     yield Finding(topic="processor", level="ok", text=f"{available_threads()} of {os.cpu_count()} threads for inference{words}")
 
@@ -84,7 +94,7 @@ def _memory(_: Settings) -> Iterator[Finding]:
 def _npu(_: Settings) -> Iterator[Finding]:
     if not sys.platform.startswith("linux"):
         return
-    present = _pci("0x1200")  # class: processing accelerator
+    present = pci("0x1200")  # class: processing accelerator
     if not present:
         yield Finding(
             topic="npu",
@@ -118,8 +128,8 @@ def _npu(_: Settings) -> Iterator[Finding]:
 
 def _driver(*, present: bool) -> Iterator[Finding]:
     """The user-space driver, which brings its own compiler."""
-    found = _library("libze_intel_npu.so") or _library("libze_intel_vpu.so")
-    loader = _library("libze_loader.so")
+    found = library("libze_intel_npu.so") or library("libze_intel_vpu.so")
+    loader = library("libze_loader.so")
     level = "problem" if present else "note"
     cure = "install intel-level-zero-npu and intel-driver-compiler-npu from https://github.com/intel/linux-npu-driver/releases"
     if found:
@@ -133,7 +143,7 @@ def _driver(*, present: bool) -> Iterator[Finding]:
             text="no Level Zero loader (libze_loader.so.1)",
             cure="sudo apt install libze1, or `level-zero` from the NPU driver's page",
         )
-    compiler = _library("libnpu_driver_compiler.so") or _library("libnpu_compiler.so")
+    compiler = library("libnpu_driver_compiler.so") or library("libnpu_compiler.so")
     if compiler:
         yield Finding(topic="npu", level="ok", text=f"NPU compiler: {compiler}")
     else:
@@ -147,15 +157,17 @@ def _gpu(_: Settings) -> Iterator[Finding]:
         return
     nodes = sorted(Path("/dev/dri").glob("renderD*")) if Path("/dev/dri").is_dir() else []
     if not nodes:
-        yield Finding(topic="gpu", level="note", text="there is no /dev/dri/renderD*: no graphics driver, or no GPU")
+        yield Finding(
+            topic="gpu", level="note", text="there is no /dev/dri/renderD*: no graphics driver, or no GPU", cure=_GPU_CURE
+        )
         return
     yield from _access(nodes, "gpu")
-    if not _library("libOpenCL.so"):
+    if not library("libOpenCL.so"):
         yield Finding(
             topic="gpu",
             level="problem",
             text="no OpenCL loader (libOpenCL.so.1)",
-            cure="sudo apt install intel-opencl-icd ocl-icd-libopencl1",
+            cure=_GPU_CURE,
         )
 
 
@@ -199,7 +211,27 @@ def _folders(settings: Settings) -> Iterator[Finding]:
             yield Finding(topic=topic, level="ok", text=f"{folder}, {free / 1e9:.0f} GB free")
 
 
-_CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (_system, _memory, _folders, _npu, _gpu)
+def _model(settings: Settings) -> Iterator[Finding]:
+    """The model of the settings, its int8 copy, and what was tuned for it."""
+    try:
+        name, folder = Store(settings.store).resolve(settings.model)
+        spec = read_spec(folder, name=name, pooling=settings.pooling)
+    except ModelNotFoundError as error:
+        yield Finding(topic="model", level="note", text=str(error), cure=f"npu-proxy pull {settings.model}")
+        return
+    except NpuProxyError as error:
+        yield Finding(topic="model", level="problem", text=str(error), cure=f"npu-proxy pull {settings.model}")
+        return
+    int8 = next((one for one in reports(settings.store) if one.of == spec.fingerprint), None)
+    words = f", int8 copy at Spearman {int8.spearman:.2f} against {int8.spearman_fp32:.2f}" if int8 else ""
+    yield Finding(topic="model", level="ok", text=f"{name}, fingerprint {spec.fingerprint}{words}")
+    tuned = find(settings.store, spec.fingerprint)
+    if tuned is not None:
+        use = "" if settings.profile == "on" else ", not used (`profile` is off)"
+        yield Finding(topic="model", level="ok", text=f"tuned for this machine: {tuned.chosen}{use}")
+
+
+_CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (_system, _memory, _folders, _model, _npu, _gpu)
 
 
 # -- OpenVINO, in a process of its own: a broken driver may take it along ----------------------------------------------
@@ -244,40 +276,3 @@ def _openvino(plugins: dict[str, dict[str, str]]) -> Iterator[Finding]:
         level = "problem" if name == "cpu" or not TARGETS[name].missing() else "note"
         reason = first_line(answer["error"]) if "error" in answer else "its plugin loads, and shows no device"
         yield Finding(topic="openvino", level=level, text=f"{name} cannot be used: {reason}")
-
-
-# -- small looks at the system -----------------------------------------------------------------------------------------
-
-
-def _cgroup(name: str) -> str:
-    try:
-        return (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _pci(kind: str) -> list[str]:
-    """PCI addresses of Intel devices of a class."""
-    found: list[str] = []
-    for device in sorted(Path("/sys/bus/pci/devices").glob("*")):
-        try:
-            if (device / "vendor").read_text().strip() == "0x8086" and (device / "class").read_text().startswith(kind):
-                found.append(f"{device.name} {(device / 'device').read_text().strip()}")
-        except OSError:  # it went away
-            continue
-    return found
-
-
-def _library(name: str) -> str:
-    """Where the dynamic linker finds a library, or ''."""
-    folders = [
-        *os.environ.get("LD_LIBRARY_PATH", "").split(":"),
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib64",
-        "/usr/lib",
-        "/usr/local/lib",
-    ]
-    for folder in filter(None, folders):
-        for file in sorted(Path(folder).glob(f"{name}*")):
-            return str(file)
-    return ""

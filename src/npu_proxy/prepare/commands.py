@@ -145,6 +145,8 @@ def tune(
             f" {trial.ratio:5.2f}x {trial.mean_cosine:11.6f} {trial.error}".rstrip()
         )
     print(f"\n{profile.chosen} it is; ratio to the CPU in fp32 as it is without tuning, median of the rounds")
+    if profile.chosen.precision != "fp32" or profile.chosen.device == "onnx":
+        print("vectors stored before must not be mixed with those of this profile: embed them anew, or serve with --precision fp32")
 
 
 def compile_model(model: str = "", *, platform: str = "any", settings: Shared = DEFAULTS) -> None:

@@ -111,9 +111,10 @@ def answering(device: Device) -> str:
     """`npu (compiling; cpu answers)`: the chain's devices and who takes rows at this moment."""
     reports = device.reports()
     now = next((report.name for report in reports if report.state == "serving"), "none")
+    precision = "" if reports[0].precision == "fp32" else f" in {reports[0].precision}"
     if reports[0].name == now:
-        return now
-    return f"{reports[0].name} ({reports[0].state}; {now} answers)"
+        return f"{now}{precision}"
+    return f"{reports[0].name} ({reports[0].state}; {now} answers){precision}"
 
 
 def _address(server: _Server, settings: Settings) -> str:
