@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from conftest import golden
-from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
+from npu_proxy.devices.kinds import TARGETS
+from npu_proxy.devices.openvino import OpenVinoCpu, available_threads, compile_static, open_core
 from npu_proxy.errors import DeviceError
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.models.layout import read_spec
@@ -15,6 +16,18 @@ def test_threads_are_those_this_process_may_use() -> None:
     import os
 
     assert 1 <= available_threads() <= (os.cpu_count() or 1)
+
+
+def test_an_npu_takes_static_shapes_only() -> None:
+    """Also the one that is only played: the processor behind it would compile a dynamic graph."""
+    target = TARGETS["npu-sim"]
+    core = open_core(target)
+    spec = read_spec(golden("mean")[0])
+    static = RowShape(bins=1, positions=32, segments=4)
+    compiled = compile_static(core, target, spec, [static], {"NPU_TURBO": True})[static]  # a property it does not list
+    assert not compiled.input("input_ids").partial_shape.is_dynamic
+    with pytest.raises(RuntimeError, match="static shapes only"):
+        compile_static(core, target, spec, [RowShape(bins=-1, positions=32, segments=4, work=1.0)], {})
 
 
 def test_a_row_that_does_not_fit_is_a_device_error_and_the_device_goes_on() -> None:

@@ -79,6 +79,8 @@ def compile_static(
             models[shape] = ready
             continue
         model = graphs(Form.of(shape), target.kind.style)
+        if target.kind.static and model.is_dynamic():  # the processor behind npu-sim would take it
+            raise RuntimeError(f"the graph for rows of {shape} is dynamic; {target.name} takes static shapes only")
         if faults is not None:
             model = with_faults(model, faults)
         try:
