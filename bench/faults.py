@@ -11,7 +11,6 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +75,7 @@ def main() -> None:
         print(lines[-1], f"({time.monotonic() - begun:.0f} s)", flush=True)
     page = f"# Faults\n\n{(__doc__ or '').strip()}\n\nModel {arguments.model}, {arguments.concurrent} requests under way.\n\n"
     arguments.output.write_text(page + "\n".join(lines) + "\n")
-    arguments.output.with_suffix(".json").write_text(json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1) + "\n")
+    arguments.output.with_suffix(".json").write_text(json.dumps({name: vars(row) for name, row in rows.items()}, indent=1) + "\n")
     bad = [name for name, row in rows.items() if row.wrong or row.lost or row.twice or row.errors or row.back == float("inf")]
     print(f"failed: {', '.join(bad)}" if bad else "every request was answered once, rightly and in time, and the device came back")
     raise SystemExit(1 if bad else 0)

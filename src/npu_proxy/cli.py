@@ -177,14 +177,20 @@ def list_models(*, settings: Shared = DEFAULTS) -> None:
 
 @app.command
 def rm(model: str, *, settings: Shared = DEFAULTS) -> None:
-    """Remove a model from the local store.
+    """Remove a model from the local store, with its int8 copies, compiled blobs and profiles.
 
     Parameters
     ----------
     model
         Name or alias, as `npu-proxy list` shows it.
     """
-    removed = Store(settings.store).remove(model)
+    from npu_proxy.prepare.commands import forget
+
+    store = Store(settings.store)
+    stored = store.find(model)
+    if stored is not None:
+        forget(settings, stored.folder)
+    removed = store.remove(model)
     print(f"removed {removed.name}, {removed.size / 1e6:.1f} MB")
 
 
@@ -226,7 +232,7 @@ def _check_environment() -> None:
     """An NPU_PROXY_* variable that means nothing is a mistake, not a comment."""
     known = [_PREFIX + setting.name.upper() for setting in fields(Settings)] + [_CONFIG]
     own = ["INPUT", "TEXT_FIELD", "OUTPUT", "DIMENSIONS", "NORMALIZE", "TRUNCATE", "DTYPE", "INPUT_TYPE", "PROMPT_NAME"]
-    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION", "JSON", "PAIRS", "TEXTS", "MOST_LOSS", "ROUNDS", "PLATFORM"]
+    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION", "JSON", "PAIRS", "SAMPLE", "MOST_LOSS", "ROUNDS", "PLATFORM"]
     known += [_PREFIX + name for name in own]
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in known:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from npu_proxy.devices.kinds import ALONE, chain
+from npu_proxy.devices.kinds import ALONE, chain, normalized
 from npu_proxy.errors import SettingsError
 from npu_proxy.models.catalog import DEFAULT_MODEL
 from npu_proxy.types import Pooling
@@ -52,13 +52,13 @@ class Settings:
     fallback: Literal["on", "off"] = "on"
     """Whether the devices behind the first may answer; off, a failing device means 503."""
 
-    precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
-    """Arithmetic. auto: what `npu-proxy tune` chose, else fp32. fp32: the most exact each device has. fp16: half, where a
-    device has it. int8: the copy of the model that `npu-proxy quantize` made. Each has a fingerprint of its own."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Arithmetic. fp32: the most exact each device has. fp16: half, where a device has it. int8: the copy of the model
+    that `npu-proxy quantize` made. Each has vectors, and a fingerprint, of its own."""
 
     profile: Literal["on", "off"] = "on"
-    """Whether what `npu-proxy tune` found fastest on this machine fills in device, precision, streams and row_tokens where
-    they are left at their defaults."""
+    """Whether what `npu-proxy tune` found fastest on this machine fills in device, streams and row_tokens where they are
+    left at their defaults. It never changes vectors."""
 
     hint: Literal["throughput", "latency"] = "throughput"
     """What an accelerator is tuned for: many rows under way, or the next one soon."""
@@ -169,7 +169,8 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse values that make no sense, naming the setting."""
         chain(self.device)
-        if self.precision not in ("auto", "fp32") and self.device in ALONE:
+        object.__setattr__(self, "device", normalized(self.device))
+        if self.precision != "fp32" and self.device in ALONE:
             raise SettingsError(f"`precision` is {self.precision}; device `{self.device}` knows only fp32", param="precision")
         for setting in fields(self):
             value: object = getattr(self, setting.name)

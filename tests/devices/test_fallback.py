@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from npu_proxy import DeviceError, SettingsError, UnavailableError
+from npu_proxy import DeviceError, Settings, SettingsError, UnavailableError
 from npu_proxy.devices.base import LateError
 from npu_proxy.devices.fake import FakeDevice, fail
 from npu_proxy.devices.fallback import Fallback
@@ -118,6 +118,32 @@ def test_a_chain_is_read_and_what_is_wrong_with_it_is_named() -> None:
     }.items():
         with pytest.raises(SettingsError, match=words):
             chain(wrong)
+
+
+def test_a_device_is_the_same_however_it_is_written() -> None:
+    for written, meant in {"ONNX": "onnx", " Debug,": "debug", "AUTO": "auto", "NPU-sim , cpu": "npu-sim,cpu"}.items():
+        assert Settings(device=written).device == meant
+    with pytest.raises(SettingsError, match="knows only fp32"):
+        Settings(device="ONNX", precision="int8")
+
+
+def test_no_more_rows_race_than_there_are_places() -> None:
+    """Behind a slow device the next one is not flooded: who finds no place waits for the late row."""
+    gate = threading.Event()
+    first, second = Late(0.2), FakeDevice(name="two", script=lambda pack: gate.wait(5) and None)
+    first.streams = first.most_streams = 1
+    second.streams = second.most_streams = 1
+    chain = Fallback([first, second], hedge=0.01, probe_every=0)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(chain.infer(row()).device)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert answers == ["late"] * 4
+    assert len(second.packs) == 1
+    gate.set()
+    chain.close()
 
 
 def test_only_properties_that_a_plugin_lists_are_set() -> None:

@@ -27,7 +27,7 @@ def test_an_npu_takes_static_shapes_only() -> None:
     compiled = compile_static(core, target, spec, [static], {"NPU_TURBO": True})[static]  # a property it does not list
     assert not compiled.input("input_ids").partial_shape.is_dynamic
     with pytest.raises(RuntimeError, match="static shapes only"):
-        compile_static(core, target, spec, [RowShape(bins=-1, positions=32, segments=4, work=1.0)], {})
+        compile_static(core, target, spec, [RowShape(bins=1, positions=32, segments=-1)], {})
 
 
 def test_a_row_that_does_not_fit_is_a_device_error_and_the_device_goes_on() -> None:

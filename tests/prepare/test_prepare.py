@@ -13,7 +13,7 @@ from npu_proxy import Engine, InputError, ModelError, Settings
 from npu_proxy.devices import blobs, profile
 from npu_proxy.devices.chain import compile_blobs
 from npu_proxy.devices.kinds import TARGETS
-from npu_proxy.devices.profile import Choice, Profile, settled
+from npu_proxy.devices.profile import Choice, Profile, Trial, settled
 from npu_proxy.devices.shapes import ROW_TOKENS, static_shapes
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import DeviceError
@@ -40,13 +40,21 @@ def pairs() -> Pairs:
     return pairs_of(MODEL)
 
 
-def test_an_int8_copy_is_measured_kept_and_served_under_its_own_fingerprint(tmp_path: Path, pairs: Pairs) -> None:
+def test_an_int8_copy_is_measured_kept_and_served_under_its_own_fingerprint(
+    tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("nncf")
+    from npu_proxy.prepare import quantize as module
+
     settings = Settings(model=str(MODEL), store=tmp_path, device="cpu")
     with pytest.raises(ModelError, match="npu-proxy quantize"):
         Engine(settings=replace(settings, precision="int8")).start()
     with pytest.raises(ModelError, match="more than 0; it was not kept"):
         quantize(settings, pairs, most_loss=0.0)
+    monkeypatch.setattr(module, "_LEAST_COSINE", 0.99999)
+    with pytest.raises(ModelError, match="golden texts"):
+        quantize(settings, pairs, most_loss=20.0)
+    monkeypatch.setattr(module, "_LEAST_COSINE", 0.9)
     assert not list((tmp_path / "quantized").iterdir())
     said: list[str] = []
     report = quantize(settings, pairs, most_loss=20.0, say=said.append)
@@ -68,7 +76,8 @@ def test_an_int8_copy_is_measured_kept_and_served_under_its_own_fingerprint(tmp_
         assert smallest_cosine(sim.embed(texts), vectors) > 0.999
         assert 0.9 < smallest_cosine(vectors, wanted) < 0.999999  # it is int8 that runs
     again = quantize(settings, pairs, texts, most_loss=20.0)
-    assert [one.fingerprint for one in quantized.reports(tmp_path)] == [again.fingerprint]
+    assert {one.fingerprint for one in quantized.reports(tmp_path)} == {report.fingerprint, again.fingerprint}
+    assert quantized.int8_spec(tmp_path, read_spec(MODEL)).fingerprint == again.fingerprint  # the newest
     (tmp_path / "quantized" / again.fingerprint / "graph.bin").write_bytes(b"short")
     with pytest.raises(ModelError, match=r"graph\.bin is damaged"):
         Engine(settings=replace(settings, precision="int8")).start()
@@ -99,6 +108,7 @@ def test_pairs_are_read_in_every_format_and_what_is_wrong_is_named(tmp_path: Pat
         assert (found.one[3], found.other[3], found.scores[3]) == ("one 3", "two, 3", 0.3)
     (tmp_path / "e.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n')
     (tmp_path / "f.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "i.jsonl").write_text("\n".join(json.dumps(row | {"sentence1": " "}) for row in rows))
     (tmp_path / "g.jsonl").write_text(json.dumps(rows[0]))
     for name, words in {
         "e.jsonl": "score",
@@ -110,59 +120,89 @@ def test_pairs_are_read_in_every_format_and_what_is_wrong_is_named(tmp_path: Pat
             read_pairs(tmp_path / name)
 
 
-def test_tuning_measures_keeps_the_fastest_and_the_settings_follow_it(tmp_path: Path) -> None:
+def test_tuning_measures_all_and_the_settings_follow_the_fastest(tmp_path: Path) -> None:
     settings = Settings(model=str(MODEL), store=tmp_path, device="cpu")
+    with pytest.raises(InputError, match="rounds"):
+        tune(settings, rounds=0)
     found = tune(settings, sample_texts(60), rounds=2, say=lambda line: None)
     spec = read_spec(MODEL)
     assert {trial.choice for trial in found.trials} == set(candidates(settings, spec))
-    assert found.chosen == found.trials[0].choice
-    assert found.trials[0].ratio == max(trial.ratio for trial in found.trials if not trial.error)
-    assert all(trial.mean_cosine > 0.999 for trial in found.trials if not trial.error)
-    chosen = settled(settings, spec)
-    assert (chosen.precision, chosen.streams, chosen.row_tokens) == (
-        found.chosen.precision,
-        found.chosen.streams,
-        found.chosen.row_tokens,
-    )
+    assert not any(trial.error for trial in found.trials)
+    assert all(trial.mean_cosine > 0.999 for trial in found.trials)
+    assert [trial.ratio for trial in found.trials] == sorted((trial.ratio for trial in found.trials), reverse=True)
+    for precision in ("fp32", "fp16") if len(found.trials) > 6 else ("fp32",):
+        best = next(trial.choice for trial in found.trials if trial.choice.precision == precision)
+        chosen = settled(replace(settings, precision=precision), spec)
+        assert (chosen.precision, chosen.streams, chosen.row_tokens) == (precision, best.streams, best.row_tokens)
     off = settled(replace(settings, profile="off"), spec)
-    assert (off.precision, off.streams, off.row_tokens) == ("fp32", 0, ROW_TOKENS)
+    assert (off.streams, off.row_tokens) == (0, ROW_TOKENS)
 
 
-def test_a_choice_that_is_wrong_or_does_not_run_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_that_is_wrong_or_does_not_run_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from npu_proxy.prepare import tune as module
 
     choices = [Choice(device="debug"), Choice(device="cpu", precision="int8"), Choice(device="cpu", streams=1, row_tokens=256)]
     monkeypatch.setattr(module, "candidates", lambda settings, spec: iter(choices))
     found = tune(Settings(model=str(MODEL), store=tmp_path), sample_texts(40), rounds=2, say=lambda line: None)
-    assert found.chosen == choices[2]
+    assert [trial.choice for trial in found.usable] == [choices[2]]
     errors = {trial.choice: trial.error for trial in found.trials}
     assert "vectors differ" in errors[choices[0]]
     assert "npu-proxy quantize" in errors[choices[1]]
 
 
-def test_a_profile_fills_only_what_is_left_open_and_only_where_it_fits(tmp_path: Path) -> None:
+def test_a_profile_fills_only_what_is_left_open_and_never_changes_vectors(tmp_path: Path) -> None:
     spec = read_spec(MODEL)
     base = Settings(model=str(MODEL), store=tmp_path)
 
-    def store(choice: Choice) -> None:
-        made = Profile(model="m", fingerprint=spec.fingerprint, machine="here", chosen=choice, trials=[], unix=0.0)
-        profile.keep(tmp_path, made)
+    def store(*choices: Choice) -> None:
+        trials = [Trial(choice=choice, ratio=9.0 - number) for number, choice in enumerate(choices)]
+        profile.keep(tmp_path, Profile(model="m", fingerprint=spec.fingerprint, machine="here", trials=trials, unix=0.0))
 
-    store(Choice(device="cpu", precision="fp16", streams=1, row_tokens=256))
-    assert settled(base, spec).device == "cpu"
-    assert settled(base, spec).precision == "fp16"
-    own = settled(replace(base, precision="fp32", row_tokens=64), spec)
-    assert (own.precision, own.row_tokens, own.streams) == ("fp32", 64, 0)  # streams were measured with fp16
+    store(
+        Choice(device="onnx"),
+        Choice(device="cpu", precision="int8", streams=4, row_tokens=1024),
+        Choice(device="cpu", streams=1, row_tokens=256),
+    )
+    plain = settled(replace(base, device="cpu"), spec)
+    assert (plain.device, plain.precision, plain.streams, plain.row_tokens) == ("cpu", "fp32", 1, 256)
+    int8 = settled(replace(base, device="cpu", precision="int8"), spec)
+    assert (int8.streams, int8.row_tokens) == (4, 1024)
+    own = settled(replace(base, device="cpu", row_tokens=64, threads=2), spec)
+    assert (own.row_tokens, own.streams) == (64, 0)  # its streams were measured with all threads
     elsewhere = settled(replace(base, device="npu-sim,cpu"), spec)
-    assert (elsewhere.device, elsewhere.precision, elsewhere.row_tokens) == ("npu-sim,cpu", "fp32", ROW_TOKENS)
-    store(Choice(device="cpu", precision="int8", streams=1, row_tokens=256))
-    gone = settled(base, spec)
-    assert (gone.precision, gone.row_tokens) == ("fp32", ROW_TOKENS)  # there is no int8 copy
-    store(Choice(device="onnx"))
-    assert settled(base, spec).device == "onnx"
-    assert settled(replace(base, device="debug"), spec).precision == "fp32"
+    assert (elsewhere.device, elsewhere.row_tokens) == ("npu-sim,cpu", ROW_TOKENS)
+    if base.device == "auto" and TARGETS["npu"].missing() and TARGETS["gpu"].missing():
+        assert settled(base, spec).device == "cpu"
     next((tmp_path / "profiles").iterdir()).write_text("{")
-    assert settled(base, spec).precision == "fp32"
+    assert settled(base, spec).row_tokens == ROW_TOKENS
+
+
+def test_auto_puts_the_fastest_first_once_all_were_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = read_spec(MODEL)
+    base = Settings(model=str(MODEL), store=tmp_path)
+    monkeypatch.setattr(profile, "chain", lambda device: ["npu", "gpu", "cpu"] if device == "auto" else device.split(","))
+    tried = [Choice(device="gpu", row_tokens=256), Choice(device="cpu", streams=2), Choice(device="npu")]
+    for choices, expected in (
+        (tried, "gpu,npu,cpu"),
+        (tried[1:], "auto"),  # the GPU came later
+        ([tried[1], tried[0], tried[2]], "cpu"),
+    ):
+        trials = [Trial(choice=choice, ratio=9.0 - number) for number, choice in enumerate(choices)]
+        profile.keep(tmp_path, Profile(model="m", fingerprint=spec.fingerprint, machine="here", trials=trials, unix=0.0))
+        assert settled(base, spec).device == expected
+    assert settled(replace(base, device="npu,cpu"), spec).row_tokens == ROW_TOKENS
+
+
+def test_removing_a_model_removes_what_was_prepared_for_it(tmp_path: Path) -> None:
+    from npu_proxy.prepare.commands import forget
+
+    spec = read_spec(CLS)
+    settings = settled(Settings(model=str(CLS), store=tmp_path, device="npu-sim", cache_mb=0), spec)
+    compile_blobs(settings, spec, "npu-sim", blobs.ANY)
+    profile.keep(tmp_path, Profile(model="m", fingerprint=spec.fingerprint, machine="here", trials=[], unix=0.0))
+    forget(settings, CLS)
+    assert not list((tmp_path / "compiled").iterdir())
+    assert not list((tmp_path / "profiles").iterdir())
 
 
 def test_blobs_made_ahead_are_imported_and_bad_ones_compiled_anew(tmp_path: Path) -> None:

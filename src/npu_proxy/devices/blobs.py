@@ -1,6 +1,6 @@
 """Compiled models ahead of time, for this machine's device or, where OpenVINO carries its compiler, for another's.
 
-store/compiled/FINGERPRINT-DEVICE-PLATFORM-OPENVINO/BINSxPOSITIONSxSEGMENTS.blob
+store/compiled/FINGERPRINT-DEVICE-PLATFORM-OPENVINO-VERSION/BINSxPOSITIONSxSEGMENTS.blob
 
 A worker imports them in place of compiling; the plugin's own verdict on a blob is final, and certification follows as
 always. A store that is copied to the other machine takes them along.
@@ -8,15 +8,15 @@ always. A store that is copied to the other machine takes them along.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,20 @@ import openvino as ov
 
 from npu_proxy.devices.failure import Failure, classify, first_line
 from npu_proxy.devices.kinds import Target
+from npu_proxy.devices.system import ask_python
 from npu_proxy.errors import DeviceError, PullError
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import ModelSpec
+from npu_proxy.version import __version__
+
+log = logging.getLogger("npu_proxy.worker")
 
 _NO_COMPILER = (
     "there is no compiler for it here: OpenVINO's Windows packages carry one, its Linux packages use that of the NPU's driver,"
     " which needs the NPU (see `npu-proxy doctor`)"
 )
+_NO_DISK = 3
+"""Exit code of the compiling process when it could not write."""
 ANY = "any"
 """The platform of a device that has only one."""
 
@@ -71,31 +77,38 @@ def compile_ahead(
     Nothing is stored unless all of it compiled. Raises DeviceError with the compiler's words, PullError for a full disk.
     """
     final = store / "compiled" / _name(target, spec, platform)
-    try:
+    with _writing():
         final.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
-    except OSError as error:
-        raise PullError(f"the store cannot be written: {error.strerror or error}; free space or set `store`") from error
     job = BlobJob(target=target, spec=spec, shapes=shapes, properties=properties, platform=platform, folder=staging)
-    command = [sys.executable, "-P", "-c", "from npu_proxy.devices.blobs import main; main()"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run(  # noqa: S603
-            command, input=pickle.dumps(job), env=environment, stdout=subprocess.PIPE, timeout=seconds, check=False
-        )
-        said = done.stdout.decode(errors="replace").strip()
-        if done.returncode or said:
-            reason = said or f"the compiling process ended with {done.returncode}"
+        code, said = ask_python("from npu_proxy.devices.blobs import main; main()", pickle.dumps(job), seconds)
+        if code is None:
+            raise DeviceError(f"{target.name}: compiling took longer than {seconds:g} seconds; see `compile_timeout`")
+        if code == _NO_DISK:
+            raise PullError(f"the store cannot be written: {said.strip()}; free space or set `store`")
+        if code:
+            reason = said.strip() or f"the compiling process ended with {code}"
             cure = f"; {_NO_COMPILER}" if classify(reason) is Failure.ABSENT else ""
             raise DeviceError(f"{target.name} could not compile {spec.name}: {reason}{cure}")
-        blobs = [_blob(staging, shape) for shape in shapes]
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-    except subprocess.TimeoutExpired:
-        raise DeviceError(f"{target.name}: compiling took longer than {seconds:g} seconds; see `compile_timeout`") from None
+        with _writing():
+            blobs = [_blob(staging, shape) for shape in shapes]
+            if final.exists():
+                final.rename(staging / "older")
+            staging.rename(final)
+            shutil.rmtree(final / "older", ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return final, blobs
+
+
+@contextmanager
+def _writing() -> Generator[None]:
+    """Raises PullError for what is wrong with the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise PullError(f"the store cannot be written: {error.strerror or error}; free space or set `store`") from error
 
 
 def main() -> None:
@@ -115,6 +128,9 @@ def main() -> None:
             path.write_bytes(compiled.export_model().getvalue())
             seconds = time.perf_counter() - start
             path.with_suffix(".seconds").write_text(str(seconds))
+    except OSError as error:
+        print(error.strerror or error, file=out, flush=True)
+        os._exit(_NO_DISK)
     except Exception as error:  # whatever it is, the parent tells the user
         print(first_line(error), file=out, flush=True)
         os._exit(1)
@@ -125,8 +141,10 @@ def import_blob(core: ov.Core, target: Target, files: Sequence[Path], properties
     """The first of these blobs that the plugin takes, or None."""
     importing: Callable[..., ov.CompiledModel] = core.import_model
     for file in files:
-        with suppress(OSError, RuntimeError):  # made for another platform or driver: the next one, or compile
+        try:
             return importing(file.read_bytes(), target.openvino, dict(properties))
+        except (OSError, RuntimeError) as error:  # made for another platform or driver: the next one, or compile
+            log.warning("%s is not taken, the graph is compiled: %s", file, first_line(error))
     return None
 
 
@@ -139,8 +157,14 @@ def _blob(folder: Path, shape: RowShape) -> Blob:
 
 
 def _name(target: Target, spec: ModelSpec, platform: str) -> str:
-    return f"{spec.fingerprint}-{target.name}-{platform}-{ov.get_version().split('-')[0]}"
+    return f"{spec.fingerprint}-{target.name}-{platform}-{ov.get_version().split('-')[0]}-{__version__}"
 
 
 def _file(shape: RowShape) -> str:
     return f"{shape}x{shape.segments}.blob"
+
+
+def remove(store: Path, fingerprint: str) -> None:
+    """Remove every blob of a model, or of its int8 copy."""
+    for folder in (store / "compiled").glob(f"{fingerprint}-*"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from pathlib import Path
 from npu_proxy.devices.failure import first_line
 from npu_proxy.devices.kinds import TARGETS
 from npu_proxy.devices.openvino import available_threads
-from npu_proxy.devices.profile import find
-from npu_proxy.devices.system import cgroup, library, pci
+from npu_proxy.devices.profile import find, settled
+from npu_proxy.devices.system import ask_python, cgroup, library, pci
 from npu_proxy.errors import ModelNotFoundError, NpuProxyError
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import reports
@@ -176,7 +175,10 @@ def _access(nodes: list[Path], topic: str) -> Iterator[Finding]:
         if os.access(node, os.R_OK | os.W_OK):
             yield Finding(topic=topic, level="ok", text=f"{node} can be opened")
             continue
-        group = node.group()
+        try:
+            group = node.group()
+        except KeyError:  # a container knows the number only
+            group = str(node.stat().st_gid)
         yield Finding(
             topic=topic,
             level="problem",
@@ -220,15 +222,15 @@ def _model(settings: Settings) -> Iterator[Finding]:
         yield Finding(topic="model", level="note", text=str(error), cure=f"npu-proxy pull {settings.model}")
         return
     except NpuProxyError as error:
-        yield Finding(topic="model", level="problem", text=str(error), cure=f"npu-proxy pull {settings.model}")
+        yield Finding(topic="model", level="problem", text=str(error))
         return
     int8 = next((one for one in reports(settings.store) if one.of == spec.fingerprint), None)
     words = f", int8 copy at Spearman {int8.spearman:.2f} against {int8.spearman_fp32:.2f}" if int8 else ""
     yield Finding(topic="model", level="ok", text=f"{name}, fingerprint {spec.fingerprint}{words}")
-    tuned = find(settings.store, spec.fingerprint)
-    if tuned is not None:
-        use = "" if settings.profile == "on" else ", not used (`profile` is off)"
-        yield Finding(topic="model", level="ok", text=f"tuned for this machine: {tuned.chosen}{use}")
+    if find(settings.store, spec.fingerprint) is not None:
+        used = settled(settings, spec)
+        text = f"tuned on this machine; with these settings: device {used.device}, {used.streams or 'own'} streams, rows of"
+        yield Finding(topic="model", level="ok", text=f"{text} {used.row_tokens}")
 
 
 _CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (_system, _memory, _folders, _model, _npu, _gpu)
@@ -258,11 +260,11 @@ print(json.dumps(found))
 
 def _plugins() -> dict[str, dict[str, str]]:
     """Each plugin's device name, or its error."""
-    try:
-        done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)  # noqa: S603
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
+    code, printed = ask_python(_ASK, b"", _PROBE_SECONDS)
+    if code is None:
         return {name: {"error": f"no answer within {_PROBE_SECONDS:g} seconds"} for name in ("npu", "gpu", "cpu")}
+    try:
+        return json.loads(printed.splitlines()[-1])
     except (IndexError, ValueError):
         return {name: {"error": "the process that asked died"} for name in ("npu", "gpu", "cpu")}
 

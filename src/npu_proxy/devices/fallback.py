@@ -5,6 +5,7 @@ Which device answered, and why it was not the first, stands in the Output. Nothi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -19,6 +20,9 @@ from npu_proxy.types import Output, Pack, Shaped
 
 _LATE_ROWS = 4
 """Usual rows in the time of one that is late."""
+
+_RUNS = 2
+"""Of a row in a race: the late one, and the one that starts anew."""
 
 log = logging.getLogger("npu_proxy.devices")
 
@@ -37,8 +41,9 @@ class Fallback:
         self.name = ",".join(device.name for device in devices)
         self.kind = devices[0].kind
         self.most_streams = max(device.most_streams for device in devices)
-        # A late row takes two threads for each device behind which there is another; fewer could wait for each other.
-        self._spare = ThreadPoolExecutor(2 * self.most_streams * max(1, len(devices) - 1), "npu-proxy-late")
+        places = self.most_streams * max(1, len(devices) - 1)  # a row may be late on each device but the last
+        self._races = threading.BoundedSemaphore(places)
+        self._spare = ThreadPoolExecutor(_RUNS * places, "npu-proxy-late")  # never fewer: one run could wait for another
         self._stopping = threading.Event()
         self._prober = threading.Thread(target=self._probe, args=(probe_every,), name="npu-proxy-probe", daemon=True)
         if probe_every:
@@ -120,7 +125,8 @@ class Fallback:
                 reasons.append(str(error))
                 last = error
                 continue
-            self._usual[device.name] = output.seconds + 0.9 * (self._usual.get(device.name, 0.0) - output.seconds)
+            usual = self._usual.get(device.name, output.seconds)
+            self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
             return replace(output, fallback="; ".join(reasons)) if reasons else output
         if last is not None:
             raise last
@@ -135,9 +141,20 @@ class Fallback:
         return min(self._hedge, max(_LATE_ROWS * self._usual.get(device.name, 0.0), _patience(pack)))
 
     def _race(self, late: LateError, behind: Sequence[Device], pack: Pack, reasons: list[str]) -> Output:
-        """The late row goes on, and on ``behind`` it starts anew: the first answer counts. Raises the last device's error."""
+        """The late row goes on, and on ``behind`` it starts anew: the first answer counts. Raises the last device's error.
+
+        A race keeps its place until both runs are over; where all places are taken, the late row is only waited for.
+        """
+        if not self._races.acquire(blocking=False):
+            try:
+                return late.pending()
+            except DeviceError as error:
+                return self._first(behind, pack, [*reasons, str(error)])
         slow = self._spare.submit(late.pending)
         other = self._spare.submit(self._first, behind, pack, [*reasons, str(late)])
+        over = itertools.count(1)
+        for run in (slow, other):
+            run.add_done_callback(lambda _: self._races.release() if next(over) == _RUNS else None)
         runs: set[Future[Output]] = {slow, other}
         while runs:
             done, runs = wait(runs, return_when=FIRST_COMPLETED)

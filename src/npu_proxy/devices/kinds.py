@@ -26,10 +26,10 @@ class Kind:
     isolated: bool
     static: bool
     style: Style
-    least_cosine: Mapping[str, float]
+    least_cosine: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
-_CPU = Kind(name="cpu", isolated=False, static=False, style=CPU, least_cosine={"fp32": 0.99999, "fp16": 0.999, "int8": 0.98})
+_CPU = Kind(name="cpu", isolated=False, static=False, style=CPU)
 _ACCELERATED: Mapping[str, float] = {"fp32": 0.999, "fp16": 0.999, "int8": 0.98}  # they compute in fp16 whatever is stored
 _GPU = Kind(name="gpu", isolated=True, static=True, style=NATIVE, least_cosine=_ACCELERATED)
 _NPU = Kind(name="npu", isolated=True, static=True, style=NATIVE, least_cosine=_ACCELERATED)
@@ -110,9 +110,14 @@ ALONE = ("debug", "onnx")
 """Devices that are never part of a chain: other vectors, or another copy of the model."""
 
 
+def normalized(device: str) -> str:
+    """The setting `device` in lower case and without spaces."""
+    return ",".join(name.strip().lower() for name in device.split(",") if name.strip())
+
+
 def chain(device: str) -> list[str]:
     """The devices that the setting `device` means, in order. Raises SettingsError naming what is wrong."""
-    names = [name.strip().lower() for name in device.split(",") if name.strip()]
+    names = normalized(device).split(",") if normalized(device) else []
     if names == ["auto"]:
         return [name for name in AUTO if not TARGETS[name].missing()]
     known = ("auto", *TARGETS, *ALONE)

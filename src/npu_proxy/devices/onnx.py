@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from npu_proxy.devices.base import GoldenRow, Report, check_vectors
 from npu_proxy.devices.failure import Failure, RowError, first_line
+from npu_proxy.devices.openvino import ROOM_SECONDS
 from npu_proxy.devices.shapes import dynamic_shapes
 from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.graph.packed import RowShape
@@ -85,12 +86,15 @@ class OnnxDevice:
         """Vectors [bins, segments, width] float32. Raises RowError."""
         ids, mask = _lines(pack)
         feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        if not self._busy.acquire(timeout=ROOM_SECONDS):
+            raise RowError(Failure.BUSY, f"onnx had no room for a row within {ROOM_SECONDS:g} seconds")
         start = time.perf_counter()
         try:
-            with self._busy:
-                hidden = self._session.run([self._output], {name: feed[name] for name in self._inputs})[0]
+            hidden = self._session.run([self._output], {name: feed[name] for name in self._inputs})[0]
         except Exception as error:  # the runtime raises classes of its own
             raise RowError(Failure.ERROR, f"onnx failed: {first_line(error)}") from error
+        finally:
+            self._busy.release()
         vectors = np.zeros([pack.shape.bins, pack.shape.segments, self._width], np.float32)
         for line, slot in enumerate(pack.slots):
             count = int(mask[line].sum())

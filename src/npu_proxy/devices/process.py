@@ -27,6 +27,7 @@ from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.failure import Failure, RowError, classify
 from npu_proxy.devices.faults import Fault
 from npu_proxy.devices.kinds import Target
+from npu_proxy.devices.system import child_environment, python_command
 from npu_proxy.devices.worker import ANSWER, ASK, Hello, WorkerJob, receive
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import ModelSpec, Output, Pack
@@ -133,9 +134,9 @@ class WorkerProcess:
         self.slots = [Slot(task.target.name, number, self._arena, layout) for number in range(layout.slots)]
         self.free: queue.LifoQueue[Slot | None] = queue.LifoQueue()
         theirs = [control, *(slot.theirs for slot in self.slots)]
-        command = [sys.executable, "-P", "-c", "from npu_proxy.devices.worker import main; main()"]
+        command = python_command("from npu_proxy.devices.worker import main; main()")
         inherit = {} if sys.platform == "win32" else {"pass_fds": [self._arena.handle, *(end.fileno() for end in theirs)]}
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
+        environment = {**child_environment(), "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **inherit)  # noqa: S603  # type: ignore[call-overload]
         self._beats = (0, time.monotonic())
         self._opened = 0

@@ -1,9 +1,8 @@
-"""What `npu-proxy tune` found fastest on this machine, and how it fills in the settings that were left to it."""
+"""What `npu-proxy tune` found fastest on this machine, and how it fills in the settings that are left to it."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import platform
 from collections.abc import Sequence
@@ -13,15 +12,11 @@ from pathlib import Path
 import msgspec
 import openvino as ov
 
-from npu_proxy.devices.kinds import ALONE, chain
+from npu_proxy.devices.kinds import chain
 from npu_proxy.devices.openvino import available_threads
 from npu_proxy.devices.shapes import ROW_TOKENS
-from npu_proxy.errors import ModelError
-from npu_proxy.models.quantized import int8_spec
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec
-
-log = logging.getLogger("npu_proxy.devices")
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +33,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """What one choice was measured to do. error: why it was not measured or not kept."""
+    """What one choice was measured to do. error: why it cannot be used, or ''."""
 
     choice: Choice
     tokens_per_second: float = 0.0
@@ -51,14 +46,25 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome for one model on one machine."""
+    """The outcome for one model on one machine: every trial, the fastest that is right first."""
 
     model: str
     fingerprint: str
     machine: str
-    chosen: Choice
     trials: Sequence[Trial]
     unix: float
+
+    @property
+    def usable(self) -> list[Trial]:
+        """The trials that are right, the fastest first."""
+        return [trial for trial in self.trials if not trial.error]
+
+    def best(self, devices: Sequence[str], precision: str) -> Choice | None:
+        """The fastest for one of these devices in a precision; None where one of them was not tried at all."""
+        if not set(devices) <= {trial.choice.device for trial in self.trials}:
+            return None
+        fitting = (trial.choice for trial in self.usable if trial.choice.device in devices)
+        return next((choice for choice in fitting if choice.precision == precision), None)
 
 
 def machine() -> str:
@@ -93,43 +99,30 @@ def find(store: Path, fingerprint: str) -> Profile | None:
 def settled(settings: Settings, spec: ModelSpec) -> Settings:
     """The settings with nothing left open: what they leave to the profile is the profile's, else the default.
 
-    The profile counts where it was made for the device that the settings put first, and not at all when its int8 copy
-    has gone.
+    It never changes vectors: precision is the settings' own, and devices that compute from another copy of the model are
+    not chosen. `auto` follows it only where all of this machine's devices were compared.
     """
     profile = find(settings.store, spec.fingerprint) if settings.profile == "on" else None
-    chosen = profile.chosen if profile and _fits(settings, spec, profile.chosen) else Choice(device="")
-    precision = settings.precision if settings.precision != "auto" else chosen.precision
-    same = precision == chosen.precision  # streams and rows were measured with it
+    names = chain(settings.device)
+    auto = settings.device == "auto"
+    chosen = profile.best(names if auto else names[:1], settings.precision) if profile else None
+    if chosen is None:
+        return replace(settings, row_tokens=settings.row_tokens or ROW_TOKENS)
+    first = [chosen.device, *(name for name in names if name not in (chosen.device, "cpu"))]
+    behind = ["cpu"] if "cpu" in names and chosen.device != "cpu" else []
     return replace(
         settings,
-        device=_first(chosen.device) if settings.device == "auto" and chosen.device else settings.device,
-        precision="fp32" if settings.device in ALONE and settings.precision == "auto" else precision,
-        streams=settings.streams or (chosen.streams if same else 0),
-        row_tokens=settings.row_tokens or (chosen.row_tokens if same else 0) or ROW_TOKENS,
+        device=",".join(["cpu"] if chosen.device == "cpu" else first + behind) if auto else settings.device,
+        streams=settings.streams or (0 if settings.threads else chosen.streams),  # measured with all threads
+        row_tokens=settings.row_tokens or chosen.row_tokens or ROW_TOKENS,
     )
-
-
-def _fits(settings: Settings, spec: ModelSpec, chosen: Choice) -> bool:
-    """Whether a profile's choice can be used: its device is meant, and its int8 copy is there."""
-    names = chain(settings.device)
-    meant = chosen.device in (*names, *ALONE) if settings.device == "auto" else chosen.device == names[0]
-    if not meant or chosen.precision != "int8" or settings.precision not in ("auto", "int8"):
-        return meant
-    try:
-        int8_spec(settings.store, spec)
-    except ModelError as error:
-        log.warning("the tuned profile is not used: %s", error)
-        return False
-    return True
-
-
-def _first(device: str) -> str:
-    """The chain of `auto` with ``device`` in front."""
-    if device in ALONE or device == "cpu":
-        return device
-    return ",".join([device, *(name for name in chain("auto") if name != device)])
 
 
 def _path(store: Path, fingerprint: str) -> Path:
     key = hashlib.sha256(f"{fingerprint} {machine()}".encode()).hexdigest()[:16]
     return store / "profiles" / f"{key}.json"
+
+
+def remove(store: Path, fingerprint: str) -> None:
+    """Remove this machine's profile of a model."""
+    _path(store, fingerprint).unlink(missing_ok=True)

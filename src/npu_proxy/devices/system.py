@@ -1,9 +1,43 @@
-"""Small looks at the system, for the doctor."""
+"""Small looks at the system, and Python processes of our own."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+_END_SECONDS = 5.0
+
+
+def python_command(code: str) -> Sequence[str]:
+    """A Python of this environment that imports nothing from the current folder."""
+    return [sys.executable, "-P", "-c", code]
+
+
+def child_environment() -> Mapping[str, str]:
+    """The variables and the import path of this process."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def ask_python(code: str, content: bytes, seconds: float) -> tuple[int | None, str]:
+    """Run code with ``content`` on its standard input; its exit code (None after ``seconds``) and what it printed.
+
+    A process that a driver holds in the kernel cannot be killed; it is left behind rather than waited for.
+    """
+    process = subprocess.Popen(  # noqa: S603
+        python_command(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=child_environment()
+    )
+    try:
+        printed, _ = process.communicate(content, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_END_SECONDS)
+        return None, ""
+    return process.returncode, printed.decode(errors="replace")
 
 
 def cgroup(name: str) -> str:

@@ -12,7 +12,7 @@ from npu_proxy.types import ModelSpec
 
 
 class Graphs:
-    """Call it for a graph. All graphs share the weights, which must outlive what is made of them: keep this object."""
+    """Call it for a graph. All graphs share the weights, memory-mapped; what is made of them keeps them alive."""
 
     def __init__(self, spec: ModelSpec) -> None:
         """Open the weights; nothing is read yet. Raises ModelError."""

@@ -1,13 +1,14 @@
 """The int8 copies of models in the store, each under a fingerprint of its own and with what it was measured to be worth.
 
 store/quantized/FINGERPRINT/graph.xml, graph.bin   the graph, rows of any shape
-store/quantized/FINGERPRINT/report.json            of which model it is, its checksums, its accuracy
+store/quantized/FINGERPRINT/report.json            of which model it is, its sizes, its accuracy
+
+A copy is never changed, and goes only with its model: a server may have to read it again at any time. The newest counts.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -40,8 +41,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     mean_cosine: float
     unix: float
     fingerprint: str = ""
-    files: Mapping[str, tuple[int, str]] = {}
-    """Bytes and SHA-256 by name."""
+    files: Mapping[str, int] = {}
+    """Bytes by name."""
 
     @property
     def loss(self) -> float:
@@ -51,11 +52,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def stage(store: Path, spec: ModelSpec, model: ov.Model) -> ModelSpec:
     """Write a graph where it is not served from yet; the spec of it. Raises PullError when the disk is full."""
+    folder = None
     try:
         (store / "quantized").mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=store / "quantized"))
         ov.save_model(model, folder / _GRAPH, compress_to_fp16=False)
     except (OSError, RuntimeError) as error:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise PullError(f"the store cannot be written: {error}; free space or set `store`") from error
     digest = hashlib.sha256(f"int8 {spec.fingerprint}".encode())
     for name in _FILES:
@@ -70,18 +74,18 @@ def discard(staged: ModelSpec) -> None:
 
 
 def publish(store: Path, staged: ModelSpec, report: Report) -> Report:
-    """Let a staged graph be served, and no older one of the same model. Raises PullError when the store cannot be written."""
+    """Let a staged graph be served. Raises PullError when the store cannot be written."""
     assert staged.graph is not None
     folder = staged.graph.parent
-    files = {name: ((folder / name).stat().st_size, file_sha256(folder / name)) for name in _FILES}
+    files = {name: (folder / name).stat().st_size for name in _FILES}
     report = msgspec.structs.replace(report, fingerprint=staged.fingerprint, files=files)
     target = store / "quantized" / staged.fingerprint
     try:
         (folder / _REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)))
-        older = [one.fingerprint for one in reports(store) if one.of == report.of]
-        for fingerprint in older:
-            shutil.rmtree(store / "quantized" / fingerprint, ignore_errors=True)
-        os.replace(folder, target)  # noqa: PTH105 (Path.replace says nothing about folders)
+        if target.exists():  # the very same graph, measured again
+            (folder / _REPORT).replace(target / _REPORT)
+        else:
+            folder.rename(target)
     except OSError as error:
         raise PullError(f"the store cannot be written: {error.strerror or error}; free space or set `store`") from error
     return report
@@ -100,11 +104,18 @@ def reports(store: Path) -> list[Report]:
 
 def int8_spec(store: Path, spec: ModelSpec) -> ModelSpec:
     """The spec of a model's int8 copy. Raises ModelError saying how to make it where there is none, or it is damaged."""
-    report = next((one for one in reports(store) if one.of == spec.fingerprint), None)
+    report = max((one for one in reports(store) if one.of == spec.fingerprint), key=lambda one: one.unix, default=None)
     if report is None:
         raise ModelError(f"{spec.name} has no int8 copy in the store; make it with `npu-proxy quantize --pairs FILE {spec.name}`")
     folder = store / "quantized" / report.fingerprint
-    for name, (size, _) in report.files.items():
+    for name, size in report.files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise ModelError(f"{folder / name} is damaged; make the int8 copy again with `npu-proxy quantize`")
     return replace(spec, precision="int8", graph=folder / _GRAPH, fingerprint=report.fingerprint)
+
+
+def remove(store: Path, fingerprint: str) -> None:
+    """Remove every int8 copy of a model."""
+    for report in reports(store):
+        if report.of == fingerprint:
+            shutil.rmtree(store / "quantized" / report.fingerprint, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from npu_proxy.devices.kinds import TARGETS, chain
-from npu_proxy.errors import DeviceError, SettingsError
+from npu_proxy.errors import DeviceError, InputError, ModelError, SettingsError
 from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec
@@ -74,7 +74,7 @@ def quantize(
     model: str = "",
     *,
     pairs: Path,
-    texts: Path | None = None,
+    sample: Path | None = None,
     text_field: str = "text",
     most_loss: float = 1.0,
     settings: Shared = DEFAULTS,
@@ -91,20 +91,20 @@ def quantize(
     pairs
         Sentence pairs with human scores to measure on: the STS benchmark's sts-test.csv, or .csv, .jsonl or .parquet
         with columns sentence1, sentence2, score.
-    texts
-        Texts like those you will embed, to calibrate on (.jsonl, .csv, .txt, .parquet); without it, half of the pairs'
-        sentences, and only the other half is measured on.
+    sample
+        Texts like those you will embed, to calibrate on (.jsonl, .csv, .txt, .parquet), the first 2,000 of them; without
+        it, half of the pairs' sentences, and only the other half is measured on.
     text_field
         Field or column of that file that holds the text.
     most_loss
         Points of Spearman correlation (of 100) that int8 may cost.
     """
+    from npu_proxy.prepare.quantize import CALIBRATION_TEXTS, read_pairs
     from npu_proxy.prepare.quantize import quantize as make
-    from npu_proxy.prepare.quantize import read_pairs
 
     settings = _with_model(settings, model)
-    report = make(settings, read_pairs(pairs), _texts(texts, text_field), most_loss=most_loss, say=_say)
-    print(f"{report.model} int8, fingerprint {report.fingerprint}, {sum(size for size, _ in report.files.values()) / 1e6:.1f} MB")
+    report = make(settings, read_pairs(pairs), _texts(sample, text_field, CALIBRATION_TEXTS), most_loss=most_loss, say=_say)
+    print(f"{report.model} int8, fingerprint {report.fingerprint}, {sum(report.files.values()) / 1e6:.1f} MB")
     print(f"Spearman x100 over {report.pairs} pairs: fp32 {report.spearman_fp32:.2f}, int8 {report.spearman:.2f}")
     print(f"cosine of int8 to fp32: mean {report.mean_cosine:.4f}, least {report.least_cosine:.4f}")
 
@@ -112,21 +112,22 @@ def quantize(
 def tune(
     model: str = "",
     *,
-    texts: Path | None = None,
+    sample: Path | None = None,
     text_field: str = "text",
     rounds: int = 3,
     settings: Shared = DEFAULTS,
 ) -> None:
-    """Measure devices, precisions, streams and row lengths side by side; keep the fastest that is right as this machine's profile.
+    """Measure devices, precisions, streams and row lengths side by side, and keep what is fastest as this machine's profile.
 
-    The profile fills in the settings that are left at their defaults; `--profile off` does without. int8 takes part once
-    `npu-proxy quantize` has made it.
+    The profile fills in device, streams and row tokens where they are left at their defaults, each precision its own;
+    `--profile off` does without. It never changes vectors: for another precision ask by `--precision`. int8 takes part
+    once `npu-proxy quantize` has made it.
 
     Parameters
     ----------
     model
         Name, alias or folder; the setting `model` when left out.
-    texts
+    sample
         Texts like those you will embed (.jsonl, .csv, .txt, .parquet), the first 1,000 of them; without it, made-up ones
         of realistic lengths.
     text_field
@@ -136,7 +137,7 @@ def tune(
     """
     from npu_proxy.prepare.tune import tune as measure
 
-    profile = measure(_with_model(settings, model), _texts(texts, text_field, 1000), rounds=rounds, say=_say)
+    profile = measure(_with_model(settings, model), _texts(sample, text_field, 1000), rounds=rounds, say=_say)
     print(f"{'DEVICE':8} {'PRECISION':9} {'STREAMS':>7} {'ROW':>5} {'TOKENS/S':>9} {'RATIO':>6} {'MEAN COSINE':>11}")
     for trial in profile.trials:
         one = trial.choice
@@ -144,9 +145,14 @@ def tune(
             f"{one.device:8} {one.precision:9} {one.streams or '-':>7} {one.row_tokens or '-':>5} {trial.tokens_per_second:9.0f}"
             f" {trial.ratio:5.2f}x {trial.mean_cosine:11.6f} {trial.error}".rstrip()
         )
-    print(f"\n{profile.chosen} it is; ratio to the CPU in fp32 as it is without tuning, median of the rounds")
-    if profile.chosen.precision != "fp32" or profile.chosen.device == "onnx":
-        print("vectors stored before must not be mixed with those of this profile: embed them anew, or serve with --precision fp32")
+    fastest = profile.usable[0].choice
+    own = next((one.choice for one in profile.usable if one.choice.precision == "fp32" and one.choice.device != "onnx"), None)
+    print("\nratio to the CPU in fp32 as it is without tuning, median of the rounds")
+    if own:
+        print(f"without further settings: {own}")
+    if fastest != own:
+        flag = "--device onnx" if fastest.device == "onnx" else f"--precision {fastest.precision}"
+        print(f"faster: {flag} ({fastest}); its vectors must not be mixed with those stored before")
 
 
 def compile_model(model: str = "", *, platform: str = "any", settings: Shared = DEFAULTS) -> None:
@@ -201,8 +207,8 @@ def _accelerator(settings: Settings, why: str) -> str:
     return name
 
 
-def _texts(path: Path | None, text_field: str, most: int | None = None) -> list[str]:
-    """Texts of a file, the first ``most``; none without a file."""
+def _texts(path: Path | None, text_field: str, most: int) -> list[str]:
+    """Texts of a file that are not empty, the first ``most``; none without a file. Raises InputError when it has none."""
     from itertools import islice
 
     from npu_proxy.bulk.files import open_source
@@ -210,8 +216,27 @@ def _texts(path: Path | None, text_field: str, most: int | None = None) -> list[
     if path is None:
         return []
     with open_source(path, text_field) as source:
-        return list(islice(source.texts, most))
+        texts = list(islice(filter(str.strip, source.texts), most))
+    if not texts:
+        raise InputError(f"`{path}` has no texts", param="sample")
+    return texts
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def forget(settings: Settings, folder: Path) -> None:
+    """Remove what was prepared for the model in ``folder``; nothing for a folder that cannot be read."""
+    from npu_proxy.devices import blobs, profile
+    from npu_proxy.models import quantized
+    from npu_proxy.models.layout import read_spec
+
+    try:
+        fingerprint = read_spec(folder, pooling=settings.pooling).fingerprint
+    except ModelError:
+        return
+    for one in (fingerprint, *(report.fingerprint for report in quantized.reports(settings.store) if report.of == fingerprint)):
+        blobs.remove(settings.store, one)
+    quantized.remove(settings.store, fingerprint)
+    profile.remove(settings.store, fingerprint)

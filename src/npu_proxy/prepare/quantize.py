@@ -23,6 +23,7 @@ import openvino as ov
 from npu_proxy.devices.openvino import OpenVinoCpu
 from npu_proxy.devices.shapes import ROW_TOKENS, dynamic_shapes
 from npu_proxy.engine.engine import Engine, Parts
+from npu_proxy.engine.golden import GOLDEN_TEXTS
 from npu_proxy.engine.packing import pack, plan_row
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import InputError, ModelError, SettingsError
@@ -39,6 +40,10 @@ from npu_proxy.types import Encoding, Job, Lane, ModelSpec, Pack, Truncate
 Say = Callable[[str], None]
 _WINDOW = 512
 _LEAST_PAIRS = 100
+_LEAST_COSINE = 0.98
+"""Of golden texts to fp32: what an accelerator's certification will ask of this copy."""
+CALIBRATION_TEXTS = 2000
+"""Texts that are calibrated on at most; more take longer and change little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +74,19 @@ def read_pairs(path: Path) -> Pairs:
         else:
             table = _table(path)
             columns = [table.column(name).to_pylist() for name in ("sentence1", "sentence2", "score")]
-    except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+        pairs = Pairs(one=_sentences(columns[0]), other=_sentences(columns[1]), scores=[float(score) for score in columns[2]])
+    except (OSError, ValueError, TypeError, KeyError, IndexError, pa.ArrowException) as error:
         hint = "expected columns sentence1, sentence2 and score, or the STS benchmark's own sts-test.csv"
         raise InputError(f"`{path}` cannot be read as sentence pairs: {error}; {hint}", param="pairs") from error
-    pairs = Pairs(one=columns[0], other=columns[1], scores=columns[2])
     if len(pairs.scores) < _LEAST_PAIRS:
         raise InputError(f"`{path}` has {len(pairs.scores)} pairs; at least {_LEAST_PAIRS} say anything", param="pairs")
     return pairs
+
+
+def _sentences(column: Sequence[Any]) -> list[str]:
+    if bad := next((row for row, text in enumerate(column, 1) if not isinstance(text, str) or not text.strip()), 0):
+        raise ValueError(f"row {bad} has an empty sentence")
+    return list(column)
 
 
 def _first_line(path: Path) -> str:
@@ -109,6 +120,7 @@ def quantize(settings: Settings, pairs: Pairs, texts: Sequence[str] = (), *, mos
     if not texts:
         half = pairs.every(0, 2)
         texts, pairs = [*half.one, *half.other], pairs.every(1, 2)
+    texts = texts[:CALIBRATION_TEXTS]
     encoder = TextEncoder(spec)
     rows = list(calibration_rows(spec, encoder, texts))
     say(f"{name}: calibrating on {len(texts)} texts in {len(rows)} rows")
@@ -117,7 +129,8 @@ def quantize(settings: Settings, pairs: Pairs, texts: Sequence[str] = (), *, mos
     try:
         say(f"measuring fp32 and int8 on {len(pairs.scores)} sentence pairs")
         before, after = (_embedded(settings, one, encoder, pairs) for one in (spec, staged))
-        cosines = np.concatenate([(a * b).sum(1) for a, b in zip(before, after, strict=True)])
+        *cosines, golden = [(a * b).sum(1) for a, b in zip(before, after, strict=True)]
+        cosines = np.concatenate(cosines)
         report = Report(
             of=spec.fingerprint,
             model=name,
@@ -135,7 +148,13 @@ def quantize(settings: Settings, pairs: Pairs, texts: Sequence[str] = (), *, mos
                 f"int8 costs {report.loss:.2f} points of Spearman ({report.spearman_fp32:.2f} to {report.spearman:.2f}), more than"
                 f" {most_loss:g}; it was not kept. Calibrate on more texts, or raise --most-loss"
             )
-        return quantized.publish(settings.store, staged, report)
+        if not golden.min() >= _LEAST_COSINE:
+            raise ModelError(
+                f"int8 changes golden texts to cosine {golden.min():.4f}; below {_LEAST_COSINE:g} no accelerator would be"
+                " certified. It was not kept; calibrate on more texts"
+            )
+        with Store(settings.store).lock(name.rpartition("/")[2]):
+            return quantized.publish(settings.store, staged, report)
     finally:
         quantized.discard(staged)
 
@@ -176,13 +195,13 @@ def _inputs(row: Pack) -> dict[str, Any]:
 
 
 def _embedded(settings: Settings, spec: ModelSpec, encoder: TextEncoder, pairs: Pairs) -> Sequence[npt.NDArray[Any]]:
-    """Vectors of both sides of the pairs, on the CPU."""
+    """Vectors of both sides of the pairs and of the golden texts, on the CPU."""
 
     def parts(settings: Settings, _stopping: object) -> Parts:
         return Parts(spec=spec, encoder=encoder, device=OpenVinoCpu(spec, threads=settings.threads))
 
     with Engine(settings=settings, parts=parts) as engine:
-        return [np.stack(list(engine.stream(side))) for side in (pairs.one, pairs.other)]
+        return [np.stack(list(engine.stream(side))) for side in (pairs.one, pairs.other, GOLDEN_TEXTS)]
 
 
 def _spearman(vectors: Sequence[npt.NDArray[Any]], pairs: Pairs) -> float:

@@ -1,12 +1,13 @@
 """Which device, precision, streams and row length embed fastest on this machine, measured side by side in one run.
 
 Every candidate serves the same texts in every round, one after the other, so that a machine that slows down slows them
-all; figures are ratios within a round. The slow ones leave after the first. What is not right is not kept, however fast.
+all; figures are ratios within a round. The slow ones leave early. What is not right is not used, however fast.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from npu_proxy.devices.profile import Choice, Profile, Trial, keep, machine
 from npu_proxy.devices.shapes import ROW_TOKENS
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.golden import GOLDEN_TEXTS
-from npu_proxy.errors import ModelError, NpuProxyError, UnavailableError
+from npu_proxy.errors import InputError, ModelError, NpuProxyError, PullError, UnavailableError
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import int8_spec
 from npu_proxy.models.store import Store
@@ -32,9 +33,10 @@ from npu_proxy.types import ModelSpec
 BASELINE = Choice(device="cpu", precision="fp32")
 _ROW_LENGTHS = (256, ROW_TOKENS, 2 * ROW_TOKENS)
 _CONTENDERS = 0.8
-"""Share of the fastest one's speed that keeps a candidate in after the first round."""
+"""Share of the fastest one's speed, of the same device and precision, that keeps a candidate in for the next round."""
 _LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98}
-"""What the vectors' mean cosine to fp32 on the CPU must be; int8 has passed the guard of `quantize` besides."""
+"""What the vectors' mean cosine to fp32 on the CPU must be; int8 has passed the guard of `quantize` besides, and an
+accelerator its certification."""
 
 Say = Callable[[str], None]
 Vectors = npt.NDArray[np.float32]
@@ -59,10 +61,9 @@ def candidates(settings: Settings, spec: ModelSpec) -> Iterator[Choice]:
             yield Choice(device=name)
             continue
         precisions = ["fp32", *(["fp16"] if _has_fp16(name) else []), *(["int8"] if int8 else [])]
-        streams = sorted({1, available_threads()}) if name == "cpu" else [0]
-        for precision in precisions:
-            for count in streams:
-                yield from (Choice(device=name, precision=precision, streams=count, row_tokens=tokens) for tokens in _ROW_LENGTHS)
+        streams = sorted({1, settings.threads or available_threads()}) if name == "cpu" else [0]
+        for precision, count, tokens in itertools.product(precisions, streams, _ROW_LENGTHS):
+            yield Choice(device=name, precision=precision, streams=count, row_tokens=tokens)
 
 
 @dataclass
@@ -86,37 +87,44 @@ class _Contender:
 
 
 def tune(settings: Settings, texts: Sequence[str] = (), *, rounds: int = 3, say: Say = print) -> Profile:
-    """Measure every candidate on ``texts``, keep the fastest that is right as this machine's profile of the model.
+    """Measure every candidate on ``texts``, and keep all figures as this machine's profile of the model.
 
-    Without texts, made-up ones of realistic lengths. Raises ModelError for a model that is not there.
+    Without texts, made-up ones of realistic lengths. Raises InputError for no rounds, ModelError for a model that is not
+    there, UnavailableError where nothing is right.
     """
+    if rounds < 1:
+        raise InputError(f"`rounds` is {rounds}; it must be at least 1", param="rounds")
     name, folder = Store(settings.store).resolve(settings.model)
     spec = read_spec(folder, name=name, pooling=settings.pooling)
     texts = list(texts) or sample_texts(400)
-    field_ = [_Contender(choice) for choice in candidates(settings, spec)]
-    say(f"{name} on {machine()}: {len(field_)} candidates, {len(texts)} texts, {rounds} rounds")
+    contenders = [_Contender(choice) for choice in candidates(settings, spec)]
+    say(f"{name} on {machine()}: {len(contenders)} candidates, {len(texts)} texts, {rounds} rounds")
+    going = contenders
     for number in range(rounds):
         base, reference = _measure(settings, BASELINE, texts)
-        going = [one for one in field_ if not one.error]
         for one in going:
             _race(settings, one, texts, base, reference)
             ratio = f"{one.ratios[-1]:5.2f} x" if not one.error else one.error
             say(f"round {number + 1}  {one.choice!s:40} {ratio}")
-        best = max((one.ratios[-1] for one in going if not one.error), default=0.0)
-        for one in going:
-            if not number and not one.error and one.ratios[0] < _CONTENDERS * best:
-                one.error = f"slower than {_CONTENDERS:.0%} of the fastest"
-    trials = sorted((one.trial() for one in field_), key=lambda trial: (bool(trial.error), -trial.ratio))
+        going = _contending(going)
+    trials = sorted((one.trial() for one in contenders), key=lambda trial: (bool(trial.error), -trial.ratio))
     if not trials or trials[0].error:
-        raise UnavailableError("no candidate is fast and right; see `npu-proxy doctor`")
-    profile = Profile(
-        model=name, fingerprint=spec.fingerprint, machine=machine(), chosen=trials[0].choice, trials=trials, unix=time.time()
-    )
+        raise UnavailableError("no candidate is right; see `npu-proxy doctor`")
+    profile = Profile(model=name, fingerprint=spec.fingerprint, machine=machine(), trials=trials, unix=time.time())
     try:
         say(f"profile: {keep(settings.store, profile)}")
     except OSError as error:
-        raise ModelError(f"the profile cannot be stored: {error.strerror or error}; free space or set `store`") from error
+        raise PullError(f"the store cannot be written: {error.strerror or error}; free space or set `store`") from error
     return profile
+
+
+def _contending(going: Sequence[_Contender]) -> list[_Contender]:
+    """Those near the fastest of their device and precision: each of these wants its own best streams and rows."""
+    best: dict[tuple[str, str], float] = {}
+    for one in going:
+        key = one.choice.device, one.choice.precision
+        best[key] = max(best.get(key, 0.0), 0.0 if one.error else one.ratios[-1])
+    return [one for one in going if not one.error and one.ratios[-1] >= _CONTENDERS * best[one.choice.device, one.choice.precision]]
 
 
 def _race(settings: Settings, one: _Contender, texts: Sequence[str], base: float, reference: Vectors) -> None:
@@ -164,8 +172,8 @@ def _has_int8(settings: Settings, spec: ModelSpec) -> bool:
 def _has_fp16(name: str) -> bool:
     """Whether the device has two arithmetics to choose from, and half precision is one."""
     target = TARGETS[name]
-    if "fp16" not in target.hints:
-        return False
+    if "fp16" not in target.hints or target.kind.isolated:  # an accelerator's plugin is not loaded in this process
+        return "fp16" in target.hints
     try:
         return "FP16" in ov.Core().get_property(target.openvino, "OPTIMIZATION_CAPABILITIES")
     except RuntimeError:
