@@ -13,6 +13,7 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,11 +23,12 @@ import openvino as ov
 from npu_proxy.devices.shapes import ROW_TOKENS, static_shapes
 from npu_proxy.engine.packing import plan_row
 from npu_proxy.engine.tokenize import TextEncoder
-from npu_proxy.graph.build import build, family
+from npu_proxy.errors import ModelError
 from npu_proxy.graph.packed import NATIVE, Form, RowShape
+from npu_proxy.models.graphs import Graphs
 from npu_proxy.models.layout import read_spec
+from npu_proxy.models.quantized import int8_spec
 from npu_proxy.models.store import Store
-from npu_proxy.models.weights import Tensors
 from npu_proxy.settings import Settings
 from npu_proxy.types import Encoding, ModelSpec, Truncate
 
@@ -107,18 +109,23 @@ def shapes_of(text: str) -> list[RowShape]:
 
 
 def models() -> list[ModelSpec]:
-    """The golden models (one a pooling and family) and the default model where it is in the store."""
+    """The golden models (one a pooling and family), and the default model and its int8 copy where they are in the store."""
     golden = Path(__file__).parents[2] / "tests" / "golden"
     specs = [read_spec(folder) for folder in sorted(golden.iterdir()) if (folder / "modules.json").exists()]
-    stored = Store(Settings().store).find(Settings().model)
-    return [*specs, *([read_spec(stored.folder, name=stored.name)] if stored else [])]
+    store = Settings().store
+    stored = Store(store).find(Settings().model)
+    if stored is None:
+        return specs
+    spec = read_spec(stored.folder, name=stored.name)
+    with suppress(ModelError):  # it was never quantized
+        specs.append(replace(int8_spec(store, spec), name=f"{spec.name} int8"))
+    return [*specs, spec]
 
 
 def measure(spec: ModelSpec, shape: RowShape, platform: str, work: Path, limit: float) -> Row:
     """Compile one graph for one platform, a second time where the first fails: under Wine that happens now and then."""
-    weights = Tensors(spec.weight_files, family(spec).canonical_name)
     file = work / "model.xml"
-    ov.save_model(build(spec, weights, Form.of(shape), NATIVE), file, compress_to_fp16=True)
+    ov.save_model(Graphs(spec)(Form.of(shape), NATIVE), file, compress_to_fp16=True)
     form = "padded" if shape.segments == 1 else "packed" if shape.bins == 1 else "bins"
     row = Row(spec.name, str(shape), form, shape.tokens, shape.segments, platform, 1, *compile_one(work, file, platform, limit))
     if row.error:
