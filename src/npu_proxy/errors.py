@@ -58,6 +58,12 @@ class TooLongError(InputError):
         self.tokens = tokens
 
 
+class NothingLeftError(InputError):
+    """So few tokens are allowed that nothing is left of a text beside the special tokens."""
+
+    kind = "nothing_left"
+
+
 class ModelNotFoundError(InputError):
     """No model of that name is served or stored."""
 

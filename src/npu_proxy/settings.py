@@ -154,6 +154,12 @@ class Settings:
     token_ids: Literal["model", "reject"] = "model"
     """Token-id input over HTTP: ids of the model's own vocabulary, or refused."""
 
+    served_model_name: tuple[str, ...] = ()
+    """Further names by which clients may ask for the model, such as `text-embedding-3-small`."""
+
+    max_client_batch: int = 2048
+    """Texts of one request over HTTP; beyond it the request is refused."""
+
     host: str = "127.0.0.1"
     """Address the server listens on."""
 

@@ -122,6 +122,8 @@ class EmbedRequest:
     """Matryoshka: the first so many numbers, renormalized."""
     normalize: bool = True
     truncate: Truncate = Truncate.END
+    max_tokens: int | None = None
+    """Tokens of a text, special tokens included, where that is less than the model's limit."""
     dtype: DType = DType.FLOAT32
     lane: Lane | None = None
     """None: interactive for up to ``Settings.interactive_texts`` texts, else bulk."""

@@ -161,6 +161,11 @@ class Engine:
         return self._running()[0].spec
 
     @property
+    def encoder(self) -> TextEncoder:
+        """The model's tokenizer and prompts."""
+        return self._running()[0].encoder
+
+    @property
     def device(self) -> Device:
         """The device that embeds."""
         return self._running()[0].device

@@ -214,7 +214,7 @@ class Pipeline:
             ticket = chunk.ticket
             if ticket.open and not ticket.abandoned():
                 texts = [ticket.request.texts[index] for index in chunk.indices]
-                encodings = self._encoder.encode(texts, chunk.prompt, ticket.request.truncate)
+                encodings = self._encoder.encode(texts, chunk.prompt, ticket.request.truncate, ticket.request.max_tokens)
         except BaseException as error:  # these texts fail, the stage goes on; a panic in Rust is no Exception
             encodings = [_wrapped(error, "tokenizing failed")] * len(chunk.indices)
         finally:

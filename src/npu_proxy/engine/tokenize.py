@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from npu_proxy.errors import EmptyInputError, InputError, ModelError, NpuProxyError, TooLongError
+from npu_proxy.errors import EmptyInputError, InputError, ModelError, NothingLeftError, NpuProxyError, TooLongError
 from npu_proxy.types import EmbedRequest, Encoding, ModelSpec, TextInput, Truncate
 
 Sanitize = Literal["none", "basic", "nfkc"]
@@ -23,6 +23,16 @@ PLACEHOLDER = "[EMPTY]"
 
 _CHARACTERS_A_TOKEN = 16
 """How much of a long text is tokenized at first, for each token that can be kept; more only where that was too little."""
+
+
+class Token(NamedTuple):
+    """A token and where it lies in its text, in characters."""
+
+    id: int
+    text: str
+    special: bool
+    start: int
+    stop: int
 
 
 class TextEncoder:
@@ -64,8 +74,14 @@ class TextEncoder:
             return next((prompts[name] for name in names if name in prompts), "")
         return prompts.get(self._spec.default_prompt or "", "")
 
-    def encode(self, texts: Sequence[TextInput], prompt: str, truncate: Truncate) -> list[Encoding | NpuProxyError]:
-        """Encode texts (str or token ids) in one batch; what is wrong with a text stands in its place."""
+    def encode(
+        self, texts: Sequence[TextInput], prompt: str, truncate: Truncate, max_tokens: int | None = None
+    ) -> list[Encoding | NpuProxyError]:
+        """Encode texts (str or token ids) in one batch; what is wrong with a text stands in its place.
+
+        max_tokens: of a text, special tokens included, where that is less than the model's limit.
+        """
+        limit = min(max_tokens or self._spec.max_length, self._spec.max_length)
         prepared = [self._prepare(text, prompt) for text in texts]
         strings = [text for text in prepared if isinstance(text, str)]
         encoded = iter(self._encode_strings(strings, truncate))
@@ -74,7 +90,7 @@ class TextEncoder:
             if isinstance(text, NpuProxyError):
                 results.append(text)
                 continue
-            results.append(self._fit(next(encoded) if isinstance(text, str) else text, truncate))
+            results.append(self._fit(next(encoded) if isinstance(text, str) else text, truncate, limit))
         return results
 
     def _prepare(self, text: TextInput, prompt: str) -> str | list[int] | NpuProxyError:
@@ -128,8 +144,25 @@ class TextEncoder:
         cut = text.rfind(" ", 0, size)
         return text[:cut] if cut > 0 else text
 
-    def _fit(self, ids: list[int], truncate: Truncate) -> Encoding | NpuProxyError:
-        limit = self._spec.max_length
+    def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[Token]]:
+        """The tokens of whole texts, uncut. Raises InputError for a text that cannot be encoded."""
+        prepared = [self._prepare(text, prompt) for text in texts]
+        found: list[list[Token]] = []
+        for text in prepared:
+            if not isinstance(text, str):
+                raise text if isinstance(text, NpuProxyError) else InputError("expected text", param="inputs")
+            one = self._tokenizer.encode(text, add_special_tokens=special)
+            parts = zip(one.ids, one.tokens, one.special_tokens_mask, one.offsets, strict=True)
+            found.append([Token(number, piece, bool(mask), *span) for number, piece, mask, span in parts])
+        return found
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """The text of token ids. Raises InputError for ids outside the vocabulary."""
+        if any(not 0 <= number < self._spec.vocabulary for number in ids):
+            raise InputError(f"token ids must be below {self._spec.vocabulary}, this model's vocabulary", param="ids")
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def _fit(self, ids: list[int], truncate: Truncate, limit: int) -> Encoding | NpuProxyError:
         if len(ids) <= limit:
             return Encoding(np.array(ids, np.int32), truncated=False)
         if truncate is Truncate.ERROR:
@@ -137,6 +170,8 @@ class TextEncoder:
         before, after = self._frame
         inner = ids[len(before) : len(ids) - len(after)]
         keep = limit - len(before) - len(after)
+        if keep < 1:
+            return NothingLeftError(f"a limit of {limit} tokens leaves nothing of a text", param="max_tokens")
         inner = inner[:keep] if truncate is Truncate.END else inner[len(inner) - keep :]
         return Encoding(np.array([*before, *inner, *after], np.int32), truncated=True)
 

@@ -68,6 +68,12 @@ def find(name: str) -> Entry | None:
     return _BY_NAME.get(name.lower().removesuffix(":latest"))
 
 
+def alias(name: str) -> str:
+    """The shortest way to ask for a model: its first alias, or the name itself."""
+    entry = find(name)
+    return entry.aliases[0] if entry and entry.aliases else name
+
+
 def canonical(name: str) -> str:
     """The full name for an alias; any other name as it is."""
     entry = find(name)

@@ -26,14 +26,14 @@ from npu_proxy.errors import (
     StoppedError,
     UnavailableError,
 )
-from npu_proxy.server import openai, ops
-from npu_proxy.server.dialect import STATUS, Dialect, Endpoint, Query, Served
+from npu_proxy.server import cohere, ollama, openai, ops, tei
+from npu_proxy.server.dialect import STATUS, Action, Dialect, Endpoint, NoBodyError, Query, Served
 from npu_proxy.server.metrics import Metrics
 from npu_proxy.server.openapi import document
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedResult
+from npu_proxy.types import EmbedRequest, EmbedResult
 
-DIALECTS: tuple[Dialect, ...] = (openai.DIALECT,)
+DIALECTS: tuple[Dialect, ...] = (openai.DIALECT, ollama.DIALECT, tei.DIALECT, cohere.DIALECT)
 """The APIs on the port; a further one is one file and its name here."""
 
 log = logging.getLogger("npu_proxy.server")
@@ -64,7 +64,8 @@ class State:
         if state != "running":
             words = {"new": "the model is loading; try again in a moment", "stopping": "the server is stopping"}
             raise StoppedError(self.failure or words.get(state, "the engine has stopped"))
-        return Served(spec=self.engine.engine.spec, since=self.since, token_ids=self.settings.token_ids)
+        engine = self.engine.engine
+        return Served(spec=engine.spec, encoder=engine.encoder, settings=self.settings, since=self.since)
 
 
 def create_app(engine: AsyncEngine, settings: Settings, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
@@ -78,10 +79,14 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Lifespan[Starl
         Route("/metrics", ops.metrics(state), methods=["GET"]),
         Route("/openapi.json", ops.static(openapi, "application/json"), methods=["GET"]),
         Route("/docs", ops.docs, methods=["GET"]),
+        Route("/", ops.static(b"Ollama is running", "text/plain"), methods=["GET"]),
+        Route("/ping", ops.health(state), methods=["GET"]),
     ]
     for dialect in DIALECTS:
         for endpoint in dialect.endpoints:
             routes += _routes(endpoint.path, _embedding(state, dialect, endpoint), "POST")
+        for action in dialect.actions:
+            routes += _routes(action.path, _acting(state, dialect, action), action.method)
         for query in dialect.queries:
             routes += _routes(query.path, _answering(state, dialect, query), "GET")
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
@@ -103,25 +108,41 @@ def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
         served = state.served()
         seconds = _timeout(request, state.settings.timeout)
         deadline = time.monotonic() + seconds
-        try:
-            async with asyncio.timeout(seconds):
-                content = await _read_body(request, state.settings.max_body_mb * 1_000_000)
-        except TimeoutError:
-            raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
+        content = await _body_in_time(request, state.settings, seconds)
         body = _decode(decoder, content)
-        ask = replace(endpoint.to_request(body, served), deadline=deadline)
-        result = (await _unless_gone(request, state.engine.submit(ask))).raise_first()
+        ask = endpoint.to_request(body, served)
+        if not isinstance(ask, EmbedRequest):
+            return _json(ask)
+        if len(ask.texts) > state.settings.max_client_batch:
+            most = state.settings.max_client_batch
+            raise InputError(f"the request has {len(ask.texts)} texts; at most {most} are allowed (`max_client_batch`)")
+        result = (await _unless_gone(request, state.engine.submit(replace(ask, deadline=deadline)))).raise_first()
         state.metrics.embedded(result)
-        response = endpoint.to_response(result, body, served)
-        return Response(msgspec.json.encode(response), media_type="application/json", headers=_headers(result))
+        response = _json(endpoint.to_response(result, body, served))
+        response.headers.update({**dialect.headers(result), **_headers(result)})
+        return response
 
     return _guarded(state, dialect, endpoint.path, handle)
 
 
+def _acting(state: State, dialect: Dialect, action: Action) -> Handler:
+    decoder = msgspec.json.Decoder(action.body)
+
+    async def handle(request: Request) -> Response:
+        served = state.served()
+        content = await _body_in_time(request, state.settings, _timeout(request, state.settings.timeout))
+        return _json(action.answer(_decode(decoder, content), served))
+
+    return _guarded(state, dialect, action.path, handle)
+
+
+def _json(answer: object) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
 def _answering(state: State, dialect: Dialect, query: Query) -> Handler:
     async def handle(request: Request) -> Response:
-        answer = query.answer(state.served(), request.path_params.get("id", "").rstrip("/"))
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+        return _json(query.answer(state.served(), request.path_params.get("id", "").rstrip("/")))
 
     return _guarded(state, dialect, query.path, handle)
 
@@ -155,7 +176,7 @@ def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Hand
 
 def _decode(decoder: msgspec.json.Decoder[msgspec.Struct], body: bytes) -> msgspec.Struct:
     if not body:
-        raise InputError("the request has no body; send a JSON object")
+        raise NoBodyError("the request has no body; send a JSON object")
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -163,6 +184,14 @@ def _decode(decoder: msgspec.json.Decoder[msgspec.Struct], body: bytes) -> msgsp
         raise InputError(f"{what} (at `{where.rstrip('`')}`)" if where else what, param=where.rstrip("`") or None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"the body is no valid JSON: {error}") from error
+
+
+async def _body_in_time(request: Request, settings: Settings, seconds: float) -> bytes:
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read_body(request, settings.max_body_mb * 1_000_000)
+    except TimeoutError:
+        raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

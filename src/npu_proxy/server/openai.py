@@ -6,13 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from npu_proxy.errors import EmptyInputError, InputError, ModelNotFoundError, NpuProxyError
-from npu_proxy.models.catalog import canonical
-from npu_proxy.server.dialect import Dialect, Endpoint, Query, Served
-from npu_proxy.types import DType, EmbedRequest, EmbedResult, TextInput, Truncate
-
-MAX_INPUTS = 2048
-"""Inputs of one request, as OpenAI limits them."""
+from npu_proxy.errors import NpuProxyError
+from npu_proxy.server.dialect import Dialect, Endpoint, Query, Served, text_inputs
+from npu_proxy.types import DType, EmbedRequest, EmbedResult, Truncate
 
 
 class EmbeddingsBody(msgspec.Struct, kw_only=True):
@@ -86,10 +82,9 @@ class Error(msgspec.Struct, kw_only=True):
 
 def to_request(body: EmbeddingsBody, served: Served) -> EmbedRequest:
     """Check what OpenAI checks and hand over the rest. Raises InputError."""
-    if body.model is not None:
-        _check_model(body.model, served)
+    served.check(body.model)
     return EmbedRequest(
-        texts=_texts(body.input, served),
+        texts=text_inputs(body.input, served, "input"),
         input_type=body.input_type,
         prompt_name=body.prompt_name,
         dimensions=body.dimensions,
@@ -124,36 +119,12 @@ def models(served: Served, _: str) -> Models:
 
 def model(served: Served, name: str) -> Model:
     """The model of that name. Raises ModelNotFoundError."""
-    _check_model(name, served)
+    served.check(name)
     return _model(served)
 
 
 def _model(served: Served) -> Model:
     return Model(id=served.spec.name, created=served.since, owned_by=served.spec.name.partition("/")[0])
-
-
-def _check_model(name: str, served: Served) -> None:
-    if canonical(name).lower() != served.spec.name.lower():
-        raise ModelNotFoundError(f"The model `{name}` does not exist here; served is `{served.spec.name}`.", param="model")
-
-
-def _texts(given: str | list[str | int | list[int]], served: Served) -> list[TextInput]:
-    """One text, texts, token ids, or lists of token ids; not a mixture."""
-    if isinstance(given, str):
-        return [given]
-    if not given:
-        raise EmptyInputError("`input` is empty; send at least one text.", param="input")
-    kinds = {type(item) for item in given}
-    if len(kinds) > 1:
-        raise InputError("`input` mixes texts and token ids; send one kind.", param="input")
-    (kind,) = kinds
-    if kind is not str and served.token_ids == "reject":
-        raise InputError("this server takes no token ids (setting `token_ids`); send text.", param="input")
-    if kind is int:
-        return [[item for item in given if isinstance(item, int)]]
-    if len(given) > MAX_INPUTS:
-        raise InputError(f"`input` has {len(given)} items; at most {MAX_INPUTS} are allowed.", param="input")
-    return [item for item in given if not isinstance(item, int)]
 
 
 def _embeddings(path: str) -> Endpoint:

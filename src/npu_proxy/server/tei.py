@@ -1,0 +1,258 @@
+"""The dialect of text-embeddings-inference: /embed, /similarity, /tokenize, /decode, /info. Source: its router, 1.9."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from npu_proxy.errors import EmptyInputError, NpuProxyError
+from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, UnsupportedError, floats, text_inputs
+from npu_proxy.types import EmbedRequest, EmbedResult, TextInput, Truncate
+from npu_proxy.version import __version__
+
+Direction = Literal["left", "right", "Left", "Right"]
+Vectors = list[list[float]]
+
+
+class EmbedBody(msgspec.Struct, kw_only=True):
+    """Body of POST /embed. truncate: null is the server's default, which is yes."""
+
+    inputs: str | list[str | int | list[int]]
+    normalize: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+    dimensions: int | None = None
+
+
+class Similar(msgspec.Struct, kw_only=True):
+    """One sentence, and those it is compared with."""
+
+    source_sentence: str
+    sentences: list[str]
+
+
+class SimilarityParameters(msgspec.Struct, kw_only=True):
+    """How the sentences are embedded."""
+
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+
+
+class SimilarityBody(msgspec.Struct, kw_only=True):
+    """Body of POST /similarity."""
+
+    inputs: Similar
+    parameters: SimilarityParameters | None = None
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """Body of POST /tokenize."""
+
+    inputs: str | list[str]
+    add_special_tokens: bool = True
+    prompt_name: str | None = None
+
+
+class Token(msgspec.Struct, kw_only=True):
+    """A token and where it lies in the text, in characters; special tokens lie nowhere."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None = None
+    stop: int | None = None
+
+
+class DecodeBody(msgspec.Struct, kw_only=True):
+    """Body of POST /decode."""
+
+    ids: list[int | list[int]]
+    skip_special_tokens: bool = True
+
+
+class AnyBody(msgspec.Struct, kw_only=True):
+    """Body of a route that the loaded model has no head for."""
+
+    inputs: Any = None
+    query: Any = None
+    texts: Any = None
+
+
+class Info(msgspec.Struct, kw_only=True):
+    """Answer of GET /info."""
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    served_model_name: str
+    model_type: dict[str, dict[str, str]]
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None = None
+    docker_label: str | None = None
+
+
+class Error(msgspec.Struct, kw_only=True):
+    """Every error of this dialect."""
+
+    error: str
+    error_type: str
+
+
+def to_request(body: EmbedBody, served: Served) -> EmbedRequest:
+    """Texts or token ids."""
+    return EmbedRequest(
+        texts=text_inputs(body.inputs, served, "inputs"),
+        normalize=body.normalize is not False,
+        truncate=_truncate(body.truncate, body.truncation_direction),
+        prompt_name=body.prompt_name,
+        dimensions=body.dimensions,
+    )
+
+
+def to_response(result: EmbedResult, _: EmbedBody, __: Served) -> Vectors:
+    """A list of vectors, also for one input."""
+    return floats(result).tolist()
+
+
+def to_similarity_request(body: SimilarityBody, _: Served) -> EmbedRequest:
+    """The source first, then those it is compared with. Raises EmptyInputError."""
+    given = body.parameters or SimilarityParameters()
+    if not body.inputs.sentences:
+        raise EmptyInputError("`inputs.sentences` cannot be empty", param="inputs")
+    texts: list[TextInput] = [body.inputs.source_sentence, *body.inputs.sentences]
+    truncate = _truncate(given.truncate, given.truncation_direction)
+    return EmbedRequest(texts=texts, truncate=truncate, prompt_name=given.prompt_name)
+
+
+def to_similarities(result: EmbedResult, _: SimilarityBody, __: Served) -> list[float]:
+    """Cosines with the first text."""
+    vectors = floats(result)
+    return (vectors[1:] @ vectors[0]).tolist()
+
+
+def tokenize(body: TokenizeBody, served: Served) -> list[list[Token]]:
+    """The tokens of each text."""
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    if not texts:
+        raise EmptyInputError("`inputs` cannot be empty", param="inputs")
+    prompt = served.encoder.prompt(EmbedRequest(texts=texts, prompt_name=body.prompt_name))
+    return [
+        [
+            Token(
+                id=one.id,
+                text=one.text,
+                special=one.special,
+                start=None if one.special else one.start,
+                stop=None if one.special else one.stop,
+            )
+            for one in tokens
+        ]
+        for tokens in served.encoder.tokens(texts, prompt, special=body.add_special_tokens)
+    ]
+
+
+def decode(body: DecodeBody, served: Served) -> list[str]:
+    """Text of token ids. Raises InputError for ids that are none of the model's."""
+    lists: list[list[int]] = [one for one in body.ids if isinstance(one, list)] or [
+        [one for one in body.ids if isinstance(one, int)]
+    ]
+    return [served.encoder.decode(ids, skip_special=body.skip_special_tokens) for ids in lists]
+
+
+def info(served: Served, _: str) -> Info:
+    """The model and the limits clients split by."""
+    spec, settings = served.spec, served.settings
+    pooling = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}.get(str(spec.pooling), str(spec.pooling))
+    return Info(
+        model_id=spec.name,
+        model_sha=spec.fingerprint,
+        model_dtype={"fp32": "float32", "fp16": "float16", "int8": "int8"}[spec.precision],
+        served_model_name=spec.name,
+        model_type={"embedding": {"pooling": pooling}},
+        max_concurrent_requests=settings.max_queue_items,
+        max_input_length=spec.max_length,
+        max_batch_tokens=settings.max_queue_tokens,
+        max_batch_requests=None,
+        max_client_batch_size=settings.max_client_batch,
+        auto_truncate=True,
+        tokenization_workers=1,
+        version=__version__,
+    )
+
+
+def no_head(body: AnyBody, served: Served) -> list[Any]:
+    """Routes of other kinds of models. Raises UnsupportedError."""
+    raise UnsupportedError(f"{served.spec.name} is an embedding model; it has no head for this route")
+
+
+def to_error(error: NpuProxyError, status: int) -> Error:
+    """The error types its clients know."""
+    kinds = {"empty": "Empty", "overloaded": "Overloaded", "unsupported": "Backend", "device": "Backend"}
+    kind = kinds.get(error.kind) or ("Unhealthy" if status in (503, 504) else "Validation")
+    return Error(error=str(error), error_type=kind)
+
+
+def headers(result: EmbedResult) -> dict[str, str]:
+    """What its load balancers read; whole milliseconds."""
+    timings = result.timings
+    return {
+        "x-compute-type": result.device,
+        "x-compute-time": str(round(1000 * timings.total)),
+        "x-compute-tokens": str(sum(result.tokens)),
+        "x-total-time": str(round(1000 * timings.total)),
+        "x-queue-time": str(round(1000 * timings.queued)),
+        "x-inference-time": str(round(1000 * timings.infer)),
+    }
+
+
+def _truncate(wanted: bool | None, direction: Direction | None) -> Truncate:
+    if wanted is False:
+        return Truncate.ERROR
+    return Truncate.START if (direction or "right").lower() == "left" else Truncate.END
+
+
+def _embed(path: str) -> Endpoint:
+    return Endpoint(
+        path=path, summary="Embed texts", body=EmbedBody, response=Vectors, to_request=to_request, to_response=to_response
+    )
+
+
+DIALECT = Dialect(
+    name="text-embeddings-inference",
+    endpoints=[
+        _embed("/embed"),
+        _embed("/"),
+        _embed("/invocations"),
+        Endpoint(
+            path="/similarity",
+            summary="Cosines of one sentence with others",
+            body=SimilarityBody,
+            response=list[float],
+            to_request=to_similarity_request,
+            to_response=to_similarities,
+        ),
+    ],
+    actions=[
+        Action(path="/tokenize", summary="Tokens of texts", body=TokenizeBody, response=list[list[Token]], answer=tokenize),
+        Action(path="/decode", summary="Text of token ids", body=DecodeBody, response=list[str], answer=decode),
+        *(
+            Action(path=path, summary="For models with another head", body=AnyBody, response=list[Any], answer=no_head)
+            for path in ("/predict", "/rerank", "/embed_sparse", "/embed_all")
+        ),
+    ],
+    queries=[Query(path="/info", summary="Model and limits", response=Info, answer=info)],
+    error=Error,
+    to_error=to_error,
+    status={"invalid": 422, "too_long": 422, "too_large": 413, "overloaded": 429, "unsupported": 424, "device": 424},
+    headers=headers,
+)
