@@ -137,6 +137,11 @@ def test_tei_similarity_is_the_cosine() -> None:
     np.testing.assert_allclose(call("/similarity", body).json(), UNIT[1:4] @ UNIT[0], atol=1e-5)
 
 
+def test_hosted_models_are_asked_at_the_root() -> None:
+    body = {"inputs": {"source_sentence": TEXTS[0], "sentences": TEXTS[1:4]}, "parameters": {"truncate": True}}
+    np.testing.assert_allclose(call("/", body).json(), UNIT[1:4] @ UNIT[0], atol=1e-5)
+
+
 def test_tei_tokens_and_back() -> None:
     (tokens,) = call("/tokenize", {"inputs": "the cat sleeps"}).json()
     assert [token["text"] for token in tokens] == ["[CLS]", "the", "cat", "sleeps", "[SEP]"]

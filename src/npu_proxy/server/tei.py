@@ -48,6 +48,13 @@ class SimilarityBody(msgspec.Struct, kw_only=True):
     parameters: SimilarityParameters | None = None
 
 
+class RootBody(EmbedBody, kw_only=True):
+    """Body of POST /, by which hosted models are asked: what there is to embed, or sentences to compare."""
+
+    inputs: str | list[str | int | list[int]] | Similar  # type: ignore[reportIncompatibleVariableOverride]
+    parameters: SimilarityParameters | None = None
+
+
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """Body of POST /tokenize."""
 
@@ -140,6 +147,20 @@ def to_similarities(result: EmbedResult, _: SimilarityBody, __: Served) -> list[
     return (vectors[1:] @ vectors[0]).tolist()
 
 
+def to_root_request(body: RootBody, served: Served) -> EmbedRequest:
+    """By what ``inputs`` is."""
+    if isinstance(body.inputs, Similar):
+        return to_similarity_request(SimilarityBody(inputs=body.inputs, parameters=body.parameters), served)
+    return to_request(body, served)
+
+
+def to_root_response(result: EmbedResult, body: RootBody, served: Served) -> Vectors | list[float]:
+    """By what ``inputs`` was."""
+    if isinstance(body.inputs, Similar):
+        return to_similarities(result, SimilarityBody(inputs=body.inputs), served)
+    return to_response(result, body, served)
+
+
 def tokenize(body: TokenizeBody, served: Served) -> list[list[Token]]:
     """The tokens of each text."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
@@ -221,18 +242,30 @@ def _truncate(wanted: bool | None, direction: Direction | None) -> Truncate:
     return Truncate.START if (direction or "right").lower() == "left" else Truncate.END
 
 
-def _embed(path: str) -> Endpoint:
+def _root(path: str) -> Endpoint:
     return Endpoint(
-        path=path, summary="Embed texts", body=EmbedBody, response=Vectors, to_request=to_request, to_response=to_response
+        path=path,
+        summary="Embed texts, or compare sentences",
+        body=RootBody,
+        response=list[list[float] | float],
+        to_request=to_root_request,
+        to_response=to_root_response,
     )
 
 
 DIALECT = Dialect(
     name="text-embeddings-inference",
     endpoints=[
-        _embed("/embed"),
-        _embed("/"),
-        _embed("/invocations"),
+        Endpoint(
+            path="/embed",
+            summary="Embed texts",
+            body=EmbedBody,
+            response=Vectors,
+            to_request=to_request,
+            to_response=to_response,
+        ),
+        _root("/"),
+        _root("/invocations"),
         Endpoint(
             path="/similarity",
             summary="Cosines of one sentence with others",
