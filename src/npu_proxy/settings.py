@@ -166,6 +166,15 @@ class Settings:
     port: int = 8080
     """Port the server listens on; 0 takes a free one and names it in the ready line."""
 
+    api_key: tuple[str, ...] = ()
+    """Keys, one of which every request must carry (health and metrics need none). None: anybody on this machine may ask."""
+
+    api_key_file: Path | None = None
+    """File of further keys, one a line."""
+
+    insecure: bool = False
+    """Serve on an address that others can reach without any key."""
+
     max_body_mb: int = 64
     """Megabytes of a request's body; beyond it 413."""
 

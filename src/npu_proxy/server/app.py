@@ -26,7 +26,7 @@ from npu_proxy.errors import (
     StoppedError,
     UnavailableError,
 )
-from npu_proxy.server import cohere, ollama, openai, ops, tei
+from npu_proxy.server import auth, cohere, ollama, openai, ops, tei
 from npu_proxy.server.dialect import STATUS, Action, Dialect, Endpoint, NoBodyError, Query, Served
 from npu_proxy.server.metrics import Metrics
 from npu_proxy.server.openapi import document
@@ -55,6 +55,7 @@ class State:
     engine: AsyncEngine
     settings: Settings
     metrics: Metrics
+    keys: Sequence[bytes] = ()
     since: int = field(default_factory=lambda: int(time.time()))
     failure: str | None = None
 
@@ -70,15 +71,17 @@ class State:
 
 def create_app(engine: AsyncEngine, settings: Settings, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
     """Everything on one port, over an engine that somebody else starts and stops."""
-    state = State(engine=engine, settings=settings, metrics=Metrics(engine.engine))
+    state = State(engine=engine, settings=settings, metrics=Metrics(engine.engine), keys=auth.read_keys(settings))
     openapi = msgspec.json.encode(document(DIALECTS))
     routes = [
         Route("/health", ops.health(state), methods=["GET"]),
         Route("/health/live", ops.live(state), methods=["GET"]),
         Route("/health/ready", ops.health(state), methods=["GET"]),
         Route("/metrics", ops.metrics(state), methods=["GET"]),
-        Route("/openapi.json", ops.static(openapi, "application/json"), methods=["GET"]),
-        Route("/docs", ops.docs, methods=["GET"]),
+        Route(
+            "/openapi.json", _guarded(state, DIALECTS[0], "/openapi.json", ops.static(openapi, "application/json")), methods=["GET"]
+        ),
+        Route("/docs", _guarded(state, DIALECTS[0], "/docs", ops.docs), methods=["GET"]),
         Route("/", ops.static(b"Ollama is running", "text/plain"), methods=["GET"]),
         Route("/ping", ops.health(state), methods=["GET"]),
     ]
@@ -153,11 +156,12 @@ def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Hand
     async def guarded(request: Request) -> Response:
         start = time.perf_counter()
         try:
+            auth.check(state.keys, request.headers)
             response = await handle(request)
         except NpuProxyError as error:
             status = dialect.status.get(error.kind, STATUS.get(error.kind, 500))
             response = Response(
-                msgspec.json.encode(dialect.to_error(error, status)), status, media_type="application/json", headers=_retry(error)
+                msgspec.json.encode(dialect.to_error(error, status)), status, media_type="application/json", headers=_advice(error)
             )
             state.metrics.failed(error.kind)
         except ClientDisconnect:
@@ -252,7 +256,10 @@ def header_text(text: str) -> str:
     return "".join(character if " " <= character <= "~" else "?" for character in text)[:400]
 
 
-def _retry(error: NpuProxyError) -> dict[str, str]:
+def _advice(error: NpuProxyError) -> dict[str, str]:
+    """Headers that tell a client what to do next."""
+    if isinstance(error, auth.UnauthorizedError):
+        return {"www-authenticate": "Bearer"}
     if isinstance(error, OverloadedError):
         return {"retry-after": str(max(1, round(error.retry_after)))}
     return {"retry-after": "1"} if isinstance(error, UnavailableError | DeviceError) else {}

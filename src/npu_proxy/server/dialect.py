@@ -23,6 +23,7 @@ STATUS: Mapping[str, int] = {
     "nothing_left": 400,
     "no_body": 400,
     "unsupported": 400,
+    "unauthorized": 401,
     "forbidden": 403,
     "model_not_found": 404,
     "too_large": 413,

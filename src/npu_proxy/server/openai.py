@@ -107,8 +107,13 @@ def to_response(result: EmbedResult, body: EmbeddingsBody, served: Served) -> Em
 
 def to_error(error: NpuProxyError, status: int) -> Error:
     """OpenAI's nested error; `code` is set where clients branch on it."""
-    kind = {400: "invalid_request_error", 404: "invalid_request_error", 413: "invalid_request_error"}.get(status, "server_error")
-    codes = {"model_not_found": "model_not_found", "too_long": "context_length_exceeded"}
+    kind = {
+        400: "invalid_request_error",
+        401: "invalid_request_error",
+        404: "invalid_request_error",
+        413: "invalid_request_error",
+    }.get(status, "server_error")
+    codes = {"unauthorized": "invalid_api_key", "model_not_found": "model_not_found", "too_long": "context_length_exceeded"}
     return Error(error=ErrorDetail(message=str(error), type=kind, param=error.param, code=codes.get(error.kind)))
 
 

@@ -47,6 +47,7 @@ def document(dialects: Sequence[Dialect]) -> dict[str, Any]:
 
 _ERRORS = {
     400: "the request is wrong",
+    401: "no API key, or a wrong one",
     403: "switched off here",
     404: "no such model",
     413: "the body is too large",
