@@ -322,3 +322,15 @@ def test_settings_refuse_nonsense() -> None:
     for wrong in ({"device": "toaster"}, {"window": 0}, {"timeout": 0}, {"row_tokens": 8}, {"threads": -1}):
         with pytest.raises(SettingsError, match=f"`{next(iter(wrong))}`"):
             Settings(**wrong)
+
+
+def test_workers_that_read_different_versions_of_a_model_are_not_mixed() -> None:
+    from types import SimpleNamespace
+
+    from npu_proxy.engine.parallel import _Same
+
+    same = _Same()
+    one, other = SimpleNamespace(fingerprint="a"), SimpleNamespace(fingerprint="b")
+    assert same([one, one]) == [one, one]
+    with pytest.raises(DeviceError, match="different versions of the model"):
+        same([one, other])

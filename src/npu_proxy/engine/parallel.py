@@ -38,16 +38,32 @@ def results(settings: Settings, batches: Iterable[Sequence[TextInput]], parallel
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(own,))
     under_way: deque[Future[list[EmbedResult]]] = deque()
     try:
+        same = _Same()
         for batch in batches:
             under_way.append(pool.submit(_embed, batch, options))
             if len(under_way) >= _AHEAD * workers:
-                yield from under_way.popleft().result()
+                yield from same(under_way.popleft().result())
         while under_way:
-            yield from under_way.popleft().result()
+            yield from same(under_way.popleft().result())
     except BrokenProcessPool as error:
         raise DeviceError("a worker process died or could not start; its own message is above") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Same:
+    """Lets results of one fingerprint through: each worker reads the model for itself, and it may have changed meanwhile."""
+
+    def __init__(self) -> None:
+        self._fingerprint: str | None = None
+
+    def __call__(self, results: Sequence[EmbedResult]) -> Sequence[EmbedResult]:
+        for result in results:
+            self._fingerprint = self._fingerprint or result.fingerprint
+            if result.fingerprint != self._fingerprint:
+                both = f"{self._fingerprint} and {result.fingerprint}"
+                raise DeviceError(f"the workers read different versions of the model ({both}); was it quantized or pulled anew?")
+        return results
 
 
 def _start(settings: Settings) -> None:
