@@ -34,7 +34,7 @@ profile.machine = lambda: "the tests' own"
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "modules.json").exists())
-DATA = Path(os.environ.get("NPU_PROXY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def golden(name: str) -> tuple[Path, list[str], np.ndarray]:
@@ -82,7 +82,7 @@ def real_engine(default_model: str) -> Iterator[Engine]:
 def reference() -> tuple[list[dict], np.ndarray]:
     """The reference texts and their vectors [319, 384] from sentence-transformers."""
     if not DATA.is_dir():
-        pytest.skip(f"the reference data is not at {DATA.name}; set NPU_PROXY_TEST_DATA")
+        pytest.skip(f"the reference data is not at {DATA.name}; set TEST_DATA")
     rows = [json.loads(line) for line in (DATA / "reference_minilm.jsonl").read_text(encoding="utf-8").split("\n") if line]
     return rows, np.load(DATA / "reference_minilm.npy")
 

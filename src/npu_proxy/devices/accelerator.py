@@ -18,14 +18,13 @@ from dataclasses import dataclass, field
 from npu_proxy.devices.arena import Layout
 from npu_proxy.devices.base import GoldenRow, LateError, Report, check_finite
 from npu_proxy.devices.breaker import Breaker, Circuit, Policy, Rung
-from npu_proxy.devices.certify import Certificates, Subject, Verdict, compare, judge
+from npu_proxy.devices.certify import Certificates
+from npu_proxy.devices.examiner import Examiner, QuarantinedError
 from npu_proxy.devices.failure import Failure, RowError
 from npu_proxy.devices.faults import Fault
 from npu_proxy.devices.process import Limits, Task, WorkerProcess
-from npu_proxy.devices.worker import Hello
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import Output, Pack, Shaped
-from npu_proxy.version import __version__
 
 log = logging.getLogger("npu_proxy.devices")
 
@@ -45,22 +44,12 @@ class Plan:
     first_fault: Fault = Fault.NONE
 
 
-_SAME = 0.999
-"""Cosine of a golden row to what it was when the device was certified, or to fp32: below it the device gives wrong numbers."""
-
-
-class _Quarantined(Exception):
-    """The device gives wrong vectors; it stays out until somebody changes something."""
-
-
 class Accelerator:
     """A Device. Starts at once in the background; ``reference`` gives the CPU's fp32 vectors of a row."""
 
     def __init__(self, plan: Plan, golden: GoldenRow, reference: Callable[[Pack], Output], certificates: Certificates) -> None:
         self._plan = plan
-        self._golden = golden
-        self._reference: Callable[[Pack], Output] | None = reference
-        self._certificates = certificates
+        self._examiner = Examiner(plan.task.target, plan.task.spec, plan.shapes, golden, reference, certificates)
         self.name = plan.task.target.name
         self.kind = plan.task.target.kind.name
         self.shapes = plan.shapes
@@ -69,8 +58,6 @@ class Accelerator:
         self._breaker = Breaker(policy=plan.policy)
         self._state = "compiling"
         self._reason = ""
-        self._cosine: float | None = None
-        self._references: dict[RowShape, tuple[Pack, Output]] = {}
         self._worker: WorkerProcess | None = None
         self._stuck: subprocess.Popen[bytes] | None = None
         self._restarts = -1
@@ -124,7 +111,7 @@ class Accelerator:
         if worker is None or not self.ready:
             raise RowError(Failure.BUSY, f"{self.name} is not ready: {self.reason}")
         try:
-            self._run_golden(worker, min(self.shapes, key=lambda shape: shape.tokens))
+            self._examiner.probe(self._golden_run(worker))
         except RowError as error:
             self._failed(worker, error)
             raise
@@ -141,7 +128,7 @@ class Accelerator:
                 reason=self._reason,
                 worker_pid=None if worker is None else worker.process.pid,
                 restarts=max(0, self._restarts),
-                certified=self._cosine,
+                certified=self._examiner.cosine,
                 precision=self._plan.task.spec.precision,
             )
         ]
@@ -200,7 +187,7 @@ class Accelerator:
             try:
                 self._bring_up()
                 self._watch()
-            except _Quarantined as error:
+            except QuarantinedError as error:
                 self._quarantine(str(error))
             except RowError as error:
                 busy = error.failure is Failure.BUSY  # the reference had no room, which is as good as an error here
@@ -253,7 +240,7 @@ class Accelerator:
         if not recovering:
             self._state = "certifying"
         worker.open(count)
-        self._certify(worker, hello, again=self._cosine is not None)
+        self._examiner.examine(self._golden_run(worker), hello)
         self.streams = count
         with self._lock:
             self._breaker = self._breaker.recovered(time.monotonic())
@@ -272,60 +259,9 @@ class Accelerator:
         fault, self._next_fault = self._next_fault, Fault.NONE
         return WorkerProcess(plan.task, layout, fault=fault)
 
-    def _certify(self, worker: WorkerProcess, hello: Hello, *, again: bool) -> None:
-        """Golden texts in every shape. again: it has passed before, so wrong numbers now are a fault that may pass."""
-        least = self._plan.task.target.kind.least_cosine[self._plan.task.spec.precision]
-        cosines: list[float] = []
-        for shape in self.shapes:
-            if again:
-                cosines.append(self._run_golden(worker, shape))
-                continue
-            subject = self._subject(shape, hello)
-            known = self._certificates.find(subject)
-            if known is not None and known.reason:
-                raise _Quarantined(f"{known.reason} (found before; `npu-proxy certify --device {self.name}` judges anew)")
-            verdict = self._judge(worker, subject, shape, least)
-            if verdict.reason:  # once more, because a verdict stays: a driver just reset may have given one bad row
-                verdict = self._judge(worker, subject, shape, least)
-            self._certificates.keep(verdict)
-            if verdict.reason:
-                raise _Quarantined(verdict.reason)
-            cosines.append(verdict.cosine)
-        self._cosine = min(cosines)
-        self._reference = None  # it has said all; for int8 it is a model of its own
-
-    def _judge(self, worker: WorkerProcess, subject: Subject, shape: RowShape, least: float) -> Verdict:
-        """Against fp32 on the CPU. Later golden rows are held to fp32 as well, or for int8 to what the device says now."""
-
-        def run(row: Pack) -> Output:
-            output = worker.infer(row, math.inf, self._plan.limits.row)
-            if self._plan.task.spec.precision == "int8":
-                self._references[shape] = (row, output)
-            return output
-
-        def reference(row: Pack) -> Output:
-            assert self._reference is not None
-            self._references[shape] = (row, self._reference(row))
-            return self._references[shape][1]
-
-        return judge(subject, shape, self._golden, run, reference, least)
-
-    def _run_golden(self, worker: WorkerProcess, shape: RowShape) -> float:
-        row, reference = self._references[shape]
-        output = worker.infer(row, math.inf, self._plan.limits.row)
-        return compare(self.name, row, output, reference, _SAME)
-
-    def _subject(self, shape: RowShape, hello: Hello) -> Subject:
-        return Subject(
-            fingerprint=self._plan.task.spec.fingerprint,
-            shape=f"{shape}x{shape.segments}",
-            target=self.name,
-            device=hello.device,
-            driver=hello.driver,
-            openvino=hello.openvino,
-            npu_proxy=__version__,
-            precision=self._plan.task.spec.precision,
-        )
+    def _golden_run(self, worker: WorkerProcess) -> Callable[[Pack], Output]:
+        """How a golden row is run: past the breaker, without a hedge."""
+        return lambda row: worker.infer(row, math.inf, self._plan.limits.row)
 
     def _watch(self) -> None:
         """Until the breaker opens or the device is closed: look at the process."""
