@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conftest import golden, smallest_cosine
 from npu_proxy import Engine, InputError, ModelError, Settings
 from npu_proxy.devices import blobs, profile
 from npu_proxy.devices.chain import compile_blobs
-from npu_proxy.devices.kinds import TARGETS
+from npu_proxy.devices.kinds import ANY, TARGETS
 from npu_proxy.devices.profile import Choice, Profile, Trial, settled
 from npu_proxy.devices.shapes import ROW_TOKENS, static_shapes
 from npu_proxy.engine.tokenize import TextEncoder
@@ -46,7 +47,9 @@ def test_an_int8_copy_is_measured_kept_and_served_under_its_own_fingerprint(
     pytest.importorskip("nncf")
     from npu_proxy.prepare import quantize as module
 
-    settings = Settings(model=str(MODEL), store=tmp_path, device="cpu")
+    folder = tmp_path / "my model"  # a folder may have a name that no model of the store can have
+    shutil.copytree(MODEL, folder)
+    settings = Settings(model=str(folder), store=tmp_path, device="cpu")
     with pytest.raises(ModelError, match="npu-proxy quantize"):
         Engine(settings=replace(settings, precision="int8")).start()
     with pytest.raises(ModelError, match="more than 0; it was not kept"):
@@ -198,7 +201,7 @@ def test_removing_a_model_removes_what_was_prepared_for_it(tmp_path: Path) -> No
 
     spec = read_spec(CLS)
     settings = settled(Settings(model=str(CLS), store=tmp_path, device="npu-sim", cache_mb=0), spec)
-    compile_blobs(settings, spec, "npu-sim", blobs.ANY)
+    compile_blobs(settings, spec, "npu-sim", ANY)
     profile.keep(tmp_path, Profile(model="m", fingerprint=spec.fingerprint, machine="here", trials=[], unix=0.0))
     forget(settings, CLS)
     assert not list((tmp_path / "compiled").iterdir())
@@ -208,7 +211,7 @@ def test_removing_a_model_removes_what_was_prepared_for_it(tmp_path: Path) -> No
 def test_blobs_made_ahead_are_imported_and_bad_ones_compiled_anew(tmp_path: Path) -> None:
     settings = settled(Settings(model=str(CLS), store=tmp_path, device="npu-sim", cache_mb=0), read_spec(CLS))
     spec, target = read_spec(CLS), TARGETS["npu-sim"]
-    folder, made = compile_blobs(settings, spec, "npu-sim", blobs.ANY)
+    folder, made = compile_blobs(settings, spec, "npu-sim", ANY)
     shapes = static_shapes(spec.max_length, ROW_TOKENS, packed=True)
     assert [blob.shape for blob in made] == shapes
     assert all(blob.size > 1000 and blob.seconds > 0 for blob in made)
@@ -229,5 +232,5 @@ def test_a_compiler_that_is_not_there_or_takes_too_long_is_said_and_leaves_nothi
         with pytest.raises(DeviceError, match="there is no compiler for it here"):
             compile_blobs(settings, read_spec(CLS), "npu", "4000")
     with pytest.raises(DeviceError, match="compile_timeout"):
-        compile_blobs(replace(settings, compile_timeout=0.05), read_spec(CLS), "npu-sim", blobs.ANY)
+        compile_blobs(replace(settings, compile_timeout=0.05), read_spec(CLS), "npu-sim", ANY)
     assert not list((tmp_path / "compiled").iterdir())

@@ -23,7 +23,7 @@ from pathlib import Path
 import openvino as ov
 
 from npu_proxy.devices.failure import Failure, classify, first_line
-from npu_proxy.devices.kinds import Target
+from npu_proxy.devices.kinds import ANY, Target
 from npu_proxy.devices.system import ask_python
 from npu_proxy.errors import DeviceError, PullError
 from npu_proxy.graph.packed import RowShape
@@ -38,8 +38,6 @@ _NO_COMPILER = (
 )
 _NO_DISK = 3
 """Exit code of the compiling process when it could not write."""
-ANY = "any"
-"""The platform of a device that has only one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,9 @@ TARGETS: Mapping[str, Target] = {
 }
 """Devices by the names of the setting `device`."""
 
+ANY = "any"
+"""The platform of a device that has only one."""
+
 AUTO = ("npu", "gpu", "cpu")
 """The chain of `auto`."""
 

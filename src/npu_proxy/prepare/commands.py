@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from npu_proxy.devices.kinds import TARGETS, chain
+from npu_proxy.devices.kinds import ANY, TARGETS, chain
 from npu_proxy.errors import DeviceError, InputError, ModelError, SettingsError
 from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
@@ -155,7 +155,7 @@ def tune(
         print(f"faster: {flag} ({fastest}); its vectors must not be mixed with those stored before")
 
 
-def compile_model(model: str = "", *, platform: str = "any", settings: Shared = DEFAULTS) -> None:
+def compile_model(model: str = "", *, platform: str = ANY, settings: Shared = DEFAULTS) -> None:
     """Compile a model's rows ahead of time, into the store; a worker imports them in place of compiling.
 
     The device is the first of the setting `device`. For an NPU of another machine give its platform, where OpenVINO
@@ -173,7 +173,7 @@ def compile_model(model: str = "", *, platform: str = "any", settings: Shared = 
 
     settings, spec = _served(settings, model)
     name = _accelerator(settings, "the CPU compiles in a second when it starts")
-    if platform != "any" and TARGETS[name].openvino != "NPU":
+    if platform != ANY and TARGETS[name].openvino != "NPU":
         raise SettingsError(f"device `{name}` has no platforms; leave --platform out", param="platform")
     folder, blobs = compile_blobs(settings, spec, name, platform)
     for blob in blobs:

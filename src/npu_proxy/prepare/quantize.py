@@ -153,8 +153,7 @@ def quantize(settings: Settings, pairs: Pairs, texts: Sequence[str] = (), *, mos
                 f"int8 changes golden texts to cosine {golden.min():.4f}; below {_LEAST_COSINE:g} no accelerator would be"
                 " certified. It was not kept; calibrate on more texts"
             )
-        with Store(settings.store).lock(name.rpartition("/")[2]):
-            return quantized.publish(settings.store, staged, report)
+        return quantized.publish(settings.store, staged, report)
     finally:
         quantized.discard(staged)
 

@@ -232,7 +232,8 @@ def refuse(_: NameBody, __: Served) -> Shown:
 
 
 def _model(served: Served) -> dict[str, Any]:
-    name = f"{alias(served.spec.name)}:latest" if ":" not in alias(served.spec.name) else alias(served.spec.name)
+    name = alias(served.spec.name)
+    name = name if ":" in name else f"{name}:latest"
     return {
         "name": name,
         "model": name,
