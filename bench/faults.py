@@ -43,7 +43,7 @@ def cells(name: str, found: Figures) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=Settings().model)
+    parser.add_argument("--model", default=Settings().model[0])
     parser.add_argument("--concurrent", type=int, default=1000)
     parser.add_argument("--cases", default="", help="only faults whose name holds this")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "faults.md")
@@ -58,7 +58,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as cache:
             engine = faulty_engine(
                 model=arguments.model,
-                cache=Path(cache),
+                compile_cache=Path(cache),
+                cache_mb=0,
                 row_timeout=5.0,
                 compile_timeout=60.0,
                 breaker_longest=1.0,

@@ -38,7 +38,10 @@ def start_server(system: str, python: str | None, model: Path) -> Server:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     if system == "npu-proxy":
-        command, path = [python, "-m", "npu_proxy", "serve", "--model", str(model), "--timeout", "300"], "/v1/embeddings"
+        command, path = (
+            [python, "-m", "npu_proxy", "serve", "--model", str(model), "--timeout", "300", "--cache-mb", "0"],
+            "/v1/embeddings",
+        )
     else:
         command = [
             str(Path(python).parent / "infinity_emb"),

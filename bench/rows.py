@@ -63,7 +63,7 @@ def engine_of(settings: Settings, shapes: Sequence[RowShape] | None, limit: int,
     """An engine on npu-sim alone; shapes: in place of its own. limit: tokens of a text."""
 
     def parts(settings: Settings, _stopping: threading.Event) -> Parts:
-        name, folder = Store(settings.store).resolve(settings.model)
+        name, folder = Store(settings.store).resolve(settings.model[0])
         spec = replace(read_spec(folder, name=name), max_length=limit)
         chosen = settled(replace(settings, profile="off"), spec)
         encoder = TextEncoder(spec)
@@ -91,7 +91,7 @@ def corpus(data: Path, tokens: int, encoder: TextEncoder) -> list[str]:
 
 def overhead(settings: Settings, scratch: Path, rounds: int) -> list[tuple[str, float, float, float, float]]:
     """For each row shape: microseconds in this process, through the worker, their difference, and of it outside the worker."""
-    name, folder = Store(settings.store).resolve(settings.model)
+    name, folder = Store(settings.store).resolve(settings.model[0])
     spec = read_spec(folder, name=name)
     chosen = settled(replace(settings, profile="off"), spec)
     golden = GoldenRows(TextEncoder(spec), spec)
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--limits", default="256,512", help="tokens of a text; the model's own limit is 256")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "rows.md")
     arguments = parser.parse_args()
-    settings = Settings(device="npu-sim", cache_mb=0, bulk_timeout=3600)
+    settings = Settings(device="npu-sim", compile_cache_mb=0, cache_mb=0, bulk_timeout=3600)
     lines = ["# Rows on npu-sim", "", (__doc__ or "").strip(), ""]
     lines += [
         "| limit | rows of | rows | positions a useful token | seconds | padded / packed |",
@@ -182,7 +182,7 @@ def main() -> None:
         print(lines[-1], flush=True)
         lines += ["", "| row | in this process, us | through the worker, us | difference, us | of it outside the worker, us |"]
         lines += ["| --- | --- | --- | --- | --- |"]
-        for model, rows in ((str(GOLDEN), 400), (settings.model, 40)):
+        for model, rows in ((str(GOLDEN), 400), (settings.model[0], 40)):
             for shape, here, there, difference, outside in overhead(replace(settings, model=model), Path(scratch), rows):
                 name = Path(model).name
                 lines.append(f"| {name} {shape} | {here:.0f} | {there:.0f} | {difference:.0f} | {outside:.0f} |")

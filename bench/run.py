@@ -82,7 +82,7 @@ def main() -> None:
     arguments.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
     given = arguments.parse_args()
     os.environ.update(environment())
-    stored = Store(Settings().store).find(Settings().model)
+    stored = Store(Settings().store).find(Settings().model[0])
     assert stored is not None, "make weights"
     texts, tokens = sample(given.data / "corpus.jsonl", stored.folder, given.tokens)
     with tempfile.TemporaryDirectory() as scratch:

@@ -59,7 +59,7 @@ def memory(engine: Engine) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=Settings().model)
+    parser.add_argument("--model", default=Settings().model[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between faults")
     parser.add_argument("--concurrent", type=int, default=100)
@@ -69,7 +69,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         engine = faulty_engine(
             model=arguments.model,
-            cache=Path(cache),
+            compile_cache=Path(cache),
+            cache_mb=0,
             row_timeout=3.0,
             heartbeat_timeout=2.0,
             breaker_longest=0.5,

@@ -19,7 +19,7 @@ Embed = Callable[[list[str]], object]
 def npu_proxy(model: Path, onnx: Path) -> Embed:
     from npu_proxy import Engine, Settings
 
-    return Engine(model, settings=Settings(profile="off")).start().embed
+    return Engine(model, settings=Settings(profile="off", cache_mb=0)).start().embed
 
 
 def sentence_transformers(model: Path, onnx: Path) -> Embed:

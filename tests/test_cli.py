@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_toml_is_read_flags_win_and_unknown_keys_are_refused(tmp_path: Path) -> 
     done = call("embed", "a", folder=tmp_path)
     assert done.returncode == 2
     assert "timeout" in done.stderr
+
+
+def test_several_values_stand_between_commas_and_names_may_have_spaces(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "my model")
+    assert call("embed", "the cat", NPU_PROXY_MODEL=f"{tmp_path / 'my model'},{MODEL}").returncode == 0
+
+
+def test_cache_commands(tmp_path: Path) -> None:
+    settings = {"NPU_PROXY_CACHE_FOLDER": str(tmp_path / "vectors"), "NPU_PROXY_STORE": str(tmp_path / "store")}
+    assert "cache_disk_mb" in call("cache", "stats", **settings).stderr
+    assert call("pull", MODEL, **settings).returncode == 0
+    assert call("embed", "the cat", "the dog", "--model", "mean", "--cache-disk-mb", "9", **settings).returncode == 0
+    shown = call("cache", "stats", **settings).stdout
+    assert "disk: 2 texts" in shown
+    assert shown.split()[-1] == "mean"
+    assert "removed 0 texts" in call("cache", "clear", "--only", "0" * 16, **settings).stdout
+    assert "removed 2 texts" in call("cache", "clear", "--only", "mean", **settings).stdout
 
 
 def test_store_commands(tmp_path: Path) -> None:

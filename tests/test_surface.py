@@ -15,6 +15,7 @@ LAYERS = {
     "prepare": 5,
     "bulk": 5,
     "engine": 4,
+    "cache": 2,
     "settings": 3,
     "devices": 3,
     "models": 2,

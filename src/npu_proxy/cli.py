@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -15,8 +17,11 @@ from cyclopts import App, CycloptsError, config
 from rich.console import Console
 from rich.markup import escape
 
+from npu_proxy.cache.tier import Tier
+from npu_proxy.cache.vectors import open_tiers
 from npu_proxy.engine.engine import Engine, Options
 from npu_proxy.errors import InputError, ModelError, NpuProxyError, SettingsError
+from npu_proxy.models.layout import read_spec
 from npu_proxy.models.pull import pull as pull_model
 from npu_proxy.models.store import Store
 from npu_proxy.prepare.commands import DEFAULTS, Shared, certify, compile_model, doctor, quantize, tune
@@ -152,7 +157,7 @@ def pull(model: str = "", *, revision: str | None = None, settings: Shared = DEF
     """
     stored = pull_model(
         Store(settings.store),
-        model or settings.model,
+        model or settings.model[0],
         mirrors=settings.mirrors,
         report=lambda line: print(line, file=sys.stderr),
         progress=sys.stderr.isatty(),
@@ -194,6 +199,53 @@ def rm(model: str, *, settings: Shared = DEFAULTS) -> None:
     print(f"removed {removed.name}, {removed.size / 1e6:.1f} MB")
 
 
+cache = App(name="cache", help="The vectors that are kept on disk (`cache_disk_mb`) or on a server (`cache_url`).")
+app.command(cache)
+
+
+@cache.command(name="stats")
+def cache_stats(*, settings: Shared = DEFAULTS) -> None:
+    """Show how many texts each tier holds, by model."""
+    from npu_proxy.cache.commands import show
+
+    names: dict[str, str] = {}
+    for stored in Store(settings.store).list():
+        with suppress(ModelError):
+            names[read_spec(stored.folder, name=stored.name).fingerprint] = stored.name
+    with _tiers(settings) as tiers:
+        show(tiers, names)
+
+
+@cache.command(name="clear")
+def cache_clear(*, only: str = "", settings: Shared = DEFAULTS) -> None:
+    """Remove the texts of all models from each tier; servers that run go on with an empty one.
+
+    Parameters
+    ----------
+    only
+        Name or fingerprint of a model: remove what it computed, and nothing else.
+    """
+    from npu_proxy.cache.commands import clear
+
+    fingerprint = None
+    if only:
+        stored = Store(settings.store).find(only) if re.fullmatch("[0-9a-f]{16}", only) is None else None
+        fingerprint = only if stored is None else read_spec(stored.folder, name=stored.name).fingerprint
+    with _tiers(settings) as tiers:
+        clear(tiers, fingerprint)
+
+
+@contextmanager
+def _tiers(settings: Settings) -> Generator[Sequence[Tier]]:
+    disk = settings.cache_disk_mb * 1_000_000 or (4_000_000_000 if settings.cache_folder.is_dir() else 0)
+    tiers = open_tiers(disk=disk, folder=settings.cache_folder, url=settings.cache_url, prefix=settings.cache_prefix)
+    try:
+        yield tiers
+    finally:
+        for tier in tiers:
+            tier.close()
+
+
 def _devices(engine: Engine) -> str:
     """`npu, cpu (12 texts)`: who embedded, and how much of it where it was more than one."""
     executed = engine.stats().counters.executed
@@ -232,7 +284,7 @@ def _check_environment() -> None:
     """An NPU_PROXY_* variable that means nothing is a mistake, not a comment."""
     known = [_PREFIX + setting.name.upper() for setting in fields(Settings)] + [_CONFIG]
     own = ["INPUT", "TEXT_FIELD", "OUTPUT", "DIMENSIONS", "NORMALIZE", "TRUNCATE", "DTYPE", "INPUT_TYPE", "PROMPT_NAME"]
-    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION", "JSON", "PAIRS", "SAMPLE", "MOST_LOSS", "ROUNDS", "PLATFORM"]
+    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION", "JSON", "PAIRS", "SAMPLE", "MOST_LOSS", "ROUNDS", "PLATFORM", "ONLY"]
     known += [_PREFIX + name for name in own]
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in known:

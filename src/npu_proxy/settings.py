@@ -39,8 +39,9 @@ def default_cache() -> Path:
 class Settings:
     """How npu-proxy runs. Seconds are seconds, sizes are tokens or texts, as each line says."""
 
-    model: str = DEFAULT_MODEL
-    """Model to serve: a name from `npu-proxy list`, a catalog alias, or a folder."""
+    model: tuple[str, ...] = (DEFAULT_MODEL,)
+    """Models to serve: names from `npu-proxy list`, catalog aliases, or folders. The first answers requests that name none;
+    all of them stay loaded."""
 
     pooling: Pooling | None = None
     """How token vectors become one; only for a model folder without modules.json, which does not say it itself."""
@@ -93,11 +94,26 @@ class Settings:
     breaker_longest: float = 30.0
     """Seconds between tries at most."""
 
-    cache: Path = field(default_factory=default_cache)
+    compile_cache: Path = field(default_factory=lambda: default_cache() / "compiled")
     """Folder of compiled models."""
 
-    cache_mb: int = 4096
+    compile_cache_mb: int = 4096
     """Megabytes of compiled models that are kept; the oldest go first. 0 keeps none."""
+
+    cache_mb: int = 256
+    """Megabytes of vectors kept in memory, so that a text seen before costs no inference. 0 keeps none."""
+
+    cache_disk_mb: int = 0
+    """Megabytes of vectors kept on disk as well; processes may share the folder. 0 keeps none. Texts are never stored."""
+
+    cache_folder: Path = field(default_factory=lambda: default_cache() / "vectors")
+    """Folder of the vectors on disk."""
+
+    cache_url: str = ""
+    """Valkey or Redis server that machines share vectors by, such as redis://host:6379/0; needs `npu-proxy[shared-cache]`."""
+
+    cache_prefix: str = ""
+    """A name that keeps this instance's vectors apart from others' in the same folder or server."""
 
     onnx_file: str = "onnx/model.onnx"
     """For device onnx: the file in the model's folder to run."""
@@ -151,11 +167,24 @@ class Settings:
     on_empty: Literal["error", "placeholder"] = "error"
     """What an empty text does: an error, or embed `[EMPTY]`."""
 
-    token_ids: Literal["model", "reject"] = "model"
-    """Token-id input over HTTP: ids of the model's own vocabulary, or refused."""
+    token_ids: Literal["auto", "model", "cl100k", "reject"] = "auto"
+    """Token-id input over HTTP: ids of the model's own vocabulary; of cl100k_base, which OpenAI's models use and
+    langchain-openai sends; auto: cl100k_base where an id is beyond the model's vocabulary; or refused."""
 
     served_model_name: tuple[str, ...] = ()
-    """Further names by which clients may ask for the model, such as `text-embedding-3-small`."""
+    """Further names by which clients may ask, such as `text-embedding-3-small`, for the first model; NAME=MODEL for another."""
+
+    load_on_demand: bool = True
+    """Load any model of the local store when a client asks for it. Off: only those that `model` names are served."""
+
+    keep_alive: float = 300.0
+    """Seconds without a request after which a model loaded on demand is unloaded; negative never."""
+
+    models_mb: int = 0
+    """Megabytes of weights loaded at once; beyond it the model longest unused is unloaded. 0 is a quarter of the memory."""
+
+    allow_pull: bool = False
+    """Let clients pull and delete models of the store through Ollama's routes."""
 
     max_client_batch: int = 2048
     """Texts of one request over HTTP; beyond it the request is refused."""
@@ -175,21 +204,70 @@ class Settings:
     insecure: bool = False
     """Serve on an address that others can reach without any key."""
 
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that the Host header may have, so that no web page can reach the server through a name of its own. None: names
+    of this machine while only this machine can reach it, else any. `*` is any; `*.example.org` every name below."""
+
+    cors_allow_origin: tuple[str, ...] = ()
+    """Origins of web pages that may read answers, such as https://app.example.org; `*` is any."""
+
+    ssl_certfile: Path | None = None
+    """PEM file of the certificate; with it the server speaks HTTPS."""
+
+    ssl_keyfile: Path | None = None
+    """PEM file of the certificate's key, where that is a file of its own."""
+
+    uds: Path | None = None
+    """Unix socket to listen on in place of `host` and `port`."""
+
+    url_prefix: str = ""
+    """Path before all paths, such as /embeddings-server, where a reverse proxy passes it on."""
+
     max_body_mb: int = 64
     """Megabytes of a request's body; beyond it 413."""
+
+    max_bodies_mb: int = 512
+    """Megabytes of bodies held at once over all requests; beyond it requests are refused."""
+
+    max_connections: int = 8192
+    """Connections open at once; beyond it new ones are closed with 503."""
+
+    header_timeout: float = 30.0
+    """Seconds in which a connection must bring a request's headers, and in which a client must take its answer."""
+
+    idle_timeout: float = 75.0
+    """Seconds a connection may stay open between requests."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line. Texts are never logged."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """What is logged to standard error, from this level on."""
+
+    access_log: bool = False
+    """Log a line a request: method, path, status, seconds, texts, tokens, model, device, request id."""
+
+    otlp_endpoint: str = ""
+    """OpenTelemetry collector that gets a trace a request, such as http://localhost:4318; needs `npu-proxy[otel]`."""
 
     drain: float = 20.0
     """Seconds that open requests get when the server or engine stops."""
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense, naming the setting."""
+        """Refuse values that make no sense, naming the setting. A string where several may stand is one of them."""
+        for setting in fields(self):
+            value: object = getattr(self, setting.name)
+            if isinstance(setting.default, tuple) and isinstance(value, str):
+                object.__setattr__(self, setting.name, (value,))
+        if not self.model or not all(self.model):
+            raise SettingsError("`model` is empty; name a model, as `npu-proxy list` shows them", param="model")
         chain(self.device)
         object.__setattr__(self, "device", normalized(self.device))
         if self.precision != "fp32" and self.device in ALONE:
             raise SettingsError(f"`precision` is {self.precision}; device `{self.device}` knows only fp32", param="precision")
         for setting in fields(self):
-            value: object = getattr(self, setting.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            value = getattr(self, setting.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or setting.name == "keep_alive":
                 continue
             least = 0 if setting.name in _MAY_BE_ZERO else 1 if isinstance(setting.default, int) else 1e-9
             if value < least:
@@ -210,5 +288,8 @@ _MAY_BE_ZERO = {
     "requests",
     "hedge",
     "probe_interval",
+    "compile_cache_mb",
     "cache_mb",
+    "cache_disk_mb",
+    "models_mb",
 }

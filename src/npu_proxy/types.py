@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -143,6 +143,16 @@ class Encoding:
         return len(self.ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A text's vector [width] float32 as the model gives it, its tokens, whether it was cut, and which device computed it."""
+
+    vector: Vector
+    tokens: int
+    truncated: bool
+    device: str
+
+
 @dataclass(slots=True)
 class Ticket:
     """One request under way: collects an answer for each of its texts, then calls ``done`` exactly once.
@@ -156,25 +166,28 @@ class Ticket:
     done: Callable[[Ticket], None]
     abandoned: Callable[[], bool]
     """Whether the caller has gone; jobs of such a ticket are dropped before they cost inference."""
-    vectors: list[Vector | None] = field(init=False)
-    """Full-width, not normalized."""
+    keys: Sequence[bytes] = ()
+    """Under which each text is cached; empty without a cache."""
+    answers: list[Embedded | None] = field(init=False)
     errors: list[NpuProxyError | None] = field(init=False)
     encodings: list[Encoding | None] = field(init=False)
-    devices: list[str] = field(init=False)
-    """Which device answered, a text."""
+    cached: int = 0
+    """Texts answered from the cache."""
     fallbacks: set[str] = field(init=False, default_factory=set[str])
     """Why it was not the first device of the chain, each reason once."""
+    tokenize_seconds: float = 0.0
     queued_seconds: float = 0.0
     infer_seconds: float = 0.0
+    queued: int = 0
+    """Texts that were handed to the pipeline."""
     _open: int = field(init=False)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         count = len(self.request.texts)
-        self.vectors = [None] * count
+        self.answers = [None] * count
         self.errors = [None] * count
         self.encodings = [None] * count
-        self.devices = [""] * count
         self._open = count
 
     @property
@@ -182,9 +195,16 @@ class Ticket:
         """How many texts have no answer yet."""
         return self._open
 
-    def answer(self, index: int, vector: Vector) -> None:
-        """Give text ``index`` its vector [width]."""
-        self._settle(index, vector, None)
+    def answer(self, index: int, answer: Embedded) -> None:
+        """Give text ``index`` its vector."""
+        self._settle(index, answer, None)
+
+    def recall(self, entries: Iterable[tuple[int, Embedded | None]]) -> None:
+        """Answer the texts that the cache knows."""
+        known = [(index, entry) for index, entry in entries if entry is not None]
+        self.cached += len(known)
+        for index, entry in known:
+            self._settle(index, entry, None)
 
     def fail(self, index: int, error: NpuProxyError) -> None:
         """Give text ``index`` its error."""
@@ -192,14 +212,14 @@ class Ticket:
 
     def fail_all(self, error: NpuProxyError) -> None:
         """Give every text that has no answer this error."""
-        for index in range(len(self.vectors)):
+        for index in range(len(self.answers)):
             self._settle(index, None, error)
 
-    def _settle(self, index: int, vector: Vector | None, error: NpuProxyError | None) -> None:
+    def _settle(self, index: int, answer: Embedded | None, error: NpuProxyError | None) -> None:
         with self._lock:
-            if self.vectors[index] is not None or self.errors[index] is not None:
+            if self.answers[index] is not None or self.errors[index] is not None:
                 return
-            self.vectors[index], self.errors[index] = vector, error
+            self.answers[index], self.errors[index] = answer, error
             self._open -= 1
             last = self._open == 0
         if last:
@@ -280,9 +300,10 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds from submit to answer, spent waiting (slowest text) and in inference (sum over rows)."""
+    """Seconds from submit to answer, in the tokenizer, spent waiting (slowest text) and in inference (sum over rows)."""
 
     total: float
+    tokenized: float
     queued: float
     infer: float
 
@@ -293,7 +314,8 @@ class EmbedResult:
 
     embeddings: array [n, width] of the dtype asked for ([n, width / 8] for binary and ubinary), or n strings for base64.
     errors: None or what went wrong, a text; the vector of a failed text is NaN (0 for integers, "" for base64).
-    devices: which device computed it, a text, "" where none did. fallback: why that was not the first of the chain, or "".
+    devices: which device computed it, a text, "" where none did. cached: texts whose vector was there already.
+    fallback: why that was not the first of the chain, or "".
     """
 
     embeddings: npt.NDArray[Any] | list[str]
@@ -301,6 +323,7 @@ class EmbedResult:
     truncated: Sequence[bool]
     errors: Sequence[NpuProxyError | None]
     devices: Sequence[str]
+    cached: int
     fallback: str
     fingerprint: str
     timings: Timings

@@ -36,7 +36,9 @@ def test_the_blobs_used_longest_ago_go_first(tmp_path: Path) -> None:
 
 def test_a_worker_compiles_once_and_goes_on_when_the_disk_is_full(tmp_path: Path) -> None:
     folder, texts, vectors = golden("mean")
-    settings = Settings(model=str(folder), device="npu-sim", fallback="off", store=tmp_path / "store", cache=tmp_path / "cache")
+    settings = Settings(
+        model=str(folder), device="npu-sim", fallback="off", store=tmp_path / "store", compile_cache=tmp_path / "cache"
+    )
 
     def embedded(chosen: Settings) -> None:
         with Engine(settings=chosen) as engine:
@@ -52,4 +54,4 @@ def test_a_worker_compiles_once_and_goes_on_when_the_disk_is_full(tmp_path: Path
         file.write_bytes(b"damaged")
     embedded(settings)
     full = Path("/dev/full") if Path("/dev/full").exists() else tmp_path / "cache" / blobs[0].name
-    embedded(Settings(model=str(folder), device="npu-sim", fallback="off", store=tmp_path / "store", cache=full))
+    embedded(Settings(model=str(folder), device="npu-sim", fallback="off", store=tmp_path / "store", compile_cache=full))

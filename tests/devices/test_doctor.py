@@ -15,7 +15,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 @linux
 def test_what_it_says_of_this_machine_is_so(tmp_path: Path) -> None:
-    found = doctor.diagnose(Settings(store=tmp_path, cache=tmp_path))
+    found = doctor.diagnose(Settings(store=tmp_path, compile_cache=tmp_path))
     assert found.serves
     assert "cpu" in found.devices
     assert ("npu" in found.devices) <= (not TARGETS["npu"].missing())
@@ -38,19 +38,20 @@ def test_trouble_comes_with_the_command_that_mends_it(tmp_path: Path, monkeypatc
     (node,) = doctor._access([tmp_path], "npu")
     assert node.level == "problem"
     assert f"usermod -aG {tmp_path.group()}" in node.cure
-    (folder,) = [one for one in doctor._folders(Settings(store=tmp_path, cache=tmp_path)) if one.topic == "store"]
+    (folder,) = [one for one in doctor._folders(Settings(store=tmp_path, compile_cache=tmp_path)) if one.topic == "store"]
     assert (folder.level, folder.cure) == ("problem", "set `store` to a folder of yours")
 
 
 def test_a_plugin_that_takes_the_process_along_is_only_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_ASK", "import os; os.abort()")
-    found = doctor.diagnose(Settings(store=tmp_path, cache=tmp_path))
+    found = doctor.diagnose(Settings(store=tmp_path, compile_cache=tmp_path))
     assert not found.serves
     assert any("the process that asked died" in one.text for one in found.findings)
     monkeypatch.setattr(doctor, "_ASK", "import time; time.sleep(60)")
     monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.5)
     assert any(
-        "no answer within 0.5 seconds" in one.text for one in doctor.diagnose(Settings(store=tmp_path, cache=tmp_path)).findings
+        "no answer within 0.5 seconds" in one.text
+        for one in doctor.diagnose(Settings(store=tmp_path, compile_cache=tmp_path)).findings
     )
 
 

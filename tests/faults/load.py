@@ -38,7 +38,7 @@ def faulty_parts(first: Fault = Fault.NONE) -> Callable[[Settings, threading.Eve
     """How such an engine is loaded; the fault ``first`` strikes from the start."""
 
     def parts(settings: Settings, stopping: threading.Event) -> Parts:
-        name, folder = Store(settings.store).resolve(settings.model)
+        name, folder = Store(settings.store).resolve(settings.model[0])
         spec = read_spec(folder, name=name, pooling=settings.pooling)
         settings = settled(settings, spec)
         spec = served_spec(settings, spec)

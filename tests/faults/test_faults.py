@@ -27,6 +27,7 @@ QUICK = {
     "breaker_longest": 1.0,
     "breaker_backoff": 0.1,
     "probe_interval": 0.0,
+    "compile_cache_mb": 0,
     "cache_mb": 0,
 }
 MODEL = str(golden("mean")[0])

@@ -25,6 +25,7 @@ QUICK = {
     "breaker_backoff": 0.1,
     "breaker_longest": 1.0,
     "probe_interval": 0.0,
+    "compile_cache_mb": 0,
     "cache_mb": 0,
 }
 FIELDS = {"name", "kind", "state", "breaker", "worker_pid", "certified", "executed"}

@@ -200,7 +200,7 @@ def test_removing_a_model_removes_what_was_prepared_for_it(tmp_path: Path) -> No
     from npu_proxy.prepare.commands import forget
 
     spec = read_spec(CLS)
-    settings = settled(Settings(model=str(CLS), store=tmp_path, device="npu-sim", cache_mb=0), spec)
+    settings = settled(Settings(model=str(CLS), store=tmp_path, device="npu-sim", compile_cache_mb=0), spec)
     compile_blobs(settings, spec, "npu-sim", ANY)
     profile.keep(tmp_path, Profile(model="m", fingerprint=spec.fingerprint, machine="here", trials=[], unix=0.0))
     forget(settings, CLS)
@@ -209,7 +209,7 @@ def test_removing_a_model_removes_what_was_prepared_for_it(tmp_path: Path) -> No
 
 
 def test_blobs_made_ahead_are_imported_and_bad_ones_compiled_anew(tmp_path: Path) -> None:
-    settings = settled(Settings(model=str(CLS), store=tmp_path, device="npu-sim", cache_mb=0), read_spec(CLS))
+    settings = settled(Settings(model=str(CLS), store=tmp_path, device="npu-sim", compile_cache_mb=0), read_spec(CLS))
     spec, target = read_spec(CLS), TARGETS["npu-sim"]
     folder, made = compile_blobs(settings, spec, "npu-sim", ANY)
     shapes = static_shapes(spec.max_length, ROW_TOKENS, packed=True)

@@ -114,7 +114,7 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = 
         "PERFORMANCE_HINT": settings.hint.upper(),
         "INFERENCE_NUM_THREADS": settings.threads or available_threads(),
     }
-    cache = Cache(root=settings.cache, limit=settings.cache_mb * 1_000_000) if settings.cache_mb else None
+    cache = Cache(root=settings.compile_cache, limit=settings.compile_cache_mb * 1_000_000) if settings.compile_cache_mb else None
     return Plan(
         task=Task(target=target, spec=spec, properties=properties, cache=cache, store=settings.store, faults=fault is not None),
         shapes=static_shapes(spec.max_length, settings.row_tokens, packed=settings.packing),

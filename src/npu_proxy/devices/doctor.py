@@ -188,7 +188,7 @@ def _access(nodes: list[Path], topic: str) -> Iterator[Finding]:
 
 
 def _folders(settings: Settings) -> Iterator[Finding]:
-    for topic, folder, setting in (("store", settings.store, "store"), ("cache", settings.cache, "cache")):
+    for topic, folder, setting in (("store", settings.store, "store"), ("cache", settings.compile_cache, "compile_cache")):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             writable = os.access(folder, os.W_OK)
@@ -216,10 +216,10 @@ def _folders(settings: Settings) -> Iterator[Finding]:
 def _model(settings: Settings) -> Iterator[Finding]:
     """The model of the settings, its int8 copy, and what was tuned for it."""
     try:
-        name, folder = Store(settings.store).resolve(settings.model)
+        name, folder = Store(settings.store).resolve(settings.model[0])
         spec = read_spec(folder, name=name, pooling=settings.pooling)
     except ModelNotFoundError as error:
-        yield Finding(topic="model", level="note", text=str(error), cure=f"npu-proxy pull {settings.model}")
+        yield Finding(topic="model", level="note", text=str(error), cure=f"npu-proxy pull {settings.model[0]}")
         return
     except NpuProxyError as error:
         yield Finding(topic="model", level="problem", text=str(error))

@@ -18,6 +18,8 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from npu_proxy.cache.entry import Keys
+from npu_proxy.cache.vectors import VectorCache, open_tiers
 from npu_proxy.devices.base import Device
 from npu_proxy.devices.chain import open_devices, served_spec
 from npu_proxy.devices.profile import settled
@@ -62,13 +64,24 @@ def load(settings: Settings, stopping: threading.Event) -> Parts:
 
     Raises ModelError, ModelNotFoundError, DeviceError, and UnavailableError when none of the devices can serve.
     """
-    name, folder = Store(settings.store).resolve(settings.model)
+    name, folder = Store(settings.store).resolve(settings.model[0])
     spec = read_spec(folder, name=name, pooling=settings.pooling)
     settings = settled(settings, spec)
     spec = served_spec(settings, spec)
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
     device = open_devices(settings, spec, GoldenRows(encoder, spec), stopping)
     return Parts(spec=spec, encoder=encoder, device=device)
+
+
+def open_cache(settings: Settings) -> VectorCache | None:
+    """The cache of vectors that the settings ask for, None where they ask for none. Raises SettingsError."""
+    tiers = open_tiers(
+        disk=settings.cache_disk_mb * 1_000_000,
+        folder=settings.cache_folder,
+        url=settings.cache_url,
+        prefix=settings.cache_prefix,
+    )
+    return VectorCache(memory=settings.cache_mb * 1_000_000, tiers=tiers) if settings.cache_mb or tiers else None
 
 
 class Engine:
@@ -85,16 +98,23 @@ class Engine:
         device: str | None = None,
         settings: Settings | None = None,
         *,
+        cache: VectorCache | None = None,
         parts: Callable[[Settings, threading.Event], Parts] = load,
     ) -> None:
-        """``model`` and ``device`` override the settings' own. Nothing is loaded before ``start``."""
+        """``model`` and ``device`` override the settings' own. Nothing is loaded before ``start``.
+
+        cache: shared with other engines and closed by its owner; None opens one as the settings say.
+        """
         settings = settings or Settings()
         self.settings = replace(
             settings,
-            model=settings.model if model is None else str(model),
+            model=settings.model if model is None else (str(model),),
             device=settings.device if device is None else device,
         )
         self._load = parts
+        self._cache = cache
+        self._own_cache: VectorCache | None = None
+        self._keys: Keys | None = None
         self._state: State = "new"
         self._change = threading.Lock()
         self._stopping = threading.Event()
@@ -117,6 +137,11 @@ class Engine:
             if self._state != "new":
                 raise StoppedError("this engine was stopped; make a new one")
             parts = self._load(self.settings, self._stopping)
+            if self._cache is None:
+                self._cache = self._own_cache = open_cache(self.settings)
+            if self._cache is not None:
+                own = self.settings
+                self._keys = Keys(parts.spec.fingerprint, own.sanitize, own.on_empty, own.cache_prefix)
             limits = Limits(
                 batch_delay=self.settings.batch_delay,
                 aging=self.settings.aging,
@@ -125,7 +150,7 @@ class Engine:
                 max_tokens=self.settings.max_queue_tokens,
             )
             try:
-                self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec.pooling, limits)
+                self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec.pooling, limits, self._cache)
             except BaseException:
                 parts.device.close()
                 raise
@@ -144,6 +169,8 @@ class Engine:
                 self._state = "stopping"
                 self._pipeline.stop(self.settings.drain if drain is None else drain)
                 self._parts.device.close()
+                if self._own_cache is not None:
+                    self._own_cache.close()
             self._state = "stopped"
 
     def __enter__(self) -> Self:
@@ -169,6 +196,11 @@ class Engine:
     def device(self) -> Device:
         """The device that embeds."""
         return self._running()[0].device
+
+    @property
+    def cache(self) -> VectorCache | None:
+        """Where vectors are kept; None where the settings want none."""
+        return self._cache
 
     def stats(self) -> Stats:
         """Counters, queue depth and the life of the stages, at this moment."""
@@ -202,7 +234,13 @@ class Engine:
         now = time.monotonic()
         deadline = now + self.settings.timeout if request.deadline is None else request.deadline
         ticket = Ticket(request, deadline, now, done, future.cancelled)
-        few = len(request.texts) <= self.settings.interactive_texts
+        if self._cache is not None and self._keys is not None:
+            limit = min(request.max_tokens or parts.spec.max_length, parts.spec.max_length)
+            ticket.keys = self._keys.of(request.texts, prompt, request.truncate, limit)
+            ticket.recall(enumerate(self._cache.recall(ticket.keys)))
+            if not ticket.open:
+                return future
+        few = ticket.open <= self.settings.interactive_texts
         pipeline.submit(ticket, prompt, request.lane or (Lane.INTERACTIVE if few else Lane.BULK))
         future.add_done_callback(lambda done: ticket.fail_all(_CANCELLED) if done.cancelled() else None)
         return future

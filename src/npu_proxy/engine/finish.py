@@ -80,8 +80,8 @@ def check_output(request: EmbedRequest, width: int) -> None:
 def finish(ticket: Ticket, *, width: int, fingerprint: str) -> EmbedResult:
     """The result of a ticket whose every text has a vector or an error."""
     request = ticket.request
-    failed = [vector is None for vector in ticket.vectors]
-    vectors = np.stack([np.zeros(width, np.float32) if vector is None else vector for vector in ticket.vectors])
+    failed = [answer is None for answer in ticket.answers]
+    vectors = np.stack([np.zeros(width, np.float32) if answer is None else answer.vector for answer in ticket.answers])
     vectors = vectors[:, : request.dimensions]
     if request.normalize:
         vectors = normalize(vectors)
@@ -90,13 +90,20 @@ def finish(ticket: Ticket, *, width: int, fingerprint: str) -> EmbedResult:
     embeddings = cast(vectors, request.dtype)
     if isinstance(embeddings, list):
         embeddings = ["" if bad else text for text, bad in zip(embeddings, failed, strict=True)]
+    seen = [answer or encoding for answer, encoding in zip(ticket.answers, ticket.encodings, strict=True)]
     return EmbedResult(
         embeddings=embeddings,
-        tokens=[encoding.tokens if encoding else 0 for encoding in ticket.encodings],
-        truncated=[bool(encoding and encoding.truncated) for encoding in ticket.encodings],
+        tokens=[known.tokens if known else 0 for known in seen],
+        truncated=[bool(known and known.truncated) for known in seen],
         errors=tuple(ticket.errors),
-        devices=tuple(ticket.devices),
+        devices=[answer.device if answer else "" for answer in ticket.answers],
+        cached=ticket.cached,
         fallback="; ".join(sorted(ticket.fallbacks)),
         fingerprint=fingerprint,
-        timings=Timings(total=time.monotonic() - ticket.submitted_at, queued=ticket.queued_seconds, infer=ticket.infer_seconds),
+        timings=Timings(
+            total=time.monotonic() - ticket.submitted_at,
+            tokenized=ticket.tokenize_seconds,
+            queued=ticket.queued_seconds,
+            infer=ticket.infer_seconds,
+        ),
     )

@@ -19,13 +19,14 @@ from functools import partial
 
 import numpy as np
 
+from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device
 from npu_proxy.engine.packing import Plan, pack
-from npu_proxy.engine.queue import Depth, JobQueue
+from npu_proxy.engine.queue import Depth, JobQueue, Speed, expected_wait
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import DeadlineError, DeviceError, NpuProxyError, OverloadedError, StoppedError
 from npu_proxy.graph.heads import fill_pool
-from npu_proxy.types import Encoding, Job, Lane, Output, Pack, Pooling, Ticket, Vector
+from npu_proxy.types import Embedded, Encoding, Job, Lane, Output, Pack, Pooling, Ticket, Vector
 
 log = logging.getLogger("npu_proxy.engine")
 
@@ -46,6 +47,10 @@ class Limits:
     max_tokens: int
 
 
+_HURRY = 0.8
+"""Share of its time that a request may be expected to wait; beyond it the request is refused at once."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What has happened since the start. Read it through Pipeline.stats()."""
@@ -56,6 +61,8 @@ class Counters:
     rows: int = 0
     positions: int = 0
     merged: int = 0
+    abandoned: int = 0
+    """Texts dropped before inference: their callers had gone, or their time was over."""
     refused: int = 0
     infer_seconds: float = 0.0
     faults: int = 0
@@ -82,14 +89,17 @@ class _Chunk:
     ticket: Ticket
     prompt: str
     lane: Lane
-    indices: range
+    indices: Sequence[int]
 
 
 class Pipeline:
     """Takes tickets, answers each of their texts exactly once. Thread-safe."""
 
-    def __init__(self, encoder: TextEncoder, device: Device, pooling: Pooling, limits: Limits) -> None:
+    def __init__(
+        self, encoder: TextEncoder, device: Device, pooling: Pooling, limits: Limits, cache: VectorCache | None = None
+    ) -> None:
         self._encoder = encoder
+        self._cache = cache
         self._device = device
         self._by_index = pooling.by_index
         self._fill_pool = partial(fill_pool, pooling)
@@ -100,6 +110,7 @@ class Pipeline:
         self._idle = threading.Condition(self._lock)
         self._chunks: dict[Lane, deque[_Chunk]] = {Lane.INTERACTIVE: deque(), Lane.BULK: deque()}
         self._tokenizing = 0
+        self._speed = Speed()
         self._rows = 0
         self._jobs = JobQueue(aging=limits.aging, window=limits.window)
         self._open: set[int] = set()
@@ -121,32 +132,52 @@ class Pipeline:
 
     def submit(self, ticket: Ticket, prompt: str, lane: Lane) -> None:
         """Take a ticket in. Raises OverloadedError past the queue's limits, StoppedError when not running."""
-        count = len(ticket.vectors)
+        left = [index for index, answer in enumerate(ticket.answers) if answer is None]
+        count = len(left)
         with self._lock:
             if not self._accepting:
                 raise StoppedError("the engine is stopping or stopped; start it before sending texts")
-            tokens = self._jobs.depth.tokens
-            if self._open_texts and (self._open_texts + count > self._limits.max_items or tokens > self._limits.max_tokens):
+            try:
+                self._admit(count, lane, ticket.deadline - ticket.submitted_at)
+            except OverloadedError:
                 self._counters.refused += 1
-                raise OverloadedError(
-                    f"the queue is full ({self._open_texts} texts of at most {self._limits.max_items}, {tokens} tokens of at"
-                    f" most {self._limits.max_tokens}); try again later, or raise `max_queue_items` or `max_queue_tokens`",
-                    retry_after=max(1.0, tokens / self._speed()),
-                )
+                raise
             self._counters.requests += 1
             self._tickets[id(ticket)] = ticket
+            ticket.queued = count
             self._open_texts += count
             heapq.heappush(self._deadlines, (ticket.deadline, next(self._order), ticket))
             for start in range(0, count, _CHUNK):
-                self._chunks[lane].append(_Chunk(ticket, prompt, lane, range(start, min(start + _CHUNK, count))))
+                self._chunks[lane].append(_Chunk(ticket, prompt, lane, left[start : start + _CHUNK]))
             self._texts_came.notify()
+
+    def _admit(self, count: int, lane: Lane, seconds: float) -> None:
+        """Raise OverloadedError for ``count`` texts that there is no room for, or that would wait most of their ``seconds``."""
+        if not self._open_texts:
+            return  # what is too much for an idle engine is for its deadline to say
+        tokens, limits = self._jobs.depth.tokens, self._limits
+        speed = self._speed.tokens_a_second * self._device.streams
+        if self._open_texts + count > limits.max_items or tokens > limits.max_tokens:
+            raise OverloadedError(
+                f"the queue is full ({self._open_texts} texts of at most {limits.max_items}, {tokens} tokens of at"
+                f" most {limits.max_tokens}); try again later, or raise `max_queue_items` or `max_queue_tokens`",
+                retry_after=max(1.0, tokens / speed) if speed else 1.0,
+            )
+        untokenized = {one: sum(len(chunk.indices) for chunk in chunks) for one, chunks in self._chunks.items()}
+        wait = expected_wait(lane, self._jobs.tokens, untokenized, self._speed.tokens_a_text, speed)
+        if wait > _HURRY * seconds:
+            raise OverloadedError(
+                f"the queue is {wait:.1f} seconds long, too long for a request that has {seconds:.3g}; try again later,"
+                " or give it more time",
+                retry_after=max(1.0, wait - _HURRY * seconds),
+            )
 
     def forget(self, ticket: Ticket) -> None:
         """A ticket has all its answers; called by its ``done``."""
         with self._lock:
             if self._tickets.pop(id(ticket), None) is None:
                 return
-            self._open_texts -= len(ticket.vectors)
+            self._open_texts -= ticket.queued
             for error in filter(None, ticket.errors):
                 self._counters.errors[error.kind] = self._counters.errors.get(error.kind, 0) + 1
             if not self._tickets:
@@ -162,6 +193,7 @@ class Pipeline:
                 fallbacks=dict(now.fallbacks),
                 errors=dict(now.errors),
                 merged=self._jobs.merged,
+                abandoned=self._jobs.abandoned,
             )
             return Stats(
                 counters=copy,
@@ -211,14 +243,33 @@ class Pipeline:
             self._tokenizing += 1
         encodings: Sequence[Encoding | NpuProxyError] = ()
         try:
-            ticket = chunk.ticket
+            ticket, start = chunk.ticket, time.monotonic()
             if ticket.open and not ticket.abandoned():
+                chunk = self._without_cached(chunk)
                 texts = [ticket.request.texts[index] for index in chunk.indices]
                 encodings = self._encoder.encode(texts, chunk.prompt, ticket.request.truncate, ticket.request.max_tokens)
+                ticket.tokenize_seconds += time.monotonic() - start
+            elif ticket.abandoned():
+                with self._lock:
+                    self._jobs.abandoned += len(chunk.indices)
         except BaseException as error:  # these texts fail, the stage goes on; a panic in Rust is no Exception
             encodings = [_wrapped(error, "tokenizing failed")] * len(chunk.indices)
         finally:
             self._enqueue(chunk, encodings)
+
+    def _without_cached(self, chunk: _Chunk) -> _Chunk:
+        """The chunk without the texts that the disk or a server knows, which are answered."""
+        if self._cache is None or not self._cache.deep or not chunk.ticket.keys:
+            return chunk
+        found = self._cache.fetch([chunk.ticket.keys[index] for index in chunk.indices], self._text_seconds())
+        chunk.ticket.recall(zip(chunk.indices, found, strict=True))
+        left = [index for index, entry in zip(chunk.indices, found, strict=True) if entry is None]
+        return replace(chunk, indices=left)
+
+    def _text_seconds(self) -> float:
+        """What a text costs on the device; 0 before the first row."""
+        counters = self._counters
+        return counters.infer_seconds / counters.texts / self._device.streams if counters.texts else 0.0
 
     def _enqueue(self, chunk: _Chunk, encodings: Sequence[Encoding | NpuProxyError]) -> None:
         ticket, now = chunk.ticket, time.monotonic()
@@ -313,15 +364,19 @@ class Pipeline:
                     ticket.fail(index, outcome)
                     continue
                 assert isinstance(answer, Output)
-                ticket.devices[index] = answer.device
                 if answer.fallback:
                     ticket.fallbacks.add(answer.fallback)
                 ticket.queued_seconds = max(ticket.queued_seconds, now - answer.seconds - job.queued_at)
                 ticket.infer_seconds += answer.seconds * job.encoding.tokens / max(1, row.tokens)
-                ticket.answer(index, outcome)
+                known = ticket.encodings[index]
+                embedded = Embedded(outcome, job.encoding.tokens, bool(known and known.truncated), answer.device)
+                if self._cache is not None and ticket.keys:
+                    self._cache.keep(ticket.keys[index], embedded)
+                ticket.answer(index, embedded)
 
     def _count(self, row: Pack, answer: Output) -> None:
         counters = self._counters
+        self._speed.row(tokens=row.tokens, texts=len(row.jobs), seconds=answer.seconds)
         counters.texts += len(row.jobs)
         counters.tokens += row.tokens
         counters.rows += 1
@@ -343,11 +398,6 @@ class Pipeline:
                 ticket.fail_all(
                     DeadlineError(f"no answer within {seconds:.3g} seconds; raise the timeout, or send fewer texts at once")
                 )
-
-    def _speed(self) -> float:
-        """Tokens a second so far; a guess of a thousand before the first row."""
-        counters = self._counters
-        return counters.tokens / counters.infer_seconds * self._device.streams if counters.infer_seconds else 1000.0
 
 
 def _vector(answer: Output, row: Pack, number: int) -> Vector | DeviceError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -30,6 +30,48 @@ def leading_lane(*, now: float, oldest_bulk: float | None, last_bulk: float, agi
     return Lane.BULK if overdue or not interactive else Lane.INTERACTIVE
 
 
+@dataclass(slots=True)
+class Speed:
+    """How fast rows have gone lately; older ones count less and less."""
+
+    tokens: float = 0.0
+    texts: float = 0.0
+    seconds: float = 0.0
+
+    def row(self, *, tokens: int, texts: int, seconds: float) -> None:
+        """A row was inferred; seconds on one stream of the device."""
+        self.tokens = _FADE * self.tokens + tokens
+        self.texts = _FADE * self.texts + texts
+        self.seconds = _FADE * self.seconds + seconds
+
+    @property
+    def tokens_a_second(self) -> float:
+        """Of one stream; 0 before the first row."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_a_text(self) -> float:
+        """Mean length; 0 before the first row."""
+        return self.tokens / self.texts if self.texts else 0.0
+
+
+_FADE = 0.98
+"""What a row still counts after the next one."""
+
+
+def expected_wait(
+    lane: Lane, tokens: Mapping[Lane, int], untokenized: Mapping[Lane, int], tokens_a_text: float, speed: float
+) -> float:
+    """Seconds until a text that comes now is inferred; 0 where nothing is known yet.
+
+    tokens: that wait, a lane. untokenized: texts on their way to the queue. speed: tokens a second of all streams.
+    Interactive texts wait for their own lane only, bulk ones for both.
+    """
+    ahead = [lane] if lane is Lane.INTERACTIVE else list(Lane)
+    waiting = sum(tokens[one] + untokenized[one] * tokens_a_text for one in ahead)
+    return waiting / speed if speed else 0.0
+
+
 class JobQueue:
     """Two lanes of jobs in order of arrival; equal texts in flight share one job. Not thread-safe."""
 
@@ -40,13 +82,15 @@ class JobQueue:
         self._lanes: dict[Lane, dict[Job, None]] = {Lane.INTERACTIVE: {}, Lane.BULK: {}}
         self._in_flight: dict[bytes, Job] = {}
         self._last_bulk = float("-inf")
-        self._tokens = 0
+        self.tokens = {Lane.INTERACTIVE: 0, Lane.BULK: 0}
+        """Tokens that wait, a lane."""
         self.merged = 0
+        self.abandoned = 0
 
     @property
     def depth(self) -> Depth:
         """Jobs that have not started."""
-        return Depth(sum(map(len, self._lanes.values())), self._tokens)
+        return Depth(sum(map(len, self._lanes.values())), sum(self.tokens.values()))
 
     def add(self, encoding: Encoding, ticket: Ticket, index: int, lane: Lane, now: float) -> Job:
         """Queue a text, or join the job that embeds the same ids already (and lift it into the faster lane)."""
@@ -62,6 +106,8 @@ class JobQueue:
             if not job.started:
                 del self._lanes[Lane.BULK][job]
                 self._lanes[Lane.INTERACTIVE][job] = None
+                self.tokens[Lane.BULK] -= encoding.tokens
+                self.tokens[Lane.INTERACTIVE] += encoding.tokens
             job.lane = lane
         return job
 
@@ -103,6 +149,7 @@ class JobQueue:
         interactive, bulk = self._lanes[Lane.INTERACTIVE], self._lanes[Lane.BULK]
         for job in [job for job in islice(chain(interactive, bulk), 2 * self._window) if not job.wanted(now)]:
             self._drop(job)
+            self.abandoned += 1
         lane = leading_lane(
             now=now,
             oldest_bulk=next(iter(bulk)).queued_at if bulk else None,
@@ -115,12 +162,12 @@ class JobQueue:
 
     def _put(self, job: Job) -> Job:
         self._lanes[job.lane][job] = None
-        self._tokens += job.encoding.tokens
+        self.tokens[job.lane] += job.encoding.tokens
         return job
 
     def _start(self, job: Job) -> None:
         del self._lanes[job.lane][job]
-        self._tokens -= job.encoding.tokens
+        self.tokens[job.lane] -= job.encoding.tokens
         job.started = True
 
     def _drop(self, job: Job) -> None:

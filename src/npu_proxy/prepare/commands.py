@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_origin
 
 from cyclopts import Parameter
 
@@ -15,7 +15,15 @@ from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec
 
-Shared = Annotated[Settings, Parameter(name="*", group="Settings")]
+
+def _split(kind: object, value: str, *, delimiter: str | None = None) -> list[str]:
+    """Several values in one variable stand between commas, since folders may have spaces in their names."""
+    if get_origin(kind) is not tuple:
+        return [value]
+    return [one.strip() for one in value.split(delimiter or ",") if one.strip()]
+
+
+Shared = Annotated[Settings, Parameter(name="*", group="Settings", negative_iterable=(), env_var_split=_split)]
 """The settings as flags of every command."""
 DEFAULTS = Settings()
 
@@ -182,7 +190,7 @@ def compile_model(model: str = "", *, platform: str = ANY, settings: Shared = DE
 
 
 def _with_model(settings: Settings, model: str) -> Settings:
-    return replace(settings, model=model or settings.model)
+    return replace(settings, model=(model,) if model else settings.model)
 
 
 def _served(settings: Settings, model: str) -> tuple[Settings, ModelSpec]:
@@ -192,7 +200,7 @@ def _served(settings: Settings, model: str) -> tuple[Settings, ModelSpec]:
     from npu_proxy.models.layout import read_spec
 
     settings = _with_model(settings, model)
-    name, folder = Store(settings.store).resolve(settings.model)
+    name, folder = Store(settings.store).resolve(settings.model[0])
     spec = read_spec(folder, name=name, pooling=settings.pooling)
     settings = settled(settings, spec)
     return settings, served_spec(settings, spec)

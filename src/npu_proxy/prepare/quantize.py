@@ -115,7 +115,7 @@ def quantize(settings: Settings, pairs: Pairs, texts: Sequence[str] = (), *, mos
     pairs: measured on. texts: calibrated on; without any, the sentences of every other pair, and the rest is measured on.
     most_loss: points of Spearman x100 that it may cost. Raises ModelError when it costs more, SettingsError without NNCF.
     """
-    name, folder = Store(settings.store).resolve(settings.model)
+    name, folder = Store(settings.store).resolve(settings.model[0])
     spec = read_spec(folder, name=name, pooling=settings.pooling)
     if not texts:
         half = pairs.every(0, 2)

@@ -84,7 +84,7 @@ def _probe(state: State) -> None:
 
 def _health(state: State) -> Health:
     engine = state.engine.engine
-    shown = Health(status="ok", unix=time.time(), version=__version__, model=state.settings.model)
+    shown = Health(status="ok", unix=time.time(), version=__version__, model=state.settings.model[0])
     if engine.state != "running":
         shown.status = "failed" if state.failure else {"new": "loading"}.get(engine.state, engine.state)
         shown.reason = state.failure

@@ -1,0 +1,92 @@
+"""Vectors on a Valkey or Redis server that several machines share. The server's own settings limit and evict."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from npu_proxy.cache.entry import FINGERPRINT_BYTES, fingerprint_bytes
+from npu_proxy.cache.tier import TierError, TierStats
+from npu_proxy.errors import SettingsError
+
+_SECONDS = 0.25
+"""A lookup that takes longer is no gain; the tier then rests."""
+_SCAN = 1000
+
+
+class SharedTier:
+    """Entries at ``url`` under `npu-proxy:PREFIX:`."""
+
+    name = "shared"
+
+    def __init__(self, url: str, prefix: str) -> None:
+        """Connects at the first use. Raises SettingsError for a url that means nothing, or without the client library."""
+        try:
+            import redis
+        except ImportError as error:
+            raise SettingsError("`cache_url` needs a client: pip install npu-proxy[shared-cache]", param="cache_url") from error
+        self._prefix = f"npu-proxy:{prefix}:".encode()
+        self._errors: type[Exception] = redis.RedisError
+        try:
+            self._client: Any = redis.Redis.from_url(
+                url.replace("valkey", "redis", 1) if url.startswith("valkey") else url,
+                socket_timeout=_SECONDS,
+                socket_connect_timeout=_SECONDS,
+            )
+        except ValueError as error:
+            raise SettingsError(f"`cache_url`: {error}", param="cache_url") from error
+
+    def open(self) -> None:
+        """See that the server answers."""
+        with self._as_tier_error():
+            self._client.ping()
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """One round trip."""
+        with self._as_tier_error():
+            return self._client.mget([self._prefix + key for key in keys])
+
+    def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
+        """One round trip."""
+        with self._as_tier_error():
+            self._client.mset({self._prefix + key: value for key, value in items})
+
+    def stats(self) -> TierStats:
+        """Entries by fingerprint; how many bytes they take only the server knows."""
+        entries: dict[str, int] = {}
+        with self._as_tier_error():
+            for name in self._names(b"*"):
+                fingerprint = name[len(self._prefix) :][:FINGERPRINT_BYTES].decode("ascii", "replace")
+                entries[fingerprint] = entries.get(fingerprint, 0) + 1
+        return TierStats(name=self.name, entries=entries, size=0, limit=0)
+
+    def clear(self, fingerprint: str | None) -> int:
+        """Remove the entries of this prefix, or those of one model."""
+        removed, batch = 0, list[bytes]()
+        with self._as_tier_error():
+            for name in self._names(b"*" if fingerprint is None else _escaped(fingerprint_bytes(fingerprint)) + b"*"):
+                batch.append(name)
+                if len(batch) == _SCAN:
+                    removed += self._client.delete(*batch)
+                    batch.clear()
+            return removed + (self._client.delete(*batch) if batch else 0)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _names(self, pattern: bytes) -> Iterator[bytes]:
+        return self._client.scan_iter(match=_escaped(self._prefix) + pattern, count=_SCAN)
+
+    @contextmanager
+    def _as_tier_error(self) -> Generator[None]:
+        try:
+            yield
+        except (self._errors, OSError) as error:
+            raise TierError(f"the server of `cache_url`: {error}") from error
+
+
+def _escaped(name: bytes) -> bytes:
+    """A name inside a pattern, with nothing that means more than itself."""
+    return b"".join(b"\\" + bytes([one]) if one in b"*?[]\\^-" else bytes([one]) for one in name)

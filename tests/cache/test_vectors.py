@@ -1,0 +1,145 @@
+"""The cache as the engine uses it: the same vectors with and without it, whatever was asked for, and never an error of its own."""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import SMALL_SHAPES, fake_engine, golden
+from npu_proxy import EmbedRequest, Engine, Settings
+from npu_proxy.cache.disk import DiskTier
+from npu_proxy.cache.tier import TierError, TierStats
+from npu_proxy.cache.vectors import VectorCache
+from npu_proxy.devices.fake import FakeDevice
+from npu_proxy.types import Embedded, Truncate
+
+FOLDER, TEXTS, VECTORS = golden("mean")
+
+
+def entry(number: float) -> Embedded:
+    return Embedded(np.full(8, number, np.float32), 3, truncated=False, device="cpu")
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        threading.Event().wait(0.01)
+
+
+def test_every_shape_is_cut_from_one_entry() -> None:
+    with (
+        Engine(settings=Settings(model=str(FOLDER), device="cpu")) as engine,
+        Engine(str(FOLDER), "cpu", Settings(cache_mb=0)) as bare,
+    ):
+        engine.embed(TEXTS)
+        for options in ({}, {"dimensions": 8}, {"normalize": False}, {"dtype": "int8"}, {"dtype": "base64", "dimensions": 4}):
+            np.testing.assert_array_equal(engine.embed(TEXTS, **options), bare.embed(TEXTS, **options))
+        assert engine.stats().counters.texts == len(set(TEXTS))
+        result = engine.submit(EmbedRequest(texts=[*TEXTS, "a new text"])).result()
+        assert result.cached == len(TEXTS)
+        assert set(result.devices) == {"cpu"}
+        again = engine.submit(EmbedRequest(texts=TEXTS)).result()
+        assert (again.cached, again.tokens, again.truncated) == (len(TEXTS), result.tokens[:-1], result.truncated[:-1])
+        assert engine.submit(EmbedRequest(texts=TEXTS, prompt_name="query")).result().cached == 0
+        assert engine.submit(EmbedRequest(texts=TEXTS, max_tokens=4)).result().cached == 0
+
+
+def test_errors_are_not_cached_and_cut_texts_say_so_again() -> None:
+    long = "sea " * 90
+    with fake_engine(FakeDevice(width=32, shapes=SMALL_SHAPES)) as engine:
+        for cached in (0, 1):
+            result = engine.submit(EmbedRequest(texts=[long, ""])).result()
+            assert (result.cached, result.truncated[0]) == (cached, True)
+            assert result.errors[1] is not None
+        assert engine.submit(EmbedRequest(texts=[long], truncate=Truncate.ERROR)).result().errors[0] is not None
+
+
+def test_a_disk_is_shared_by_engines_one_after_another(tmp_path: Path) -> None:
+    settings = Settings(model=str(FOLDER), device="cpu", cache_disk_mb=10, cache_folder=tmp_path)
+    with Engine(settings=settings) as first:
+        expected = first.embed(TEXTS)
+    with Engine(settings=settings) as second:
+        assert second.cache is not None
+        until(lambda: second.cache.fetch([b"?" * 48], 0.0) is not None and second.cache._tiers[0]._env is not None)
+        np.testing.assert_array_equal(second.embed(TEXTS), expected)
+        assert second.stats().counters.texts == 0
+        assert second.cache.counts().hits["disk"] == len(TEXTS)
+    other = Settings(model=str(FOLDER), device="cpu", cache_disk_mb=10, cache_folder=tmp_path, cache_prefix="other")
+    with Engine(settings=other) as third:
+        third.embed(TEXTS)
+        assert third.stats().counters.texts == len(set(TEXTS))
+
+
+class Broken:
+    """A tier that fails, hangs for a while, or answers nonsense."""
+
+    name = "broken"
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.asked = 0
+
+    def open(self) -> None: ...
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        self.asked += 1
+        if self.how == "fails":
+            raise TierError("no such server")
+        return [b"nonsense"] * len(keys)
+
+    def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
+        if self.how == "fails":
+            raise TierError("no such server")
+        raise ZeroDivisionError
+
+    def stats(self) -> TierStats:
+        raise TierError("no")
+
+    def clear(self, fingerprint: str | None) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("how", ["fails", "nonsense"])
+def test_a_broken_tier_is_never_a_request_s_trouble(how: str) -> None:
+    tier = Broken(how)
+    with VectorCache(memory=0, tiers=[tier]) as cache, fake_engine(FakeDevice(width=32, shapes=SMALL_SHAPES)) as engine:
+        engine._cache, engine._pipeline._cache = cache, cache
+        for number in range(30):
+            assert engine.embed([f"text {number}"]).shape == (1, 32)
+        if how == "fails":
+            assert tier.asked <= 3  # it rests after a failure
+            assert cache.counts().errors >= 1
+            assert cache.counts().bypassed >= 27
+        until(lambda: cache.counts().dropped > 0)
+
+
+def test_memory_keeps_what_was_used_last() -> None:
+    with VectorCache(memory=10 * 532) as cache:
+        for number in range(10):
+            cache.keep(bytes([number]), entry(number))
+        cache.recall([b"\0"])
+        cache.keep(b"new", entry(1))
+        assert [one is not None for one in cache.recall([b"\0", b"\1", b"\2", b"new"])] == [True, False, True, True]
+        counts = cache.counts()
+        assert (counts.entries, counts.hits["memory"], counts.misses) == (10, 4, 1)
+
+
+def test_a_flood_of_new_entries_is_dropped_and_not_kept_waiting(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 1_000_000)
+    release = threading.Event()
+    tier.open = lambda: release.wait(20)  # another process holds the lock
+    with VectorCache(memory=0, tiers=[tier]) as cache:
+        start = time.monotonic()
+        for number in range(5000):
+            cache.keep(number.to_bytes(48, "big"), entry(number))
+        assert time.monotonic() - start < 10
+        assert cache.counts().dropped >= 900
+        del tier.open
+        release.set()
+        until(lambda: cache.counts().written >= 4000)
