@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings as hypothesis_settings
+from starlette.applications import Starlette
 
 from npu_proxy import Engine, Settings
 from npu_proxy.devices import profile
@@ -23,6 +24,8 @@ from npu_proxy.graph.packed import RowShape
 from npu_proxy.models.catalog import DEFAULT_MODEL
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.store import Store
+from npu_proxy.server.app import create_app
+from npu_proxy.server.registry import Registry
 
 # How long an example takes says nothing on a shared machine.
 hypothesis_settings.register_profile("untimed", deadline=None)
@@ -59,6 +62,11 @@ def fake_engine(device: FakeDevice | None = None, **settings: object) -> Engine:
         return Parts(spec=spec, encoder=encoder, device=device)
 
     return Engine(settings=Settings(**settings), parts=parts)
+
+
+def app_of(engine: Engine, settings: Settings) -> Starlette:
+    """The server's application over an engine that the test starts and stops."""
+    return create_app(Registry(settings, make=lambda _settings, _cache: engine), settings)
 
 
 SMALL_SHAPES = (RowShape(bins=1, positions=64, segments=4), RowShape(bins=2, positions=64, segments=4))

@@ -53,9 +53,9 @@ def test_async_client_dimensions_and_token_ids(server: Server, reference) -> Non
             found = np.concatenate([vectors_of(answer) for answer in await asyncio.gather(*calls)])
             assert smallest_cosine(found, vectors[-19:, :64]) >= 0.9999
             np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
-            # 7592, 2088: "hello world" in the model's own vocabulary.
-            ids = await client.embeddings.create(model="all-minilm", input=[7592, 2088])
-            text = await client.embeddings.create(model="all-minilm", input="hello world")
+            # "hello world", four times over, in the model's own vocabulary.
+            ids = await client.embeddings.create(model="all-minilm", input=[7592, 2088] * 4)
+            text = await client.embeddings.create(model="all-minilm", input="hello world " * 4)
             np.testing.assert_array_equal(vectors_of(ids), vectors_of(text))
 
     asyncio.run(run())

@@ -12,10 +12,9 @@ import httpx
 import pytest
 from load import accelerator, faulty_engine
 
-from conftest import golden
+from conftest import app_of, golden
 from npu_proxy import AsyncEngine
 from npu_proxy.devices.faults import Fault
-from npu_proxy.server.app import create_app
 
 QUICK = {
     "model": str(golden("mean")[0]),
@@ -35,8 +34,8 @@ FIELDS = {"name", "kind", "state", "breaker", "worker_pid", "certified", "execut
 async def serving(store: Path, **settings: object) -> AsyncIterator[tuple[httpx.AsyncClient, AsyncEngine]]:
     engine = faulty_engine(store=store, **QUICK, **settings)
     try:
-        app = create_app(AsyncEngine(engine=engine), engine.settings)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as made:
+        app = app_of(engine, engine.settings)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60) as made:
             yield made, AsyncEngine(engine=engine)
     finally:
         await asyncio.to_thread(engine.stop, 0)
@@ -49,7 +48,10 @@ async def embed(http: httpx.AsyncClient, text: str) -> httpx.Response:
 
 
 def executed(metrics: str) -> dict[str, float]:
-    return {device: float(count) for device, count in re.findall(r'_executed_texts_total\{device="([^"]+)"\} (\S+)', metrics)}
+    return {
+        device: float(count)
+        for device, count in re.findall(r'_executed_texts_total\{device="([^"]+)",model="[^"]+"\} (\S+)', metrics)
+    }
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.NAN, Fault.CRASH, Fault.HANG], ids=lambda fault: fault.name.lower())

@@ -11,22 +11,22 @@ import httpx
 import numpy as np
 import pytest
 
-from conftest import SMALL_SHAPES, fake_engine, golden
-from npu_proxy import AsyncEngine, Settings
+from conftest import SMALL_SHAPES, app_of, fake_engine, golden
+from npu_proxy import Settings
 from npu_proxy.devices.fake import FakeDevice, fail
-from npu_proxy.server.app import create_app
 
 _, TEXTS, _ = golden("mean")
 
 
 @asynccontextmanager
 async def client(device: FakeDevice | None = None, *, start: bool = True, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
+    settings = {"load_on_demand": False, **settings}
     device = device or FakeDevice(width=32, shapes=SMALL_SHAPES)
     engine = fake_engine(device, **settings)
     if start:
         engine.start()
-    app = create_app(AsyncEngine(engine=engine), Settings(**settings))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as made:
+    app = app_of(engine, Settings(**settings))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as made:
         yield made
     await asyncio.to_thread(engine.stop)
 
@@ -82,7 +82,7 @@ BAD: list[tuple[object, int, str]] = [
     ({"input": ["a", ""]}, 400, "the text is empty"),
     ({"input": ["a", 1]}, 400, "mixes"),
     ({"input": [[1], "a"]}, 400, "mixes"),
-    ({"input": [[]]}, 400, "token ids is empty"),
+    ({"input": [[]]}, 400, "list of token ids is empty"),
     ({"input": [1, 10**7]}, 400, "vocabulary"),
     ({"input": [[-1]]}, 400, "vocabulary"),
     ({"input": ["a"] * 2049}, 400, "at most 2048"),
@@ -116,7 +116,7 @@ def test_every_mistake_has_openais_shape_and_the_next_request_is_right() -> None
 
 def test_token_ids_are_embedded_or_refused() -> None:
     ids = [5, 6, 7]
-    one, many = post({"input": ids}).json(), post({"input": [ids, ids]}).json()
+    one, many = (post({"input": given}, token_ids="model").json() for given in (ids, [ids, ids]))
     assert one["data"][0]["embedding"] == many["data"][1]["embedding"]
     refused = post({"input": ids}, token_ids="reject")
     assert refused.status_code == 400
@@ -196,7 +196,7 @@ def test_models_health_metrics_and_docs() -> None:
             assert (health.status_code, health.json()["status"]) == (200, "ok")
             assert health.json()["executed"] == {"fake": 2}
             text = (await http.get("/metrics")).text
-            assert 'npu_proxy_executed_texts_total{device="fake"} 2.0' in text
+            assert 'npu_proxy_executed_texts_total{device="fake",model="mean"} 2.0' in text
             assert 'npu_proxy_request_count_total{path="/v1/embeddings",status="200"} 1.0' in text
             document = (await http.get("/openapi.json")).json()
             assert {"/v1/embeddings", "/v1/models", "/v1/models/{id}", "/health"} <= set(document["paths"])

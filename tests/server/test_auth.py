@@ -6,17 +6,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from conftest import fake_engine
-from npu_proxy import AsyncEngine, Settings, SettingsError
-from npu_proxy.server.app import create_app
+from conftest import app_of, fake_engine
+from npu_proxy import Settings, SettingsError
 from npu_proxy.server.auth import read_keys
 
 
 def ask(path: str, headers: dict | None = None, method: str = "GET", **settings: object) -> httpx.Response:
     async def run() -> httpx.Response:
         engine = fake_engine(**settings).start()
-        app = create_app(AsyncEngine(engine=engine), Settings(**settings))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        app = app_of(engine, Settings(**settings))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             answer = await http.request(
                 method, path, headers=headers, content=b'{"input": "a", "inputs": "a"}' if method == "POST" else b""
             )

@@ -11,9 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from conftest import golden
-from npu_proxy import AsyncEngine, Engine, Settings
-from npu_proxy.server.app import create_app
+from conftest import app_of, golden
+from npu_proxy import Engine, Settings
 
 FOLDER, TEXTS, VECTORS = golden("mean")
 UNIT = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
@@ -21,10 +20,16 @@ UNIT = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
 
 @asynccontextmanager
 async def client(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    chosen = Settings(model=str(FOLDER), device="cpu", served_model_name=("all-minilm", "text-embedding-3-small"), **settings)
+    chosen = Settings(
+        model=str(FOLDER),
+        device="cpu",
+        served_model_name=("all-minilm", "text-embedding-3-small"),
+        load_on_demand=False,
+        **settings,
+    )
     engine = Engine(settings=chosen).start()
-    app = create_app(AsyncEngine(engine=engine), chosen)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as made:
+    app = app_of(engine, chosen)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as made:
         yield made
     await asyncio.to_thread(engine.stop)
 
@@ -99,7 +104,8 @@ def test_num_ctx_limits_a_text() -> None:
 
 
 def test_ollama_tells_of_its_models() -> None:
-    (model,) = call("/api/tags", method="GET").json()["models"]
+    model, *others = call("/api/tags", method="GET").json()["models"]
+    assert [other["name"] for other in others] == ["all-minilm:latest", "text-embedding-3-small:latest"]
     assert model["name"] == model["model"]
     assert {"format", "family", "families", "parameter_size", "quantization_level"} <= set(model["details"])
     (running,) = call("/api/ps", method="GET").json()["models"]

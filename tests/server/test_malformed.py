@@ -8,9 +8,8 @@ import httpx
 import numpy as np
 import pytest
 
-from conftest import golden
-from npu_proxy import AsyncEngine, Engine, Settings
-from npu_proxy.server.app import create_app
+from conftest import app_of, golden
+from npu_proxy import Engine, Settings
 
 FOLDER, TEXTS, VECTORS = golden("mean")
 
@@ -137,8 +136,8 @@ def test_wrong_input_is_refused_clearly_and_the_next_answer_is_right() -> None:
     async def run() -> None:
         settings = Settings(model=str(FOLDER), device="cpu")
         engine = Engine(settings=settings).start()
-        app = create_app(AsyncEngine(engine=engine), settings)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
+        app = app_of(engine, settings)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60) as http:
             for number, (path, name, body) in enumerate(CASES):
                 answer = await http.post(path, content=body)
                 if not 400 <= answer.status_code < 500:
@@ -162,8 +161,8 @@ def test_the_content_type_does_not_matter_the_content_does(path: str, headers: d
     async def run() -> httpx.Response:
         settings = Settings(model=str(FOLDER), device="cpu")
         engine = Engine(settings=settings).start()
-        app = create_app(AsyncEngine(engine=engine), settings)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
+        app = app_of(engine, settings)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60) as http:
             answer = await http.post(
                 path, content=json.dumps({FIELDS[path]: "a" if FIELDS[path] != "texts" else ["a"]}), headers=headers
             )

@@ -48,6 +48,13 @@ def cgroup(name: str) -> str:
         return ""
 
 
+def available_memory() -> int:
+    """Bytes of memory this process may use: the machine's, or its control group's limit where that is less."""
+    limit = cgroup("memory.max")
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8_000_000_000
+    return min(machine, int(limit)) if limit.isdigit() else machine
+
+
 def pci(kind: str) -> list[str]:
     """PCI addresses of Intel devices of a class."""
     found: list[str] = []

@@ -60,6 +60,9 @@ class Counters:
     tokens: int = 0
     rows: int = 0
     positions: int = 0
+    row_texts: dict[int, int] = field(default_factory=dict[int, int])
+    """Rows by how many texts they had, and by their useful tokens."""
+    row_tokens: dict[int, int] = field(default_factory=dict[int, int])
     merged: int = 0
     abandoned: int = 0
     """Texts dropped before inference: their callers had gone, or their time was over."""
@@ -78,6 +81,7 @@ class Stats:
 
     counters: Counters
     depth: Depth
+    lane_tokens: dict[Lane, int]
     open_texts: int
     stages: dict[str, bool]
 
@@ -165,7 +169,7 @@ class Pipeline:
             )
         untokenized = {one: sum(len(chunk.indices) for chunk in chunks) for one, chunks in self._chunks.items()}
         wait = expected_wait(lane, self._jobs.tokens, untokenized, self._speed.tokens_a_text, speed)
-        if wait > _HURRY * seconds:
+        if wait > _HURRY * seconds > 0:  # without any time left it is the deadline that ends it
             raise OverloadedError(
                 f"the queue is {wait:.1f} seconds long, too long for a request that has {seconds:.3g}; try again later,"
                 " or give it more time",
@@ -192,12 +196,15 @@ class Pipeline:
                 executed=dict(now.executed),
                 fallbacks=dict(now.fallbacks),
                 errors=dict(now.errors),
+                row_texts=dict(now.row_texts),
+                row_tokens=dict(now.row_tokens),
                 merged=self._jobs.merged,
                 abandoned=self._jobs.abandoned,
             )
             return Stats(
                 counters=copy,
                 depth=self._jobs.depth,
+                lane_tokens=dict(self._jobs.tokens),
                 open_texts=self._open_texts,
                 stages={thread.name.removeprefix("npu-proxy-"): thread.is_alive() for thread in self._threads},
             )
@@ -380,6 +387,8 @@ class Pipeline:
         counters.texts += len(row.jobs)
         counters.tokens += row.tokens
         counters.rows += 1
+        counters.row_texts[len(row.jobs)] = counters.row_texts.get(len(row.jobs), 0) + 1
+        counters.row_tokens[row.tokens] = counters.row_tokens.get(row.tokens, 0) + 1
         counters.positions += row.shape.bins * row.shape.positions
         counters.infer_seconds += answer.seconds
         counters.executed[answer.device] = counters.executed.get(answer.device, 0) + len(row.jobs)
@@ -395,9 +404,10 @@ class Pipeline:
         for ticket in expired:
             if ticket.open:
                 seconds = ticket.deadline - ticket.submitted_at
-                ticket.fail_all(
-                    DeadlineError(f"no answer within {seconds:.3g} seconds; raise the timeout, or send fewer texts at once")
+                late = (
+                    f"no answer within {seconds:.3g} seconds" if seconds > 0 else "the time was over before the texts were queued"
                 )
+                ticket.fail_all(DeadlineError(f"{late}; raise the timeout, or send fewer texts at once"))
 
 
 def _vector(answer: Output, row: Pack, number: int) -> Vector | DeviceError:

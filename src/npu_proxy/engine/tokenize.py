@@ -25,6 +25,10 @@ _CHARACTERS_A_TOKEN = 16
 """How much of a long text is tokenized at first, for each token that can be kept; more only where that was too little."""
 
 
+_OWN_IDS = 256
+"""So many ids tell whose they are."""
+
+
 class Token(NamedTuple):
     """A token and where it lies in its text, in characters."""
 
@@ -155,6 +159,17 @@ class TextEncoder:
             parts = zip(one.ids, one.tokens, one.special_tokens_mask, one.offsets, strict=True)
             found.append([Token(number, piece, bool(mask), *span) for number, piece, mask, span in parts])
         return found
+
+    def owns(self, ids: Sequence[int]) -> bool:
+        """Whether token ids look like this model's own: all of its vocabulary, and what its tokenizer makes of their text.
+
+        Ids of another tokenizer hardly ever come back the same; those of a single whole word may.
+        """
+        if not ids or not all(0 <= number < self._spec.vocabulary for number in ids):
+            return not ids
+        some = list(ids[:_OWN_IDS])
+        again = self._tokenizer.encode(self._tokenizer.decode(some, skip_special_tokens=False), add_special_tokens=False).ids
+        return again == some
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of token ids. Raises InputError for ids outside the vocabulary."""

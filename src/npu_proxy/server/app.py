@@ -1,279 +1,285 @@
-"""The application is a value: dialects, operations, one handler, one way for errors."""
+"""The application is a value: dialects, operations, one handler a kind of route, one way for errors."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route as Path
 from starlette.types import Lifespan
 
-from npu_proxy.engine.async_engine import AsyncEngine
-from npu_proxy.errors import (
-    DeadlineError,
-    DeviceError,
-    InputError,
-    NpuProxyError,
-    OverloadedError,
-    StoppedError,
-    UnavailableError,
+from npu_proxy.errors import InputError, NpuProxyError
+from npu_proxy.server import auth, cohere, infinity, ollama, openai, ops, tei, vllm
+from npu_proxy.server.dialect import (
+    Action,
+    Dialect,
+    Endpoint,
+    NotAllowedError,
+    NothingHereError,
+    Order,
+    Query,
+    Route,
+    model_of,
 )
-from npu_proxy.server import auth, cohere, ollama, openai, ops, tei
-from npu_proxy.server.dialect import STATUS, Action, Dialect, Endpoint, NoBodyError, Query, Served
+from npu_proxy.server.door import Door
+from npu_proxy.server.exchange import (
+    Answer,
+    Bodies,
+    Exchange,
+    GoneError,
+    advice,
+    decode,
+    fields_of,
+    headers_of,
+    request_id,
+    timeout_of,
+    unless_gone,
+)
+from npu_proxy.server.logs import log_access
 from npu_proxy.server.metrics import Metrics
 from npu_proxy.server.openapi import document
+from npu_proxy.server.registry import Registry
+from npu_proxy.server.shelf import ModelShelf
+from npu_proxy.server.tracing import Tracer, open_tracer
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedRequest, EmbedResult
+from npu_proxy.types import EmbedRequest
 
-DIALECTS: tuple[Dialect, ...] = (openai.DIALECT, ollama.DIALECT, tei.DIALECT, cohere.DIALECT)
-"""The APIs on the port; a further one is one file and its name here."""
+DIALECTS: tuple[Dialect, ...] = (openai.DIALECT, ollama.DIALECT, tei.DIALECT, infinity.DIALECT, cohere.DIALECT, vllm.DIALECT)
+"""The APIs on the port; a further one is one file and its name here. A body on a path of several goes to the first that wants it"""
 
 log = logging.getLogger("npu_proxy.server")
 
-_HEADER = "x-npu-proxy-"
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-class TooLargeError(InputError):
-    """The body is larger than the setting `max_body_mb`."""
-
-    kind = "too_large"
+Handler = Callable[[Exchange], Awaitable[Response]]
+Pair = tuple[Dialect, Route]
 
 
 @dataclass(kw_only=True)
 class State:
-    """What handlers share: the engine, whether it has loaded, and the metrics."""
+    """What handlers share: the models, the limits of bodies, the metrics, the keys."""
 
-    engine: AsyncEngine
+    registry: Registry
     settings: Settings
     metrics: Metrics
-    keys: Sequence[bytes] = ()
-    since: int = field(default_factory=lambda: int(time.time()))
-    failure: str | None = None
-
-    def served(self) -> Served:
-        """The model. Raises StoppedError while it loads or after it failed to."""
-        state = self.engine.engine.state
-        if state != "running":
-            words = {"new": "the model is loading; try again in a moment", "stopping": "the server is stopping"}
-            raise StoppedError(self.failure or words.get(state, "the engine has stopped"))
-        engine = self.engine.engine
-        return Served(spec=engine.spec, encoder=engine.encoder, settings=self.settings, since=self.since)
+    bodies: Bodies
+    keys: Sequence[bytes]
+    tracer: Tracer | None
 
 
-def create_app(engine: AsyncEngine, settings: Settings, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
-    """Everything on one port, over an engine that somebody else starts and stops."""
-    state = State(engine=engine, settings=settings, metrics=Metrics(engine.engine), keys=auth.read_keys(settings))
+def create_app(registry: Registry, settings: Settings, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
+    """Everything on one port, over models that somebody else starts and stops."""
+    state = State(
+        registry=registry,
+        settings=settings,
+        metrics=Metrics(registry),
+        bodies=Bodies(settings),
+        keys=auth.read_keys(settings),
+        tracer=open_tracer(settings),
+    )
     openapi = msgspec.json.encode(document(DIALECTS))
+    first = DIALECTS[0]
     routes = [
-        Route("/health", ops.health(state), methods=["GET"]),
-        Route("/health/live", ops.live(state), methods=["GET"]),
-        Route("/health/ready", ops.health(state), methods=["GET"]),
-        Route("/metrics", ops.metrics(state), methods=["GET"]),
-        Route(
-            "/openapi.json", _guarded(state, DIALECTS[0], "/openapi.json", ops.static(openapi, "application/json")), methods=["GET"]
-        ),
-        Route("/docs", _guarded(state, DIALECTS[0], "/docs", ops.docs), methods=["GET"]),
-        Route("/", ops.static(b"Ollama is running", "text/plain"), methods=["GET"]),
-        Route("/ping", ops.health(state), methods=["GET"]),
+        Path("/health", ops.health(registry), methods=["GET"]),
+        Path("/health/live", ops.live(registry), methods=["GET"]),
+        Path("/health/ready", ops.health(registry), methods=["GET"]),
+        Path("/ping", ops.health(registry), methods=["GET"]),
+        Path("/metrics", ops.metrics(state.metrics), methods=["GET"]),
+        Path("/", ops.static(b"Ollama is running", "text/plain"), methods=["GET"]),
+        _route("/openapi.json", "GET", state, first, _static(openapi, "application/json")),
+        _route("/docs", "GET", state, first, _static(ops.docs(), "text/html")),
     ]
-    for dialect in DIALECTS:
-        for endpoint in dialect.endpoints:
-            routes += _routes(endpoint.path, _embedding(state, dialect, endpoint), "POST")
-        for action in dialect.actions:
-            routes += _routes(action.path, _acting(state, dialect, action), action.method)
-        for query in dialect.queries:
-            routes += _routes(query.path, _answering(state, dialect, query), "GET")
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
+    pairs = [(dialect, route) for dialect in DIALECTS for route in dialect.routes]
+    by_path = sorted(pairs, key=lambda pair: (pair[1].path, pair[1].method))
+    owners: dict[str, Dialect] = {}
+    for (path, method), group in groupby(by_path, key=lambda pair: (pair[1].path, pair[1].method)):
+        same = list(group)
+        owners.setdefault(path, same[0][0])
+        # Clients send a trailing slash or none, and a redirect loses the body of some.
+        spellings = [path] if path.endswith(":path}") else [path, path + "/"]
+        routes += [_route(one, method, state, same[0][0], _choosing(state, same)) for one in spellings]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={404: _missing(owners), 405: _missing(owners)},
+        middleware=_middleware(settings),
+    )
     app.router.redirect_slashes = False
     app.state.npu_proxy = state
     return app
 
 
-def _routes(path: str, handler: Handler, method: str) -> Sequence[Route]:
-    """A path with and without a trailing slash; clients send either, and a redirect loses the body of some."""
-    paths = [path] if path.endswith(":path}") else [path, path + "/"]
-    return [Route(path, handler, methods=[method]) for path in paths]
+def _middleware(settings: Settings) -> list[Middleware]:
+    own = [Middleware(Door, hosts=auth.allowed_hosts(settings), prefix=settings.url_prefix)]
+    if settings.cors_allow_origin:
+        cors = Middleware(CORSMiddleware, allow_origins=settings.cors_allow_origin, allow_methods=["*"], allow_headers=["*"])
+        own.append(cors)
+    return own
+
+
+def _route(path: str, method: str, state: State, dialect: Dialect, handle: Handler) -> Path:
+    return Path(path, _guarded(state, dialect, path, handle), methods=[method])
+
+
+def _static(content: bytes, media_type: str) -> Handler:
+    async def handle(_: Exchange) -> Response:
+        return Response(content, media_type=media_type)
+
+    return handle
+
+
+def _choosing(state: State, pairs: Sequence[Pair]) -> Handler:
+    """The handler of a path; where several dialects have it, the body decides, and the errors are in that one's shape."""
+    handlers = [_handler(state, dialect, route) for dialect, route in pairs]
+    if len(handlers) == 1:
+        return handlers[0]
+
+    async def handle(exchange: Exchange) -> Response:
+        fields = fields_of(await _body(state, exchange))
+        wants = (number for number, (_, route) in enumerate(pairs) if isinstance(route, Query) or route.when(fields))
+        number = next(wants, 0)
+        exchange.dialect = pairs[number][0]
+        return await handlers[number](exchange)
+
+    return handle
+
+
+def _handler(state: State, dialect: Dialect, route: Route) -> Handler:
+    match route:
+        case Endpoint():
+            return _embedding(state, dialect, route)
+        case Action():
+            return _acting(state, route)
+        case Query():
+            return _answering(state, route)
+        case Order():
+            return _ordering(state, route)
 
 
 def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
-    decoder = msgspec.json.Decoder(endpoint.body)
+    decoder, settings = msgspec.json.Decoder(endpoint.body), state.settings
 
-    async def handle(request: Request) -> Response:
-        served = state.served()
-        seconds = _timeout(request, state.settings.timeout)
-        deadline = time.monotonic() + seconds
-        content = await _body_in_time(request, state.settings, seconds)
-        body = _decode(decoder, content)
-        ask = endpoint.to_request(body, served)
-        if not isinstance(ask, EmbedRequest):
-            return _json(ask)
-        if len(ask.texts) > state.settings.max_client_batch:
-            most = state.settings.max_client_batch
-            raise InputError(f"the request has {len(ask.texts)} texts; at most {most} are allowed (`max_client_batch`)")
-        result = (await _unless_gone(request, state.engine.submit(replace(ask, deadline=deadline)))).raise_first()
-        state.metrics.embedded(result)
-        response = _json(endpoint.to_response(result, body, served))
-        response.headers.update({**dialect.headers(result), **_headers(result)})
-        return response
+    async def handle(exchange: Exchange) -> Response:
+        start = time.monotonic()
+        seconds = timeout_of(exchange.request, settings.timeout)
+        body = decode(decoder, await _body(state, exchange))
+        async with state.registry.use(model_of(body), seconds, endpoint.keep_alive(body)) as (loaded, served):
+            exchange.model = served.spec.name
+            ask = endpoint.to_request(body, served)
+            if not isinstance(ask, EmbedRequest):
+                return Answer(ask)
+            if len(ask.texts) > settings.max_client_batch:
+                most = settings.max_client_batch
+                raise InputError(f"the request has {len(ask.texts)} texts; at most {most} are allowed (`max_client_batch`)")
+            future = loaded.engine.submit(replace(ask, deadline=start + seconds))
+            # What the cache knows is there at once.
+            result = future.result() if future.done() else await unless_gone(exchange.request, asyncio.wrap_future(future))
+            exchange.result = result
+            content = endpoint.to_response(result.raise_first(), body, served)
+        return Answer(content, headers={**dialect.headers(result), **headers_of(result)}, seconds=settings.header_timeout)
 
-    return _guarded(state, dialect, endpoint.path, handle)
+    return handle
 
 
-def _acting(state: State, dialect: Dialect, action: Action) -> Handler:
+def _acting(state: State, action: Action) -> Handler:
     decoder = msgspec.json.Decoder(action.body)
 
-    async def handle(request: Request) -> Response:
-        served = state.served()
-        content = await _body_in_time(request, state.settings, _timeout(request, state.settings.timeout))
-        return _json(action.answer(_decode(decoder, content), served))
+    async def handle(exchange: Exchange) -> Response:
+        seconds = timeout_of(exchange.request, state.settings.timeout)
+        body = decode(decoder, await _body(state, exchange))
+        async with state.registry.use(model_of(body), seconds) as (_, served):
+            exchange.model = served.spec.name
+            return Answer(await asyncio.to_thread(action.answer, body, served))
 
-    return _guarded(state, dialect, action.path, handle)
-
-
-def _json(answer: object) -> Response:
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+    return handle
 
 
-def _answering(state: State, dialect: Dialect, query: Query) -> Handler:
-    async def handle(request: Request) -> Response:
-        return _json(query.answer(state.served(), request.path_params.get("id", "").rstrip("/")))
+def _answering(state: State, query: Query) -> Handler:
+    async def handle(exchange: Exchange) -> Response:
+        shelf = ModelShelf(state.registry, asyncio.get_running_loop())
+        name = exchange.request.path_params.get("id", "").rstrip("/")
+        return Answer(await asyncio.to_thread(query.answer, shelf, name))
 
-    return _guarded(state, dialect, query.path, handle)
+    return handle
 
 
-def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Handler:
-    """Request id, metrics, and every error in the dialect's own shape."""
+def _ordering(state: State, order: Order) -> Handler:
+    decoder = msgspec.json.Decoder(order.body)
+
+    async def handle(exchange: Exchange) -> Response:
+        body = decode(decoder, await _body(state, exchange))
+        shelf = ModelShelf(state.registry, asyncio.get_running_loop())
+        answer = await asyncio.to_thread(order.answer, body, shelf)
+        if isinstance(answer, Iterator):
+            return StreamingResponse(map(_line, answer), media_type="application/x-ndjson")
+        return Answer(answer)
+
+    return handle
+
+
+def _line(item: Any) -> bytes:
+    return msgspec.json.encode(item) + b"\n"
+
+
+async def _body(state: State, exchange: Exchange) -> bytes:
+    """The request's body, read once."""
+    if exchange.body is None:
+        seconds = timeout_of(exchange.request, state.settings.timeout)
+        exchange.body = await state.bodies.read(exchange.request, seconds)
+    return exchange.body
+
+
+def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """Key, request id, metrics, log, trace, and every error in the dialect's own shape."""
 
     async def guarded(request: Request) -> Response:
-        start = time.perf_counter()
+        exchange = Exchange(request, request_id(request))
+        response: Response | None = None
         try:
             auth.check(state.keys, request.headers)
-            response = await handle(request)
+            response = await handle(exchange)
         except NpuProxyError as error:
-            status = dialect.status.get(error.kind, STATUS.get(error.kind, 500))
-            response = Response(
-                msgspec.json.encode(dialect.to_error(error, status)), status, media_type="application/json", headers=_advice(error)
-            )
-            state.metrics.failed(error.kind)
+            exchange.error = error
         except ClientDisconnect:
-            response = Response(status_code=499)  # nobody is there to read it
+            exchange.error = GoneError("the client has gone")  # nobody is there to read it
         except Exception:  # a fault of ours, in the dialect's shape; the log has the rest
-            log.exception("%s: unexpected error", path)
-            fault = NpuProxyError("internal error; the server's log has more")
-            response = Response(msgspec.json.encode(dialect.to_error(fault, 500)), 500, media_type="application/json")
-            state.metrics.failed(fault.kind)
-        response.headers["x-request-id"] = _request_id(request)
-        state.metrics.answered(path, response.status_code, time.perf_counter() - start)
+            log.exception("%s: unexpected error in request %s", path, exchange.id)
+            exchange.error = NpuProxyError("internal error; the server's log has more")
+        if response is None:
+            own, found = exchange.dialect or dialect, exchange.error or NpuProxyError("no answer")
+            status = own.status_of(found)
+            response = Answer(own.to_error(found, status), status, headers=advice(found))
+        response.headers["x-request-id"] = exchange.id
+        seconds = time.perf_counter() - exchange.start
+        state.metrics.answered(path, response.status_code, seconds, exchange)
+        log_access(exchange, response.status_code, seconds)
+        if state.tracer is not None:
+            state.tracer.record(path, exchange, response.status_code, seconds)
         return response
 
     return guarded
 
 
-def _decode(decoder: msgspec.json.Decoder[msgspec.Struct], body: bytes) -> msgspec.Struct:
-    if not body:
-        raise NoBodyError("the request has no body; send a JSON object")
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$.")
-        raise InputError(f"{what} (at `{where.rstrip('`')}`)" if where else what, param=where.rstrip("`") or None) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"the body is no valid JSON: {error}") from error
+def _missing(owners: dict[str, Dialect]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """404 and 405 in the shape of the dialect that has the path, or one like it."""
 
+    async def handle(request: Request, error: Exception) -> Response:
+        path = request.url.path.rstrip("/") or "/"
+        own = owners.get(path, ollama.DIALECT if path.startswith("/api/") else DIALECTS[0])
+        found: NpuProxyError = NothingHereError("there is nothing here; /docs shows what there is")
+        if getattr(error, "status_code", 404) == 405:
+            found = NotAllowedError(f"{request.method} is not allowed here")
+        status = own.status_of(found)
+        headers = {**dict(getattr(error, "headers", None) or {}), "x-request-id": request_id(request)}
+        return Answer(own.to_error(found, status), status, headers=headers)
 
-async def _body_in_time(request: Request, settings: Settings, seconds: float) -> bytes:
-    try:
-        async with asyncio.timeout(seconds):
-            return await _read_body(request, settings.max_body_mb * 1_000_000)
-    except TimeoutError:
-        raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise TooLargeError(f"the body is larger than {limit / 1e6:g} MB; send fewer texts at once, or raise `max_body_mb`")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _timeout(request: Request, default: float) -> float:
-    """Seconds from header X-Request-Timeout or query `timeout`."""
-    given = request.headers.get("x-request-timeout") or request.query_params.get("timeout")
-    if given is None:
-        return default
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds <= 3600:
-        raise InputError(f"timeout must be a number of seconds above 0 and up to 3600, not `{given}`", param="timeout")
-    return seconds
-
-
-async def _unless_gone(request: Request, work: Awaitable[EmbedResult]) -> EmbedResult:
-    """The result, unless the client hangs up first: then the work is cancelled before it costs inference."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise DeadlineError("the client has gone")
-        return await task
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _headers(result: EmbedResult) -> dict[str, str]:
-    headers = {f"{_HEADER}device": result.device, f"{_HEADER}fingerprint": result.fingerprint}
-    if result.fallback:
-        headers[f"{_HEADER}fallback"] = header_text(result.fallback)
-    if any(result.truncated):
-        headers[f"{_HEADER}truncated"] = str(sum(result.truncated))
-    return headers
-
-
-def header_text(text: str) -> str:
-    """Text as a header's value can be: one line of printable ASCII, not too long."""
-    return "".join(character if " " <= character <= "~" else "?" for character in text)[:400]
-
-
-def _advice(error: NpuProxyError) -> dict[str, str]:
-    """Headers that tell a client what to do next."""
-    if isinstance(error, auth.UnauthorizedError):
-        return {"www-authenticate": "Bearer"}
-    if isinstance(error, OverloadedError):
-        return {"retry-after": str(max(1, round(error.retry_after)))}
-    return {"retry-after": "1"} if isinstance(error, UnavailableError | DeviceError) else {}
-
-
-def _request_id(request: Request) -> str:
-    """The client's own id where it is printable and short, else a new one."""
-    given = request.headers.get("x-request-id", "")
-    return given if 0 < len(given) <= 128 and given.isprintable() and given.isascii() else uuid.uuid4().hex
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    words = "there is nothing here; /docs shows what there is" if status == 404 else f"{request.method} is not allowed here"
-    shown = DIALECTS[0].to_error(InputError(words), status)
-    headers = dict(getattr(error, "headers", None) or {})
-    return Response(msgspec.json.encode(shown), status, media_type="application/json", headers=headers)
+    return handle

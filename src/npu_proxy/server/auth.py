@@ -30,7 +30,7 @@ def read_keys(settings: Settings) -> Sequence[bytes]:
         keys += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not keys:
             raise SettingsError(f"`api_key_file` {settings.api_key_file} has no keys", param="api_key_file")
-    if not keys and not settings.insecure and not _is_loopback(settings.host):
+    if not keys and not settings.insecure and settings.uds is None and not _is_loopback(settings.host):
         raise SettingsError(
             f"`host` is {settings.host}, which others can reach, and there is no API key; set `api_key` or `api_key_file`,"
             " or `insecure` if everybody may ask",
@@ -50,6 +50,29 @@ def check(keys: Sequence[bytes], headers: Mapping[str, str]) -> None:
     given = (bearer.strip() if scheme.lower() == "bearer" else "") or headers.get("x-api-key", "")
     if not any([hmac.compare_digest(key, given.encode()) for key in keys]):  # noqa: C419 (no early end)
         raise UnauthorizedError("this server wants an API key: send it as `Authorization: Bearer KEY`")
+
+
+def allowed_hosts(settings: Settings) -> Sequence[str]:
+    """The names that a Host header may have: the setting, or those of this machine while only it can reach the server."""
+    if settings.allowed_hosts:
+        return settings.allowed_hosts
+    if settings.uds is not None or not _is_loopback(settings.host):
+        return ("*",)
+    return ("localhost", "127.0.0.1", "[::1]", settings.host)
+
+
+def is_open(settings: Settings) -> bool:
+    """Whether others can reach the server and need no key."""
+    return settings.insecure and settings.uds is None and not _is_loopback(settings.host) and not read_keys(settings)
+
+
+def is_allowed(header: str, hosts: Sequence[str]) -> bool:
+    """Whether a Host header (with a port or without) is one of ``hosts``, all lower case; `*.name` is any name below."""
+    host = header.lower().rstrip(".")
+    name, colon, port = host.rpartition(":")
+    if colon and port.isdigit() and not name.endswith(":"):
+        host = name
+    return any(host == one or (one.startswith("*.") and host.endswith(one[1:])) for one in hosts)
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""The Cohere dialect: /v1/embed and /v2/embed. Source: Cohere's API reference and cohere-python."""
+"""The Cohere dialect: /v1/embed, /v2/embed, and rerank as Cohere, Jina and vLLM ask for it. Source: its API reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from npu_proxy.engine.finish import cast
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
-from npu_proxy.server.dialect import Dialect, Endpoint, Served, floats
+from npu_proxy.server.dialect import Action, Dialect, Endpoint, Served, floats, no_head
 from npu_proxy.types import DType, EmbedRequest, EmbedResult, Truncate
 
 Kind = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -50,6 +50,20 @@ class BodyV2(BodyV1, kw_only=True):
     inputs: list[Input] | None = None
     output_dimension: int | None = None
     max_tokens: int | None = None
+
+
+class RerankBody(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/rerank and /v2/rerank: the fields of Cohere, Jina and vLLM together."""
+
+    query: str
+    documents: list[str | dict[str, str]]
+    model: str | None = None
+    top_n: int | None = None
+    return_documents: bool | None = None
+    rank_fields: list[str] | None = None
+    max_chunks_per_doc: int | None = None
+    max_tokens_per_doc: int | None = None
+    truncate_prompt_tokens: int | None = None
 
 
 class Version(msgspec.Struct, kw_only=True):
@@ -109,7 +123,6 @@ class Error(msgspec.Struct, kw_only=True):
 
 def to_request(body: BodyV1, served: Served) -> EmbedRequest:
     """Always float vectors; the other types are made of them. Raises InputError."""
-    served.check(body.model)
     if body.input_type == "image":
         raise InputError("input_type `image` needs a model for images; this server embeds text", param="input_type")
     newer = body if isinstance(body, BodyV2) else BodyV2()
@@ -167,7 +180,7 @@ def _common(result: EmbedResult, body: BodyV1, version: str) -> dict[str, Any]:
 
 DIALECT = Dialect(
     name="Cohere",
-    endpoints=[
+    routes=[
         Endpoint(
             path="/v1/embed",
             summary="Embed texts",
@@ -177,6 +190,10 @@ DIALECT = Dialect(
             to_response=to_v1,
         ),
         Endpoint(path="/v2/embed", summary="Embed texts", body=BodyV2, response=AnswerV2, to_request=to_request, to_response=to_v2),
+        *(
+            Action(path=path, summary="Rank documents (needs a reranker)", body=RerankBody, response=None, answer=no_head)
+            for path in ("/v1/rerank", "/v2/rerank")
+        ),
     ],
     error=Error,
     to_error=to_error,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import EmptyInputError, InputError, ModelNotFoundError, NpuProxyError
-from npu_proxy.models.catalog import canonical
+from npu_proxy.models.store import StoredModel
 from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedResult, ModelSpec, TextInput
 
@@ -26,7 +26,12 @@ STATUS: Mapping[str, int] = {
     "unauthorized": 401,
     "forbidden": 403,
     "model_not_found": 404,
+    "not_found": 404,
+    "not_allowed": 405,
     "too_large": 413,
+    "model": 500,
+    "gone": 499,
+    "pull": 502,
     "overloaded": 503,
     "stopped": 503,
     "unavailable": 503,
@@ -54,32 +59,39 @@ class ForbiddenError(InputError):
     kind = "forbidden"
 
 
+class NothingHereError(InputError):
+    """No route has this path."""
+
+    kind = "not_found"
+
+
+class NotAllowedError(InputError):
+    """The path has no such method."""
+
+    kind = "not_allowed"
+
+
 class UnknownModelError(ModelNotFoundError):
     """A request names a ``model`` that is not served."""
 
-    def __init__(self, model: str, served: str) -> None:
-        super().__init__(f"The model `{model}` does not exist here; served is `{served}`.", param="model")
-        self.model = model
+    def __init__(self, model: str) -> None:
+        shown = model if len(model) <= 200 else f"{model[:200]}..."
+        super().__init__(f"The model `{shown}` does not exist here; GET /v1/models lists those that do.", param="model")
+        self.model = shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    """What a dialect may know of the server: the model, its tokenizer, since when it is served (Unix seconds), settings."""
+class Card:
+    """A model that can be asked: what it is, since when (Unix seconds), and whether it is loaded and until when.
+
+    names: further ones by which clients may ask. expires: Unix seconds when it will be unloaded; None: never, or not loaded.
+    """
 
     spec: ModelSpec
-    encoder: TextEncoder
-    settings: Settings
     since: int
-
-    def check(self, name: str | None) -> str:
-        """The name as the client said it, or the model's own where it said none. Raises ModelNotFoundError for another."""
-        if not name:
-            return self.spec.name
-        wanted = canonical(name).lower().removesuffix(":latest")
-        known = (self.spec.name, *self.settings.served_model_name)
-        if wanted not in {canonical(one).lower().removesuffix(":latest") for one in known}:
-            raise UnknownModelError(name, self.spec.name)
-        return name
+    names: Sequence[str] = ()
+    loaded: bool = True
+    expires: float | None = None
 
     @property
     def size(self) -> int:
@@ -92,14 +104,75 @@ class Served:
         return self.size // 4
 
 
+class Foreign(Protocol):
+    """Turns token ids of another vocabulary into text (models/cl100k.py)."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text. Raises InputError for an id that it does not have."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A loaded model and its tokenizer while a request uses it. asked: its name as the client said it, or its own.
+
+    foreign: gives the decoder of cl100k_base ids; raises InputError with the cure where it was never pulled.
+    """
+
+    spec: ModelSpec
+    encoder: TextEncoder
+    settings: Settings
+    asked: str
+    foreign: Callable[[], Foreign]
+
+
+class Shelf(Protocol):
+    """The models of the server, without loading any. ``cards`` and ``find`` may read files."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def default(self) -> Card:
+        """The first model. Raises StoppedError while it loads."""
+        ...
+
+    def cards(self) -> Sequence[Card]:
+        """Every model that can be asked, loaded ones first."""
+        ...
+
+    def find(self, name: str | None) -> Card:
+        """The model of that name or alias, the first one without a name. Raises UnknownModelError."""
+        ...
+
+    def pull(self, name: str, report: Callable[[str], None]) -> StoredModel:
+        """Fetch a model into the store. Raises InputError, PullError."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a model from the store, and unload it. Raises UnknownModelError, ForbiddenError, UnavailableError."""
+        ...
+
+
 ToRequest = Callable[[Any, Served], Any]
 """Body to EmbedRequest; whatever else it returns is the answer."""
 ToResponse = Callable[[EmbedResult, Any, Served], Any]
+Fields = Mapping[str, bytes]
+"""A body's fields with their JSON as it stands."""
+
+
+def model_of(body: Any) -> str | None:
+    """The model a body names."""
+    return getattr(body, "model", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """``POST path`` takes a ``body``, becomes an EmbedRequest, and answers with a ``response`` (any type JSON can hold)."""
+    """``POST path`` takes a ``body``, becomes an EmbedRequest, and answers with a ``response`` (any type JSON can hold).
+
+    when: for a path that several dialects have, whether a body is this one's; the first that says yes gets it.
+    keep_alive: seconds that the request wants its model to stay loaded afterwards, None where it does not say.
+    """
 
     path: str
     summary: str
@@ -107,28 +180,49 @@ class Endpoint:
     response: Any
     to_request: ToRequest
     to_response: ToResponse
+    when: Callable[[Fields], bool] = lambda _: True
+    keep_alive: Callable[[Any], float | None] = lambda _: None
+    method: Literal["POST"] = "POST"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """``POST path`` (or another method) takes a ``body`` and is answered from what is served, without the model."""
+    """``POST path`` takes a ``body`` and is answered by a loaded model's tokenizer and files, without inference."""
 
     path: str
     summary: str
     body: type[msgspec.Struct]
     response: Any
     answer: Callable[[Any, Served], Any]
-    method: Literal["POST", "DELETE"] = "POST"
+    when: Callable[[Fields], bool] = lambda _: True
+    method: Literal["POST"] = "POST"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """``GET path`` answers from what is served; ``{id:path}`` in the path is passed on, a name or ''."""
+    """``GET path`` is answered from the shelf; ``{id:path}`` in the path is passed on, a name or ''."""
 
     path: str
     summary: str
     response: Any
-    answer: Callable[[Served, str], Any]
+    answer: Callable[[Shelf, str], Any]
+    method: Literal["GET"] = "GET"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """``POST path`` (or another method) takes a ``body`` and is answered from the shelf. An iterator is sent line by line."""
+
+    path: str
+    summary: str
+    body: type[msgspec.Struct]
+    response: Any
+    answer: Callable[[Any, Shelf], Any | Iterator[Any]]
+    when: Callable[[Fields], bool] = lambda _: True
+    method: Literal["POST", "DELETE"] = "POST"
+
+
+Route = Endpoint | Action | Query | Order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +230,17 @@ class Dialect:
     """One API as its clients know it."""
 
     name: str
-    endpoints: Sequence[Endpoint]
+    routes: Sequence[Route]
     error: type[msgspec.Struct]
     to_error: Callable[[NpuProxyError, int], msgspec.Struct]
-    actions: Sequence[Action] = ()
-    queries: Sequence[Query] = ()
     status: Mapping[str, int] = field(default_factory=dict[str, int])
     """Where this dialect's status differs from STATUS."""
     headers: Callable[[EmbedResult], Mapping[str, str]] = lambda _: {}
     """Headers that its clients read, beside npu-proxy's own."""
+
+    def status_of(self, error: NpuProxyError) -> int:
+        """The HTTP status of an error."""
+        return self.status.get(error.kind, STATUS.get(error.kind, 500))
 
 
 def floats(result: EmbedResult) -> npt.NDArray[np.float32]:
@@ -152,7 +248,12 @@ def floats(result: EmbedResult) -> npt.NDArray[np.float32]:
     return np.asarray(result.embeddings, np.float32)
 
 
-def text_inputs(given: str | list[str | int | list[int]], served: Served, param: str) -> list[TextInput]:
+def no_head(_: Any, served: Served) -> Any:
+    """For routes that need a head the model does not have. Raises UnsupportedError."""
+    raise UnsupportedError(f"{served.spec.name} is an embedding model; it has no head for this route", param="model")
+
+
+def text_inputs(given: str | Sequence[str | int | list[int]], served: Served, param: str) -> list[TextInput]:
     """One text, texts, token ids, or lists of token ids; not a mixture. Raises InputError naming ``param``."""
     if isinstance(given, str):
         return [given]
@@ -162,8 +263,41 @@ def text_inputs(given: str | list[str | int | list[int]], served: Served, param:
     if len(kinds) > 1:
         raise InputError(f"`{param}` mixes texts and token ids; send one kind.", param=param)
     (kind,) = kinds
-    if kind is not str and served.settings.token_ids == "reject":
-        raise InputError("this server takes no token ids (setting `token_ids`); send text.", param=param)
-    if kind is int:
-        return [[item for item in given if isinstance(item, int)]]
-    return [item for item in given if not isinstance(item, int)]
+    if kind is str:
+        return [item for item in given if isinstance(item, str)]
+    lists = [[item for item in given if isinstance(item, int)]] if kind is int else [one for one in given if isinstance(one, list)]
+    return _token_lists(lists, served)
+
+
+_OPENAI = "text-embedding-"
+"""How the names of OpenAI's models begin; their clients send ids of cl100k_base."""
+_SURE = 8
+"""Ids from which on a tokenizer's own can be told from another's; of fewer, one in seven is taken wrongly (docs/adr/0009)."""
+
+
+def _token_lists(lists: list[list[int]], served: Served) -> list[TextInput]:
+    """Token ids as the setting `token_ids` reads them: the model's own, or the text of cl100k_base ids."""
+    how = served.settings.token_ids
+    if how == "reject":
+        raise InputError("this server takes no token ids (setting `token_ids`); send text.", param="input")
+    if not all(lists):
+        raise EmptyInputError("a list of token ids is empty; send at least one.", param="input")
+    if how == "auto":
+        how = "cl100k" if served.asked.startswith(_OPENAI) else _whose(lists, served.encoder)
+    if how == "model":
+        return list(lists)
+    foreign = served.foreign()
+    return [foreign.decode(ids) for ids in lists]
+
+
+def _whose(lists: list[list[int]], encoder: TextEncoder) -> Literal["model", "cl100k"]:
+    """Whose ids they are. Raises InputError where they may be either's: a guess would give wrong vectors without a word."""
+    if not all(map(encoder.owns, lists)):
+        return "cl100k"
+    if max(map(len, lists)) >= _SURE:
+        return "model"
+    raise InputError(
+        "so few token ids may be this model's own or cl100k_base's, as langchain-openai sends them"
+        " (check_embedding_ctx_length=False sends text); send text, or set `token_ids` to `model` or `cl100k`",
+        param="input",
+    )

@@ -1,106 +1,169 @@
-"""Prometheus metrics: the names of text-embeddings-inference with our prefix, and what packing adds."""
+"""Prometheus metrics: the names of text-embeddings-inference with our prefix, and what packing, caching and devices add."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter as Counts
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Report
-from npu_proxy.engine.engine import Engine
-from npu_proxy.types import EmbedResult
+from npu_proxy.engine.pipeline import Stats
+from npu_proxy.server.exchange import Exchange
+from npu_proxy.server.registry import Loaded, Registry
 
-_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+_TEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
     """Metrics of one application, in a registry of their own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, models: Registry) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine))
+        self.lengths: Counts[int] = Counts()
+        """Texts by their tokens: counted here at once, put into buckets when somebody asks."""
+        self.registry.register(_Models(models, self.lengths))
         self._requests = Counter("npu_proxy_request_count", "Requests answered", ["path", "status"], registry=self.registry)
+        self._successes = Counter("npu_proxy_request_success", "Requests answered with vectors", ["path"], registry=self.registry)
         self._failures = Counter("npu_proxy_request_failure", "Requests answered with an error", ["err"], registry=self.registry)
         self._duration = Histogram(
             "npu_proxy_request_duration", "Seconds from request to answer", ["path"], buckets=_SECONDS, registry=self.registry
         )
-        self._queued = Histogram(
-            "npu_proxy_embed_queue_duration",
-            "Seconds a request's slowest text waited",
-            buckets=_SECONDS,
-            registry=self.registry,
+        self._tokenized, self._queued, self._infer = (
+            Histogram(
+                f"npu_proxy_request_{name}_duration", f"Seconds of a request {words}", buckets=_SECONDS, registry=self.registry
+            )
+            for name, words in (
+                ("tokenization", "in the tokenizer"),
+                ("queue", "that its slowest text waited"),
+                ("inference", "in inference, its share of the rows"),
+            )
         )
-        self._infer = Histogram(
-            "npu_proxy_embed_inference_duration",
-            "Seconds of inference, its share",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._length = Histogram("npu_proxy_request_input_length", "Tokens of a text", buckets=_TOKENS, registry=self.registry)
         self._truncated = Counter("npu_proxy_truncated_texts", "Texts cut at the model's limit", registry=self.registry)
 
-    def embedded(self, result: EmbedResult) -> None:
-        """Note what a request cost."""
-        self._queued.observe(result.timings.queued)
-        self._infer.observe(result.timings.infer)
-        for tokens in result.tokens:
-            self._length.observe(tokens)
-        self._truncated.inc(sum(result.truncated))
-
-    def failed(self, kind: str) -> None:
-        """Note an error by its kind."""
-        self._failures.labels(kind).inc()
-
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """Note an answer."""
+    def answered(self, path: str, status: int, seconds: float, exchange: Exchange) -> None:
+        """Note an answer and what it cost."""
         self._requests.labels(path, str(status)).inc()
         self._duration.labels(path).observe(seconds)
+        result = exchange.result
+        if exchange.error is not None:
+            self._failures.labels(exchange.error.kind).inc()
+        elif result is not None:
+            self._successes.labels(path).inc()
+            self.lengths.update(result.tokens)
+            cut = sum(result.truncated)
+            if cut:
+                self._truncated.inc(cut)
+            if result.cached < len(result.tokens):
+                self._tokenized.observe(result.timings.tokenized)
+                self._queued.observe(result.timings.queued)
+                self._infer.observe(result.timings.infer)
 
 
-class _EngineCollector(Collector):
-    """Reads the engine's own counters when somebody asks, so that the hot path counts once."""
+class _Models(Collector):
+    """Reads the engines' own counters when somebody asks, so that the hot path counts once."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, models: Registry, lengths: Counts[int]) -> None:
+        self._models = models
+        self._lengths = lengths
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("npu_proxy_ready", "1 when the engine answers", float(self._engine.state == "running"))
-        if self._engine.state != "running":
-            return
-        stats = self._engine.stats()
-        counters = stats.counters
-        yield GaugeMetricFamily("npu_proxy_queue_size", "Texts waiting for a row", stats.depth.items)
-        yield GaugeMetricFamily("npu_proxy_queue_tokens", "Tokens waiting for a row", stats.depth.tokens)
-        yield CounterMetricFamily("npu_proxy_embed_rows", "Rows inferred", counters.rows)
-        yield CounterMetricFamily("npu_proxy_embed_tokens", "Useful tokens inferred", counters.tokens)
-        yield CounterMetricFamily(
-            "npu_proxy_embed_positions", "Positions inferred; over tokens it is the waste", counters.positions
-        )
-        yield CounterMetricFamily("npu_proxy_merged_texts", "Texts that joined an equal one in flight", counters.merged)
-        yield CounterMetricFamily("npu_proxy_refused_requests", "Requests refused at the queue's limit", counters.refused)
-        yield CounterMetricFamily("npu_proxy_stage_faults", "Unexpected errors that a stage survived", counters.faults)
-        executed = CounterMetricFamily("npu_proxy_executed_texts", "Texts by the device that embedded them", labels=["device"])
-        for device, texts in counters.executed.items():
-            executed.add_metric([device], texts)
-        yield executed
-        fallbacks = CounterMetricFamily(
-            "npu_proxy_fallback_texts", "Texts by the device that embedded them in place of a better one", labels=["device"]
-        )
-        for device, texts in counters.fallbacks.items():
-            fallbacks.add_metric([device], texts)
-        yield fallbacks
-        yield from _devices(self._engine.device.reports())
+        models = self._models
+        loaded = [one for one in models.loaded() if one.running]
+        held, limit = models.memory
+        yield GaugeMetricFamily("npu_proxy_ready", "1 when the first model answers", float(models.first.running))
+        yield GaugeMetricFamily("npu_proxy_models_loaded", "Models in memory", len(loaded))
+        yield GaugeMetricFamily("npu_proxy_models_bytes", "Bytes of their weights", held)
+        yield GaugeMetricFamily("npu_proxy_models_limit_bytes", "Bytes of weights there may be", limit)
+        yield CounterMetricFamily("npu_proxy_models_unloaded", "Models unloaded for being idle or for room", models.unloaded)
+        yield _histogram("npu_proxy_request_input_length", "Tokens of a text", dict(self._lengths), _TOKENS)
+        if models.cache is not None:
+            yield from _cache(models.cache)
+        yield from _engines([(_name(one), one.engine.stats()) for one in loaded])
+        yield from _devices([(_name(one), report) for one in loaded for report in one.engine.device.reports()])
 
 
-def _devices(reports: Sequence[Report]) -> Iterator[Metric]:
-    ready = GaugeMetricFamily("npu_proxy_device_ready", "1 when the device takes rows", labels=["device", "kind"])
-    breaker = GaugeMetricFamily("npu_proxy_breaker_open", "0 closed, 0.5 half-open, 1 open", labels=["device"])
-    restarts = CounterMetricFamily("npu_proxy_worker_restarts", "Worker processes started anew", labels=["device"])
-    for report in reports:
-        ready.add_metric([report.name, report.kind], float(report.state == "serving"))
-        breaker.add_metric([report.name], {"closed": 0.0, "half-open": 0.5}.get(report.breaker, 1.0))
-        restarts.add_metric([report.name], report.restarts)
+def _name(one: Loaded) -> str:
+    return one.engine.spec.name
+
+
+def _engines(models: Sequence[tuple[str, Stats]]) -> Iterator[Metric]:
+    waiting = GaugeMetricFamily("npu_proxy_queue_size", "Texts waiting for a row", labels=["model"])
+    tokens = GaugeMetricFamily("npu_proxy_queue_tokens", "Tokens waiting for a row", labels=["model", "lane"])
+    executed = CounterMetricFamily("npu_proxy_executed_texts", "Texts by the device that embedded them", labels=["model", "device"])
+    fallbacks = CounterMetricFamily(
+        "npu_proxy_fallback_texts", "Texts by the device that embedded them in place of a better one", labels=["model", "device"]
+    )
+    sizes = HistogramMetricFamily("npu_proxy_batch_next_size", "Texts of a row", labels=["model"])
+    useful = HistogramMetricFamily("npu_proxy_batch_next_tokens", "Useful tokens of a row", labels=["model"])
+    plain = {
+        field: CounterMetricFamily(f"npu_proxy_{name}", words, labels=["model"])
+        for field, (name, words) in {
+            "rows": ("embed_rows", "Rows inferred"),
+            "tokens": ("embed_tokens", "Useful tokens inferred"),
+            "positions": ("embed_positions", "Positions inferred; over tokens it is the waste"),
+            "merged": ("merged_texts", "Texts that joined an equal one in flight"),
+            "abandoned": ("abandoned_texts", "Texts dropped before inference: the client had gone, or the time was over"),
+            "refused": ("refused_requests", "Requests refused at the door"),
+            "faults": ("stage_faults", "Unexpected errors that a stage survived"),
+        }.items()
+    }
+    for model, stats in models:
+        waiting.add_metric([model], stats.depth.items)
+        for lane, count in stats.lane_tokens.items():
+            tokens.add_metric([model, lane], count)
+        for device, texts in stats.counters.executed.items():
+            executed.add_metric([model, device], texts)
+        for device, texts in stats.counters.fallbacks.items():
+            fallbacks.add_metric([model, device], texts)
+        for field, family in plain.items():
+            family.add_metric([model], getattr(stats.counters, field))
+        sizes.add_metric([model], *_buckets(stats.counters.row_texts, _TEXTS))
+        useful.add_metric([model], *_buckets(stats.counters.row_tokens, _TOKENS))
+    yield from (waiting, tokens, executed, fallbacks, sizes, useful, *plain.values())
+
+
+def _cache(cache: VectorCache) -> Iterator[Metric]:
+    counts = cache.counts()
+    hits = CounterMetricFamily("npu_proxy_cache_hits", "Texts whose vector was there, by tier", labels=["tier"])
+    for tier, count in counts.hits.items():
+        hits.add_metric([tier], count)
+    yield hits
+    for name, words, count in (
+        ("misses", "Texts whose vector was nowhere", counts.misses),
+        ("written", "Entries written to tiers behind memory", counts.written),
+        ("dropped", "Entries given up because a tier was slow, full or failing", counts.dropped),
+        ("bypassed", "Lookups left out while a tier rested", counts.bypassed),
+        ("errors", "Errors of tiers", counts.errors),
+    ):
+        yield CounterMetricFamily(f"npu_proxy_cache_{name}", words, count)
+    yield GaugeMetricFamily("npu_proxy_cache_entries", "Vectors in memory", counts.entries)
+    yield GaugeMetricFamily("npu_proxy_cache_bytes", "Bytes they take", counts.size)
+
+
+def _devices(models: Sequence[tuple[str, Report]]) -> Iterator[Metric]:
+    ready = GaugeMetricFamily("npu_proxy_device_ready", "1 when the device takes rows", labels=["model", "device", "kind"])
+    breaker = GaugeMetricFamily("npu_proxy_breaker_open", "0 closed, 0.5 half-open, 1 open", labels=["model", "device"])
+    restarts = CounterMetricFamily("npu_proxy_worker_restarts", "Worker processes started anew", labels=["model", "device"])
+    for model, report in models:
+        ready.add_metric([model, report.name, report.kind], float(report.state == "serving"))
+        breaker.add_metric([model, report.name], {"closed": 0.0, "half-open": 0.5}.get(report.breaker, 1.0))
+        restarts.add_metric([model, report.name], report.restarts)
     yield from (ready, breaker, restarts)
+
+
+def _histogram(name: str, words: str, counts: Mapping[int, int], bounds: Sequence[int]) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, words)
+    family.add_metric([], *_buckets(counts, bounds))
+    return family
+
+
+def _buckets(counts: Mapping[int, int], bounds: Sequence[int]) -> tuple[list[tuple[str, float]], float]:
+    """Cumulative buckets and the sum of values, from how often each value came."""
+    buckets = [(str(float(bound)), float(sum(n for value, n in counts.items() if value <= bound))) for bound in bounds]
+    return [*buckets, ("+Inf", float(sum(counts.values())))], float(sum(value * n for value, n in counts.items()))

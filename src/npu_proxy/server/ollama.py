@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import queue
+import re
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,17 +13,7 @@ import msgspec
 
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
 from npu_proxy.models.catalog import alias
-from npu_proxy.server.dialect import (
-    Action,
-    Dialect,
-    Endpoint,
-    ForbiddenError,
-    NoBodyError,
-    Query,
-    Served,
-    UnknownModelError,
-    floats,
-)
+from npu_proxy.server.dialect import Card, Dialect, Endpoint, NoBodyError, Order, Query, Served, Shelf, UnknownModelError, floats
 from npu_proxy.types import EmbedRequest, EmbedResult, Truncate
 from npu_proxy.version import __version__
 
@@ -134,6 +128,17 @@ class Shown(msgspec.Struct, kw_only=True):
     modified_at: str
 
 
+class Progress(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A line of POST /api/pull: how far it is, or the error that ended it."""
+
+    status: str = ""
+    error: str = ""
+
+
+class Nothing(msgspec.Struct):
+    """Answer of DELETE /api/delete."""
+
+
 class Version(msgspec.Struct, kw_only=True):
     """Answer of GET /api/version."""
 
@@ -148,9 +153,8 @@ class Error(msgspec.Struct, kw_only=True):
 
 def to_request(body: EmbedBody, served: Served) -> EmbedRequest | Embeddings:
     """No input is no error here: it has no vectors."""
-    name = served.check(body.model)
     if body.input is None or body.input in ("", []):
-        return Embeddings(model=name, embeddings=[])
+        return Embeddings(model=served.asked, embeddings=[])
     texts = [body.input] if isinstance(body.input, str) else body.input
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):  # type: ignore[reportUnknownVariableType]
         raise InputError("invalid input type", param="input")
@@ -166,7 +170,7 @@ def to_request(body: EmbedBody, served: Served) -> EmbedRequest | Embeddings:
 def to_response(result: EmbedResult, body: EmbedBody, served: Served) -> Embeddings:
     """Vectors are always of length 1; the model is named as it was asked for."""
     return Embeddings(
-        model=served.check(body.model),
+        model=served.asked,
         embeddings=floats(result).tolist(),
         total_duration=round(1e9 * result.timings.total),
         prompt_eval_count=sum(result.tokens),
@@ -175,7 +179,6 @@ def to_response(result: EmbedResult, body: EmbedBody, served: Served) -> Embeddi
 
 def to_prompt_request(body: PromptBody, served: Served) -> EmbedRequest | Embedding:
     """The older route: an empty prompt has an empty vector."""
-    served.check(body.model)
     if not body.prompt:
         return Embedding(embedding=[])
     return EmbedRequest(texts=[body.prompt], normalize=False, max_tokens=_limit(body.options))
@@ -204,15 +207,15 @@ def to_error(error: NpuProxyError, status: int) -> Error:
             return Error(error=words.get(error.kind, str(error)) if status != 500 else str(error))
 
 
-def show(body: NameBody, served: Served) -> Shown:
+def show(body: NameBody, shelf: Shelf) -> Shown:
     """What a model is; `model_info` is always there, ollama-python needs it."""
-    served.check(body.model or body.name)
-    spec = served.spec
+    card = shelf.find(body.model or body.name)
+    spec = card.spec
     return Shown(
-        details=_details(served),
+        details=_details(card),
         model_info={
             "general.architecture": spec.family,
-            "general.parameter_count": served.parameters,
+            "general.parameter_count": card.parameters,
             f"{spec.family}.context_length": spec.max_length,
             f"{spec.family}.embedding_length": spec.width,
             f"{spec.family}.pooling_type": str(spec.pooling),
@@ -222,34 +225,95 @@ def show(body: NameBody, served: Served) -> Shown:
         parameters=f"num_ctx {spec.max_length}",
         template="{{ .Prompt }}",
         license="",
-        modified_at=_time(served.since),
+        modified_at=_time(card.since),
     )
 
 
-def refuse(_: NameBody, __: Served) -> Shown:
-    """Pulling and deleting through the API is off."""
-    raise ForbiddenError("models are pulled and removed on the server itself: npu-proxy pull, npu-proxy rm")
+def pull(body: NameBody, shelf: Shelf) -> Iterator[Progress] | Progress:
+    """Fetch a model, a line for each step; all of it before the answer where `stream` is false."""
+    name = body.model or body.name or ""
+    lines: queue.SimpleQueue[Progress | NpuProxyError | None] = queue.SimpleQueue()
+    if body.stream is False or not shelf.settings.allow_pull:  # a refusal is an error, not a line
+        shelf.pull(name, lambda _: None)
+        return Progress(status="success")
+
+    def work() -> None:
+        try:
+            shelf.pull(name, lambda line: lines.put(Progress(status=line)))
+            lines.put(Progress(status="success"))
+        except Exception as error:  # the answer has begun, so this is its last line
+            lines.put(Progress(error=str(error) if isinstance(error, NpuProxyError) else "internal error"))
+        lines.put(None)
+
+    def report() -> Iterator[Progress]:
+        threading.Thread(target=work, name="npu-proxy-pull", daemon=True).start()
+        yield Progress(status=f"pulling {name}")
+        while isinstance(line := lines.get(timeout=_PULL_SECONDS), Progress):
+            yield line
+
+    return report()
 
 
-def _model(served: Served) -> dict[str, Any]:
-    name = alias(served.spec.name)
-    name = name if ":" in name else f"{name}:latest"
-    return {
-        "name": name,
-        "model": name,
-        "modified_at": _time(served.since),
-        "size": served.size,
-        "digest": served.spec.fingerprint * 4,
-        "details": _details(served),
+def delete(body: NameBody, shelf: Shelf) -> Nothing:
+    """Remove a model from the store."""
+    shelf.delete(body.model or body.name or "")
+    return Nothing()
+
+
+def keep_alive(body: EmbedBody | PromptBody) -> float | None:
+    """Seconds: a number, or a Go duration such as `5m` or `1h30m`; negative is for ever. Raises InputError."""
+    given = body.keep_alive
+    if not isinstance(given, str):
+        return given
+    if re.fullmatch(r"-?\d+(\.\d+)?", given):
+        return float(given)
+    parts = re.fullmatch(r"([+-]?)((?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+)", given)
+    if parts is None:
+        raise InputError(f'time: invalid duration "{given[:40]}"', param="keep_alive")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", parts[2]))
+    return -seconds if parts[1] == "-" else seconds
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PULL_SECONDS = 3600.0
+"""A pull that says nothing for so long has died."""
+
+
+def _models(card: Card) -> list[dict[str, Any]]:
+    """A model by its shortest name, and by each name that the server's settings give it."""
+    common = {
+        "modified_at": _time(card.since),
+        "size": card.size,
+        "digest": card.spec.fingerprint * 4,
+        "details": _details(card),
     }
+    names = [name if ":" in name else f"{name}:latest" for name in (alias(card.spec.name), *card.names)]
+    return [{"name": name, "model": name, **common} for name in names]
 
 
-def _running(served: Served) -> Running:
-    return Running(**_model(served), expires_at=_EVER, size_vram=0, context_length=served.spec.max_length)
+def tags(shelf: Shelf, _: str) -> Models:
+    """Every model that can be asked."""
+    return Models(models=[Model(**one) for card in shelf.cards() for one in _models(card)])
 
 
-def _details(served: Served) -> Details:
-    spec, millions = served.spec, served.parameters / 1e6
+def ps(shelf: Shelf, _: str) -> AllRunning:
+    """The models in memory."""
+    return AllRunning(
+        models=[
+            Running(
+                **_models(card)[0],
+                expires_at=_EVER if card.expires is None else _time(card.expires),
+                size_vram=0,
+                context_length=card.spec.max_length,
+            )
+            for card in shelf.cards()
+            if card.loaded
+        ]
+    )
+
+
+def _details(card: Card) -> Details:
+    spec, millions = card.spec, card.parameters / 1e6
     level = {"fp32": "F32", "fp16": "F16", "int8": "Q8_0"}[spec.precision]
     return Details(family=spec.family, families=[spec.family], parameter_size=f"{millions:.1f}M", quantization_level=level)
 
@@ -259,13 +323,13 @@ def _limit(options: Options | None) -> int | None:
     return given if given is not None and given > 0 else None
 
 
-def _time(unix: int) -> str:
+def _time(unix: float) -> str:
     return datetime.fromtimestamp(unix, UTC).isoformat()
 
 
 DIALECT = Dialect(
     name="Ollama",
-    endpoints=[
+    routes=[
         Endpoint(
             path="/api/embed",
             summary="Embed texts",
@@ -273,6 +337,7 @@ DIALECT = Dialect(
             response=Embeddings,
             to_request=to_request,
             to_response=to_response,
+            keep_alive=keep_alive,
         ),
         Endpoint(
             path="/api/embeddings",
@@ -281,33 +346,20 @@ DIALECT = Dialect(
             response=Embedding,
             to_request=to_prompt_request,
             to_response=to_prompt_response,
+            keep_alive=keep_alive,
         ),
-    ],
-    actions=[
-        Action(path="/api/show", summary="What a model is", body=NameBody, response=Shown, answer=show),
-        Action(path="/api/pull", summary="Refused: pull on the server", body=NameBody, response=Shown, answer=refuse),
-        Action(
+        Order(path="/api/show", summary="What a model is", body=NameBody, response=Shown, answer=show),
+        Order(path="/api/pull", summary="Fetch a model (setting `allow_pull`)", body=NameBody, response=Progress, answer=pull),
+        Order(
             path="/api/delete",
-            summary="Refused: remove on the server",
+            summary="Remove a model (setting `allow_pull`)",
             body=NameBody,
-            response=Shown,
-            answer=refuse,
+            response=Nothing,
+            answer=delete,
             method="DELETE",
         ),
-    ],
-    queries=[
-        Query(
-            path="/api/tags",
-            summary="List the models",
-            response=Models,
-            answer=lambda served, _: Models(models=[Model(**_model(served))]),
-        ),
-        Query(
-            path="/api/ps",
-            summary="List the loaded models",
-            response=AllRunning,
-            answer=lambda served, _: AllRunning(models=[_running(served)]),
-        ),
+        Query(path="/api/tags", summary="List the models", response=Models, answer=tags),
+        Query(path="/api/ps", summary="List the loaded models", response=AllRunning, answer=ps),
         Query(path="/api/version", summary="Version", response=Version, answer=lambda _, __: Version(version=__version__)),
     ],
     error=Error,

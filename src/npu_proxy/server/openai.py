@@ -1,4 +1,4 @@
-"""The OpenAI dialect: POST /v1/embeddings, GET /v1/models. Source: the OpenAI API reference and openai-python."""
+"""The OpenAI dialect: POST /v1/embeddings, GET /v1/models, with Jina's fields. Source: the API reference and openai-python."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any, Literal
 import msgspec
 
 from npu_proxy.errors import NpuProxyError
-from npu_proxy.server.dialect import Dialect, Endpoint, Query, Served, text_inputs
+from npu_proxy.server.dialect import Card, Dialect, Endpoint, Query, Served, Shelf, text_inputs
 from npu_proxy.types import DType, EmbedRequest, EmbedResult, Truncate
 
 
 class EmbeddingsBody(msgspec.Struct, kw_only=True):
-    """Body of POST /v1/embeddings; `input_type`, `prompt_name`, `truncate` and `normalize` are additions of npu-proxy."""
+    """Body of POST /v1/embeddings; `input_type`, `prompt_name`, `truncate` and `normalize` are additions of npu-proxy.
+
+    `task`, `embedding_type` and `normalized` are Jina's, in which `truncate` is yes or no.
+    """
 
     input: str | list[str | int | list[int]]
     model: str | None = None
@@ -21,8 +24,11 @@ class EmbeddingsBody(msgspec.Struct, kw_only=True):
     user: str | None = None
     input_type: Literal["query", "document"] | None = None
     prompt_name: str | None = None
-    truncate: Literal["error", "end", "start"] | None = None
+    truncate: bool | Literal["error", "end", "start"] | None = None
     normalize: bool | None = None
+    task: str | None = None
+    embedding_type: Literal["float", "base64", "binary", "ubinary"] | None = None
+    normalized: bool | None = None
 
 
 class Embedding(msgspec.Struct, kw_only=True):
@@ -30,7 +36,7 @@ class Embedding(msgspec.Struct, kw_only=True):
 
     object: Literal["embedding"] = "embedding"
     index: int
-    embedding: list[float] | str
+    embedding: list[float | int] | str
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -80,17 +86,22 @@ class Error(msgspec.Struct, kw_only=True):
     error: ErrorDetail
 
 
+_TASKS = {"retrieval.query": "query", "retrieval.passage": "document"}
+"""Jina's tasks that have a counterpart among the prompts of models."""
+_TRUNCATE = {"false": Truncate.ERROR, "error": Truncate.ERROR, "start": Truncate.START}
+
+
 def to_request(body: EmbeddingsBody, served: Served) -> EmbedRequest:
     """Check what OpenAI checks and hand over the rest. Raises InputError."""
-    served.check(body.model)
+    kind = body.encoding_format or body.embedding_type or "float"
     return EmbedRequest(
         texts=text_inputs(body.input, served, "input"),
-        input_type=body.input_type,
+        input_type=body.input_type or _TASKS.get(body.task or ""),
         prompt_name=body.prompt_name,
         dimensions=body.dimensions,
-        normalize=body.normalize is not False,
-        truncate=Truncate(body.truncate or Truncate.END),
-        dtype=DType.BASE64 if body.encoding_format == "base64" else DType.FLOAT32,
+        normalize=body.normalize is not False and body.normalized is not False,
+        truncate=_TRUNCATE.get(str(body.truncate).lower(), Truncate.END),
+        dtype=DType.FLOAT32 if kind == "float" else DType(kind),
     )
 
 
@@ -100,36 +111,32 @@ def to_response(result: EmbedResult, body: EmbeddingsBody, served: Served) -> Em
     vectors: list[Any] = result.embeddings if isinstance(result.embeddings, list) else result.embeddings.tolist()
     return Embeddings(
         data=[Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors)],
-        model=body.model or served.spec.name,
+        model=served.asked,
         usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
     )
 
 
 def to_error(error: NpuProxyError, status: int) -> Error:
     """OpenAI's nested error; `code` is set where clients branch on it."""
-    kind = {
-        400: "invalid_request_error",
-        401: "invalid_request_error",
-        404: "invalid_request_error",
-        413: "invalid_request_error",
-    }.get(status, "server_error")
+    kind = "invalid_request_error" if 400 <= status < 499 else "server_error"
     codes = {"unauthorized": "invalid_api_key", "model_not_found": "model_not_found", "too_long": "context_length_exceeded"}
     return Error(error=ErrorDetail(message=str(error), type=kind, param=error.param, code=codes.get(error.kind)))
 
 
-def models(served: Served, _: str) -> Models:
-    """The one model that is served."""
-    return Models(data=[_model(served)])
+def models(shelf: Shelf, _: str) -> Models:
+    """Every model by its own name, then by the names that the server's settings give it."""
+    cards = shelf.cards()
+    more = [_model(card, name) for card in cards for name in card.names]
+    return Models(data=[_model(card, card.spec.name) for card in cards] + more)
 
 
-def model(served: Served, name: str) -> Model:
+def model(shelf: Shelf, name: str) -> Model:
     """The model of that name. Raises ModelNotFoundError."""
-    served.check(name)
-    return _model(served)
+    return _model(shelf.find(name), name)
 
 
-def _model(served: Served) -> Model:
-    return Model(id=served.spec.name, created=served.since, owned_by=served.spec.name.partition("/")[0])
+def _model(card: Card, name: str) -> Model:
+    return Model(id=name, created=card.since, owned_by=card.spec.name.partition("/")[0])
 
 
 def _embeddings(path: str) -> Endpoint:
@@ -145,8 +152,8 @@ def _embeddings(path: str) -> Endpoint:
 
 DIALECT = Dialect(
     name="OpenAI",
-    endpoints=[_embeddings(path) for path in ("/v1/embeddings", "/embeddings", "/v3/embeddings")],
-    queries=[
+    routes=[
+        *(_embeddings(path) for path in ("/v1/embeddings", "/embeddings", "/v3/embeddings")),
         *(
             Query(path=path, summary="List the models", response=Models, answer=models)
             for path in ("/v1/models", "/models", "/v3/models")

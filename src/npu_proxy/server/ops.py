@@ -7,18 +7,16 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from npu_proxy.errors import DeviceError
+from npu_proxy.server.metrics import Metrics
+from npu_proxy.server.registry import Loaded, Registry
 from npu_proxy.version import __version__
-
-if TYPE_CHECKING:
-    from npu_proxy.server.app import State
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -38,8 +36,19 @@ class DeviceHealth(msgspec.Struct, kw_only=True):
     reason: str
 
 
+class ModelHealth(msgspec.Struct, kw_only=True):
+    """A model in memory. requests: that use it now. expires: Unix seconds when it is unloaded, null for never."""
+
+    name: str
+    state: str
+    fingerprint: str | None
+    pinned: bool
+    requests: int
+    expires: float | None
+
+
 class Health(msgspec.Struct, kw_only=True):
-    """Answer of GET /health: 200 when ready, else 503. Seconds, texts and tokens."""
+    """Answer of GET /health: 200 when ready, else 503; of the first model, and a line a model. Seconds, texts and tokens."""
 
     status: str
     unix: float
@@ -52,44 +61,45 @@ class Health(msgspec.Struct, kw_only=True):
     stages: dict[str, bool] = {}
     executed: dict[str, int] = {}
     devices: list[DeviceHealth] = []
+    models: list[ModelHealth] = []
 
 
-def health(state: State) -> Handler:
+def health(models: Registry) -> Handler:
     """Ready or not, why not, what waits, and which device has answered how many texts; ?probe=1 runs a row on each."""
 
     async def handle(request: Request) -> Response:
-        if request.query_params.get("probe") in ("1", "true") and state.engine.engine.state == "running":
-            await asyncio.to_thread(_probe, state)
-        shown = _health(state)
+        if request.query_params.get("probe") in ("1", "true") and models.first.running:
+            await asyncio.to_thread(_probe, models)
+        shown = _health(models)
         return Response(msgspec.json.encode(shown), 200 if shown.status == "ok" else 503, media_type="application/json")
 
     return handle
 
 
-def live(state: State) -> Handler:
+def live(models: Registry) -> Handler:
     """200 as long as restarting the process would not help: 503 only when a stage's thread has died."""
 
     async def handle(_: Request) -> Response:
-        engine = state.engine.engine
-        dead = engine.state == "running" and not all(engine.stats().stages.values())
+        dead = any(one.running and not all(one.engine.stats().stages.values()) for one in models.loaded())
         return Response(msgspec.json.encode({"live": not dead}), 503 if dead else 200, media_type="application/json")
 
     return handle
 
 
-def _probe(state: State) -> None:
+def _probe(models: Registry) -> None:
     with suppress(DeviceError):  # the devices' states say it
-        state.engine.engine.device.probe()
+        models.first.engine.device.probe()
 
 
-def _health(state: State) -> Health:
-    engine = state.engine.engine
-    shown = Health(status="ok", unix=time.time(), version=__version__, model=state.settings.model[0])
+def _health(models: Registry) -> Health:
+    settings, engine = models.settings, models.first.engine
+    shown = Health(status="ok", unix=time.time(), version=__version__, model=models.first.name)
+    shown.models = [_model(one) for one in models.loaded()]
     if engine.state != "running":
-        shown.status = "failed" if state.failure else {"new": "loading"}.get(engine.state, engine.state)
-        shown.reason = state.failure
+        shown.status = "failed" if models.failure else {"new": "loading"}.get(engine.state, engine.state)
+        shown.reason = models.failure
         return shown
-    stats, settings = engine.stats(), state.settings
+    stats = engine.stats()
     shown.model, shown.fingerprint, shown.device = engine.spec.name, engine.spec.fingerprint, engine.device.name
     shown.queue = {
         "texts": stats.open_texts,
@@ -113,6 +123,9 @@ def _health(state: State) -> Health:
         )
         for report in engine.device.reports()
     ]
+    waited_for = next((one for one in models.loaded() if one.pinned and not one.running), None)
+    if waited_for is not None:
+        shown.status, shown.reason = "loading", f"model {waited_for.name} is loading"
     if not engine.device.ready:
         shown.status = "unready"
         shown.reason = "; ".join(f"{device.name} is {device.state}: {device.reason}" for device in shown.devices)
@@ -121,11 +134,17 @@ def _health(state: State) -> Health:
     return shown
 
 
-def metrics(state: State) -> Handler:
+def _model(one: Loaded) -> ModelHealth:
+    state = {"new": "loading"}.get(one.engine.state, one.engine.state)
+    name, fingerprint = (one.engine.spec.name, one.engine.spec.fingerprint) if one.running else (one.name, None)
+    return ModelHealth(name=name, state=state, fingerprint=fingerprint, pinned=one.pinned, requests=one.uses, expires=one.expires)
+
+
+def metrics(metrics: Metrics) -> Handler:
     """Prometheus text."""
 
     async def handle(_: Request) -> Response:
-        return Response(generate_latest(state.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     return handle
 
@@ -139,6 +158,6 @@ def static(content: bytes, media_type: str) -> Handler:
     return handle
 
 
-async def docs(_: Request) -> Response:
+def docs() -> bytes:
     """The page that shows /openapi.json; it loads nothing from elsewhere."""
-    return HTMLResponse((files("npu_proxy.server") / "docs.html").read_text(encoding="utf-8"))
+    return (files("npu_proxy.server") / "docs.html").read_bytes()

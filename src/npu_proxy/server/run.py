@@ -6,18 +6,22 @@ import asyncio
 import os
 import signal
 import socket
+import stat
 import sys
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
 
 from npu_proxy.devices.base import Device
-from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.errors import NpuProxyError, SettingsError
-from npu_proxy.server.app import State, create_app
+from npu_proxy.server import auth, logs
+from npu_proxy.server.app import create_app
+from npu_proxy.server.protocol import drop_silent_peers, protocol_of
+from npu_proxy.server.registry import Registry
 from npu_proxy.settings import Settings
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -42,54 +46,120 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code: 0 after a drain, 2 when the model cannot be loaded, 1 otherwise."""
-    engine = AsyncEngine(settings=settings)
+    """Run until SIGTERM or SIGINT. Returns the exit code: 0 after a drain, 2 when a model cannot be loaded, 1 otherwise."""
+    logs.configure(settings)
+    registry = Registry(settings)
     outcome = {"code": 0}
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None]:
-        task = asyncio.create_task(_load(app.state.npu_proxy, server, outcome))
+        task = asyncio.create_task(_load(registry, server, outcome))
         yield
         if not task.done():
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        await engine.astop()
+        await registry.stop()
+        tracer = app.state.npu_proxy.tracer
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     config = uvicorn.Config(
-        create_app(engine, settings, lifespan),
-        host=settings.host,
-        port=settings.port,
+        create_app(registry, settings, lifespan),
+        http=protocol_of(settings),
+        log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
+        ws="none",
+        timeout_keep_alive=max(1, round(settings.idle_timeout)),
         timeout_graceful_shutdown=max(1, round(settings.drain)),
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
     )
-    server = _Server(config)
+    server = _Server(_checked(config))
+    if auth.is_open(settings):
+        print(f"npu-proxy: `insecure` is set: whoever reaches {settings.host} may use this server", file=sys.stderr, flush=True)
+    _raise_file_limit()
     with _listen(settings) as listener:
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        finally:
+            if settings.uds is not None:
+                settings.uds.unlink(missing_ok=True)
     return outcome["code"]
+
+
+def _checked(config: uvicorn.Config) -> uvicorn.Config:
+    """Load the certificate now, so that what is wrong with it is one line. Raises SettingsError."""
+    if config.ssl_keyfile and not config.ssl_certfile:
+        raise SettingsError("`ssl_keyfile` is of no use without `ssl_certfile`", param="ssl_certfile")
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        message = f"`ssl_certfile` or `ssl_keyfile` cannot be read: {error.strerror or error}"
+        raise SettingsError(message, param="ssl_certfile") from error
+    return config
 
 
 def _listen(settings: Settings) -> socket.socket:
     """The listening socket. Raises SettingsError when the address cannot be had."""
+    if settings.uds is not None:
+        return _listen_unix(settings.uds)
     try:
         family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=2048)
+        listener = socket.create_server((str(address[0]), int(address[1])), family=family, backlog=2048)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
         message = f"cannot listen on {settings.host}:{settings.port}: {reason}; set `host` or `port`"
         raise SettingsError(message, param="port") from error
+    drop_silent_peers(listener, settings.header_timeout)
+    return listener
 
 
-async def _load(state: State, server: _Server, outcome: dict[str, int]) -> None:
-    """Load the model, then print the ready line; a model that cannot be loaded ends the server with the reason."""
+def _listen_unix(path: Path) -> socket.socket:
+    """A socket that only this user can open. One that a dead server left behind is replaced, a live one is not."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        await state.engine.astart()
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1.0)
+                if probe.connect_ex(str(path)) == 0:
+                    raise SettingsError(f"another server listens on {path}; set `uds`", param="uds")
+            path.unlink()
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"cannot listen on {path}: {error.strerror or error}; set `uds`", param="uds") from error
+    except SettingsError:
+        listener.close()
+        raise
+    return listener
+
+
+def _raise_file_limit() -> None:
+    """As many connections as the system allows this process."""
+    if sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _load(registry: Registry, server: _Server, outcome: dict[str, int]) -> None:
+    """Load the models, then print the ready line; a model that cannot be loaded ends the server with the reason."""
+    try:
+        await registry.start()
         while not (server.started or server.should_exit):  # noqa: ASYNC110 (uvicorn tells of its socket in no other way)
             await asyncio.sleep(0.01)
     except NpuProxyError as error:
-        state.failure = str(error)
+        registry.failure = str(error)
         outcome["code"] = 2
         print(f"npu-proxy: {error}", file=sys.stderr, flush=True)
         server.should_exit = True
@@ -98,13 +168,14 @@ async def _load(state: State, server: _Server, outcome: dict[str, int]) -> None:
         outcome["code"] = 1
         server.should_exit = True
         raise
-    spec, device = state.engine.engine.spec, state.engine.engine.device
-    print(
-        f"npu-proxy ready: http://{_address(server, state.settings)} model {spec.name} ({spec.width} wide, up to"
-        f" {spec.max_length} tokens) on {answering(device)}, fingerprint {spec.fingerprint}",
-        file=sys.stderr,
-        flush=True,
-    )
+    for one in registry.loaded():
+        spec = one.engine.spec
+        print(
+            f"npu-proxy ready: {_address(server, registry.settings)} model {spec.name} ({spec.width} wide, up to"
+            f" {spec.max_length} tokens) on {answering(one.engine.device)}, fingerprint {spec.fingerprint}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def answering(device: Device) -> str:
@@ -118,8 +189,11 @@ def answering(device: Device) -> str:
 
 
 def _address(server: _Server, settings: Settings) -> str:
-    """Host and port as they are bound, also where the port was 0."""
+    """The URL as it is bound, also where the port was 0."""
+    scheme, prefix = "https" if settings.ssl_certfile else "http", "/" + settings.url_prefix.strip("/")
+    if settings.uds is not None:
+        return f"unix:{settings.uds}"
     listeners = [listener for one in server.servers for listener in one.sockets]
     port = listeners[0].getsockname()[1] if listeners else settings.port
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"{host}:{port}"
+    return f"{scheme}://{host}:{port}{prefix.rstrip('/')}"

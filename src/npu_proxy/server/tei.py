@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
-from npu_proxy.errors import EmptyInputError, NpuProxyError
-from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, UnsupportedError, floats, text_inputs
+from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
+from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, Shelf, floats, no_head
 from npu_proxy.types import EmbedRequest, EmbedResult, TextInput, Truncate
 from npu_proxy.version import __version__
 
@@ -80,12 +80,33 @@ class DecodeBody(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool = True
 
 
-class AnyBody(msgspec.Struct, kw_only=True):
-    """Body of a route that the loaded model has no head for."""
+class AllBody(msgspec.Struct, kw_only=True):
+    """Body of POST /embed_all and /embed_sparse."""
 
-    inputs: Any = None
-    query: Any = None
-    texts: Any = None
+    inputs: str | list[str | int | list[int]]
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+
+
+class PredictBody(msgspec.Struct, kw_only=True):
+    """Body of POST /predict: a text, a pair, or a list of either."""
+
+    inputs: str | list[str | list[str]]
+    raw_scores: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+
+
+class RerankBody(msgspec.Struct, kw_only=True):
+    """Body of POST /rerank."""
+
+    query: str
+    texts: list[str]
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
 
 
 class Info(msgspec.Struct, kw_only=True):
@@ -118,12 +139,27 @@ class Error(msgspec.Struct, kw_only=True):
 def to_request(body: EmbedBody, served: Served) -> EmbedRequest:
     """Texts or token ids."""
     return EmbedRequest(
-        texts=text_inputs(body.inputs, served, "inputs"),
+        texts=_inputs(body.inputs, served),
         normalize=body.normalize is not False,
         truncate=_truncate(body.truncate, body.truncation_direction),
         prompt_name=body.prompt_name,
         dimensions=body.dimensions,
     )
+
+
+def _inputs(given: str | list[str | int | list[int]], served: Served) -> list[TextInput]:
+    """A text, token ids of the model's own, or a list that may mix both."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise EmptyInputError("`inputs` cannot be empty", param="inputs")
+    numbers = [one for one in given if isinstance(one, int)]
+    if numbers and len(numbers) < len(given):
+        raise InputError("`inputs` mixes token ids with texts; put the ids of a text in a list", param="inputs")
+    texts: list[TextInput] = [numbers] if numbers else [one for one in given if not isinstance(one, int)]
+    if served.settings.token_ids == "reject" and not all(isinstance(one, str) for one in texts):
+        raise InputError("this server takes no token ids (setting `token_ids`); send text", param="inputs")
+    return texts
 
 
 def to_response(result: EmbedResult, _: EmbedBody, __: Served) -> Vectors:
@@ -190,15 +226,15 @@ def decode(body: DecodeBody, served: Served) -> list[str]:
     return [served.encoder.decode(ids, skip_special=body.skip_special_tokens) for ids in lists]
 
 
-def info(served: Served, _: str) -> Info:
-    """The model and the limits clients split by."""
-    spec, settings = served.spec, served.settings
+def info(shelf: Shelf, _: str) -> Info:
+    """The first model and the limits clients split by."""
+    spec, settings, names = shelf.default.spec, shelf.settings, shelf.default.names
     pooling = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}.get(str(spec.pooling), str(spec.pooling))
     return Info(
         model_id=spec.name,
         model_sha=spec.fingerprint,
         model_dtype={"fp32": "float32", "fp16": "float16", "int8": "int8"}[spec.precision],
-        served_model_name=spec.name,
+        served_model_name=names[0] if names else spec.name,
         model_type={"embedding": {"pooling": pooling}},
         max_concurrent_requests=settings.max_queue_items,
         max_input_length=spec.max_length,
@@ -209,11 +245,6 @@ def info(served: Served, _: str) -> Info:
         tokenization_workers=1,
         version=__version__,
     )
-
-
-def no_head(body: AnyBody, served: Served) -> list[Any]:
-    """Routes of other kinds of models. Raises UnsupportedError."""
-    raise UnsupportedError(f"{served.spec.name} is an embedding model; it has no head for this route")
 
 
 def to_error(error: NpuProxyError, status: int) -> Error:
@@ -255,7 +286,7 @@ def _root(path: str) -> Endpoint:
 
 DIALECT = Dialect(
     name="text-embeddings-inference",
-    endpoints=[
+    routes=[
         Endpoint(
             path="/embed",
             summary="Embed texts",
@@ -274,16 +305,30 @@ DIALECT = Dialect(
             to_request=to_similarity_request,
             to_response=to_similarities,
         ),
-    ],
-    actions=[
-        Action(path="/tokenize", summary="Tokens of texts", body=TokenizeBody, response=list[list[Token]], answer=tokenize),
+        Action(
+            path="/tokenize",
+            summary="Tokens of texts",
+            body=TokenizeBody,
+            response=list[list[Token]],
+            answer=tokenize,
+            when=lambda fields: "prompt" not in fields and "text" not in fields,
+        ),
         Action(path="/decode", summary="Text of token ids", body=DecodeBody, response=list[str], answer=decode),
         *(
-            Action(path=path, summary="For models with another head", body=AnyBody, response=list[Any], answer=no_head)
-            for path in ("/predict", "/rerank", "/embed_sparse", "/embed_all")
+            Action(path=path, summary="For models with another head", body=AllBody, response=None, answer=no_head)
+            for path in ("/embed_sparse", "/embed_all")
         ),
+        Action(path="/predict", summary="Classify (needs a classifier)", body=PredictBody, response=None, answer=no_head),
+        Action(
+            path="/rerank",
+            summary="Rank texts (needs a reranker)",
+            body=RerankBody,
+            response=None,
+            answer=no_head,
+            when=lambda fields: "texts" in fields or "documents" not in fields,
+        ),
+        Query(path="/info", summary="Model and limits", response=Info, answer=info),
     ],
-    queries=[Query(path="/info", summary="Model and limits", response=Info, answer=info)],
     error=Error,
     to_error=to_error,
     status={"invalid": 422, "too_long": 422, "too_large": 413, "overloaded": 429, "unsupported": 424, "device": 424},

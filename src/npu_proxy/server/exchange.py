@@ -1,0 +1,211 @@
+"""One request and its answer as bytes: a body within its limits, JSON, deadlines, clients that go, headers, large answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from npu_proxy.errors import DeadlineError, DeviceError, InputError, NpuProxyError, OverloadedError, UnavailableError
+from npu_proxy.server.auth import UnauthorizedError
+from npu_proxy.server.dialect import Dialect, Fields, NoBodyError
+from npu_proxy.settings import Settings
+from npu_proxy.types import EmbedResult
+
+_HEADER = "x-npu-proxy-"
+_PIECE = 256 * 1024
+"""Bytes of an answer that are sent at once; the next piece waits until the client has taken most of it."""
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class TooLargeError(InputError):
+    """The body is larger than the setting `max_body_mb`."""
+
+    kind = "too_large"
+
+
+class GoneError(NpuProxyError):
+    """The client has hung up; what it asked for is dropped."""
+
+    kind = "gone"
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is known of a request, for its log line, its trace and its metrics."""
+
+    request: Request
+    id: str
+    start: float = field(default_factory=time.perf_counter)
+    started_at: int = field(default_factory=time.time_ns)
+    body: bytes | None = None
+    model: str = ""
+    result: EmbedResult | None = None
+    error: NpuProxyError | None = None
+    dialect: Dialect | None = None
+    """Whose the body was, on a path of several dialects."""
+
+
+class Bodies:
+    """Reads bodies; together they take a limited amount of memory, however slowly clients send them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._each = settings.max_body_mb * 1_000_000
+        self._all = settings.max_bodies_mb * 1_000_000
+        self.held = 0
+
+    @contextmanager
+    def _hold(self) -> Generator[list[int]]:
+        """Counts what one request holds until it is done with it."""
+        own = [0]
+        try:
+            yield own
+        finally:
+            self.held -= own[0]
+
+    async def read(self, request: Request, seconds: float) -> bytes:
+        """The whole body. Raises TooLargeError, OverloadedError where all bodies take too much, DeadlineError."""
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > self._each:
+            raise self._too_large()
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._read(request)
+        except TimeoutError:
+            raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
+
+    async def _read(self, request: Request) -> bytes:
+        chunks: list[bytes] = []
+        with self._hold() as own:
+            async for chunk in request.stream():
+                own[0] += len(chunk)
+                self.held += len(chunk)
+                if own[0] > self._each:
+                    raise self._too_large()
+                if self.held > self._all:
+                    raise OverloadedError("too many large requests at once (`max_bodies_mb`); try again later")
+                chunks.append(chunk)
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"the body is larger than {self._each / 1e6:g} MB; send fewer texts at once, or raise `max_body_mb`")
+
+
+def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    """A body as its type. Raises NoBodyError, InputError naming the field."""
+    if not body:
+        raise NoBodyError("the request has no body; send a JSON object")
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        raise InputError(f"{what} (at `{where.rstrip('`')}`)" if where else what, param=where.rstrip("`") or None) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"the body is no valid JSON: {error}") from error
+
+
+def fields_of(body: bytes) -> Fields:
+    """The fields of a body with their JSON as it stands; none where it is no object, which decoding then says."""
+    try:
+        return {name: bytes(value) for name, value in _FIELDS.decode(body).items()}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return {}
+
+
+def timeout_of(request: Request, default: float) -> float:
+    """Seconds from header X-Request-Timeout or query `timeout`. Raises InputError."""
+    given = request.headers.get("x-request-timeout") or request.query_params.get("timeout")
+    if given is None:
+        return default
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 3600:
+        raise InputError(f"timeout must be a number of seconds above 0 and up to 3600, not `{given[:40]}`", param="timeout")
+    return seconds
+
+
+async def unless_gone(request: Request, work: Awaitable[EmbedResult]) -> EmbedResult:
+    """The result, unless the client hangs up first: then the work is cancelled before it costs inference."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise GoneError("the client has gone")
+        return await task
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Answer(Response):
+    """JSON. A large one goes in pieces, each within the time limit, so that a client that does not read holds one piece."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: object, status: int = 200, *, headers: dict[str, str] | None = None, seconds: float = 30.0) -> None:
+        super().__init__(msgspec.json.encode(content), status, headers)
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it. Raises TimeoutError where the client does not take it, which closes the connection."""
+        body = self.body
+        if len(body) <= _PIECE:
+            await super().__call__(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(body), _PIECE):
+            piece = bytes(body[start : start + _PIECE])
+            async with asyncio.timeout(self._seconds):
+                await send({"type": "http.response.body", "body": piece, "more_body": start + _PIECE < len(body)})
+
+
+def headers_of(result: EmbedResult) -> dict[str, str]:
+    """Who answered, with which model, from where, and what was cut."""
+    count = len(result.tokens)
+    headers = {
+        f"{_HEADER}device": result.device,
+        f"{_HEADER}fingerprint": result.fingerprint,
+        f"{_HEADER}cache": "hit" if result.cached == count else f"{result.cached}/{count}" if result.cached else "miss",
+    }
+    if result.fallback:
+        headers[f"{_HEADER}fallback"] = header_text(result.fallback)
+    if any(result.truncated):
+        headers[f"{_HEADER}truncated"] = str(sum(result.truncated))
+    return headers
+
+
+def header_text(text: str) -> str:
+    """Text as a header's value can be: one line of printable ASCII, not too long."""
+    return "".join(character if " " <= character <= "~" else "?" for character in text)[:400]
+
+
+def advice(error: NpuProxyError) -> dict[str, str]:
+    """Headers that tell a client what to do next."""
+    if isinstance(error, UnauthorizedError):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, OverloadedError):
+        return {"retry-after": str(max(1, round(error.retry_after)))}
+    return {"retry-after": "1"} if isinstance(error, UnavailableError | DeviceError) else {}
+
+
+def request_id(request: Request) -> str:
+    """The client's own id where it is printable and short, else a new one."""
+    given = request.headers.get("x-request-id", "")
+    return given if 0 < len(given) <= 128 and given.isprintable() and given.isascii() else uuid.uuid4().hex

@@ -1,0 +1,87 @@
+"""uvicorn's HTTP protocol with the limits it lacks: how long and how large headers may be, and how many connections there are."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from npu_proxy.settings import Settings
+
+_HEADER_BYTES = 64 * 1024
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection. A request's headers must come within the time limit, counted from its first byte or the connection."""
+
+    header_seconds = 30.0
+    most_connections = 8192
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Refuse it where there are too many."""
+        self._head_open = True
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        super().connection_made(transport)
+        if len(self.connections) > self.most_connections:
+            self._refuse(_FULL)
+            return
+        self._head_timer = self.loop.call_later(self.header_seconds, self._too_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the timer."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, while the headers are not too large."""
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._head_open:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEADER_BYTES:
+                self._refuse(_LARGE)
+
+    def on_message_begin(self) -> None:
+        """A request begins: its headers have their time."""
+        super().on_message_begin()
+        self._head_open = True
+        self._head_bytes = 0
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.header_seconds, self._too_late)
+
+    def on_headers_complete(self) -> None:
+        """The headers are there; the rest has limits of its own."""
+        self._head_open = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _too_late(self) -> None:
+        self._head_timer = None
+        self.transport.close()
+
+    def _refuse(self, answer: bytes) -> None:
+        self.transport.write(answer)
+        self.transport.close()
+
+
+def protocol_of(settings: Settings) -> type[Protocol]:
+    """The protocol with the limits of the settings."""
+    limits = {"header_seconds": settings.header_timeout, "most_connections": settings.max_connections}
+    return type("LimitedProtocol", (Protocol,), limits)
+
+
+def drop_silent_peers(listener: socket.socket, seconds: float) -> None:
+    """Let the kernel end connections whose peers have taken nothing of what was sent for so long (Linux)."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is not None and listener.family in (socket.AF_INET, socket.AF_INET6):
+        listener.setsockopt(socket.IPPROTO_TCP, option, round(1000 * seconds))
