@@ -27,17 +27,22 @@ _CHECKED = 8
 
 
 class Keys:
-    """Keys of one model under one configuration. Thread-safe: it has no state that changes."""
+    """Keys of one model under one configuration. Thread-safe."""
 
     def __init__(self, fingerprint: str, *configuration: str) -> None:
         """configuration: whatever else changes what a text becomes (sanitizing, placeholders), and the cache's prefix."""
         self._prefix = fingerprint_bytes(fingerprint)
         self._base = hashlib.sha256(json.dumps([fingerprint, *configuration]).encode())
+        # The digest of what the last request had beside its texts: the next one mostly has the same.
+        self._last = (("", Truncate.END, 0), self._base)
 
     def of(self, texts: Sequence[TextInput], prompt: str, truncate: Truncate, limit: int) -> list[bytes]:
         """One key a text. limit: tokens of a text."""
-        base = self._base.copy()
-        base.update(json.dumps([prompt, truncate, limit]).encode())
+        how, base = self._last
+        if how != (prompt, truncate, limit):
+            base = self._base.copy()
+            base.update(json.dumps([prompt, truncate, limit]).encode())
+            self._last = ((prompt, truncate, limit), base)
         keys: list[bytes] = []
         for text in texts:
             digest = base.copy()

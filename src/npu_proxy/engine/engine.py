@@ -208,8 +208,10 @@ class Engine:
 
     # -- verbs ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: EmbedRequest) -> Future[EmbedResult]:
-        """Queue a request. The future gives an EmbedResult, with an error a text where one failed.
+    def submit(self, request: EmbedRequest, deadline: float | None = None) -> Future[EmbedResult]:
+        """Queue a request; ``deadline`` (time.monotonic() seconds) stands in for its own.
+
+        The future gives an EmbedResult, with an error a text where one failed.
 
         Cancelling it drops the request's texts before they cost inference. Raises InputError for a request that is
         wrong as a whole, OverloadedError at the queue's limit, StoppedError when the engine is not running.
@@ -232,7 +234,8 @@ class Engine:
                 future.set_result(result)
 
         now = time.monotonic()
-        deadline = now + self.settings.timeout if request.deadline is None else request.deadline
+        if deadline is None:
+            deadline = now + self.settings.timeout if request.deadline is None else request.deadline
         ticket = Ticket(request, deadline, now, done, future.cancelled)
         if self._cache is not None and self._keys is not None:
             limit = min(request.max_tokens or parts.spec.max_length, parts.spec.max_length)

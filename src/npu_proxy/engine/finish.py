@@ -24,8 +24,12 @@ def normalize(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
     The length is summed in float64, where squares of the smallest float32 do not vanish.
     """
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True).astype(np.float32)
-    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    exact = vectors.astype(np.float64)
+    lengths = np.sqrt(np.einsum("...i,...i->...", exact, exact)).astype(np.float32)
+    return vectors / np.maximum(lengths, _TINY)[..., None]
+
+
+_TINY = np.finfo(np.float32).tiny
 
 
 def _int8(vectors: Array) -> Array:

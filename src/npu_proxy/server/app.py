@@ -6,18 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route as Path
-from starlette.types import Lifespan
+from starlette.types import ASGIApp, Lifespan
 
 from npu_proxy.errors import InputError, NpuProxyError
 from npu_proxy.server import auth, cohere, infinity, ollama, openai, ops, tei, vllm
@@ -32,7 +31,7 @@ from npu_proxy.server.dialect import (
     Route,
     model_of,
 )
-from npu_proxy.server.door import Door
+from npu_proxy.server.door import Door, Exact
 from npu_proxy.server.exchange import (
     Answer,
     Bodies,
@@ -76,7 +75,7 @@ class State:
     tracer: Tracer | None
 
 
-def create_app(registry: Registry, settings: Settings, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
+def create_app(registry: Registry, settings: Settings, lifespan: Lifespan[Starlette] | None = None) -> ASGIApp:
     """Everything on one port, over models that somebody else starts and stops."""
     state = State(
         registry=registry,
@@ -107,23 +106,13 @@ def create_app(registry: Registry, settings: Settings, lifespan: Lifespan[Starle
         # Clients send a trailing slash or none, and a redirect loses the body of some.
         spellings = [path] if path.endswith(":path}") else [path, path + "/"]
         routes += [_route(one, method, state, same[0][0], _choosing(state, same)) for one in spellings]
-    app = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        exception_handlers={404: _missing(owners), 405: _missing(owners)},
-        middleware=_middleware(settings),
-    )
-    app.router.redirect_slashes = False
-    app.state.npu_proxy = state
-    return app
-
-
-def _middleware(settings: Settings) -> list[Middleware]:
-    own = [Middleware(Door, hosts=auth.allowed_hosts(settings), prefix=settings.url_prefix)]
+    rest = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _missing(owners), 405: _missing(owners)})
+    rest.router.redirect_slashes = False
+    rest.state.npu_proxy = state
+    app: ASGIApp = Exact(routes, rest)
     if settings.cors_allow_origin:
-        cors = Middleware(CORSMiddleware, allow_origins=settings.cors_allow_origin, allow_methods=["*"], allow_headers=["*"])
-        own.append(cors)
-    return own
+        app = CORSMiddleware(app, allow_origins=settings.cors_allow_origin, allow_methods=["*"], allow_headers=["*"])
+    return Door(app, hosts=auth.allowed_hosts(settings), prefix=settings.url_prefix)
 
 
 def _route(path: str, method: str, state: State, dialect: Dialect, handle: Handler) -> Path:
@@ -170,17 +159,17 @@ def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
 
     async def handle(exchange: Exchange) -> Response:
         start = time.monotonic()
-        seconds = timeout_of(exchange.request, settings.timeout)
         body = decode(decoder, await _body(state, exchange))
-        async with state.registry.use(model_of(body), seconds, endpoint.keep_alive(body)) as (loaded, served):
-            exchange.model = served.spec.name
+        with await state.registry.acquire(model_of(body), exchange.seconds) as use:
+            use.keep_alive = endpoint.keep_alive(body)
+            served, exchange.model = use.served, use.served.spec.name
             ask = endpoint.to_request(body, served)
             if not isinstance(ask, EmbedRequest):
                 return Answer(ask)
             if len(ask.texts) > settings.max_client_batch:
                 most = settings.max_client_batch
                 raise InputError(f"the request has {len(ask.texts)} texts; at most {most} are allowed (`max_client_batch`)")
-            future = loaded.engine.submit(replace(ask, deadline=start + seconds))
+            future = use.loaded.engine.submit(ask, start + exchange.seconds)
             # What the cache knows is there at once.
             result = future.result() if future.done() else await unless_gone(exchange.request, asyncio.wrap_future(future))
             exchange.result = result
@@ -194,11 +183,10 @@ def _acting(state: State, action: Action) -> Handler:
     decoder = msgspec.json.Decoder(action.body)
 
     async def handle(exchange: Exchange) -> Response:
-        seconds = timeout_of(exchange.request, state.settings.timeout)
         body = decode(decoder, await _body(state, exchange))
-        async with state.registry.use(model_of(body), seconds) as (_, served):
-            exchange.model = served.spec.name
-            return Answer(await asyncio.to_thread(action.answer, body, served))
+        with await state.registry.acquire(model_of(body), exchange.seconds) as use:
+            exchange.model = use.served.spec.name
+            return Answer(await asyncio.to_thread(action.answer, body, use.served))
 
     return handle
 
@@ -233,8 +221,7 @@ def _line(item: Any) -> bytes:
 async def _body(state: State, exchange: Exchange) -> bytes:
     """The request's body, read once."""
     if exchange.body is None:
-        seconds = timeout_of(exchange.request, state.settings.timeout)
-        exchange.body = await state.bodies.read(exchange.request, seconds)
+        exchange.body = await state.bodies.read(exchange.request, exchange.seconds)
     return exchange.body
 
 
@@ -246,6 +233,7 @@ def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Call
         response: Response | None = None
         try:
             auth.check(state.keys, request.headers)
+            exchange.seconds = timeout_of(request, state.settings.timeout)
             response = await handle(exchange)
         except NpuProxyError as error:
             exchange.error = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import Awaitable, Generator
@@ -47,6 +48,8 @@ class Exchange:
     id: str
     start: float = field(default_factory=time.perf_counter)
     started_at: int = field(default_factory=time.time_ns)
+    seconds: float = 0.0
+    """How long it may take."""
     body: bytes | None = None
     model: str = ""
     result: EmbedResult | None = None
@@ -123,8 +126,10 @@ def fields_of(body: bytes) -> Fields:
 
 def timeout_of(request: Request, default: float) -> float:
     """Seconds from header X-Request-Timeout or query `timeout`. Raises InputError."""
-    given = request.headers.get("x-request-timeout") or request.query_params.get("timeout")
-    if given is None:
+    given = request.headers.get("x-request-timeout")
+    if not given and b"timeout" in request.scope["query_string"]:
+        given = request.query_params.get("timeout")
+    if not given:
         return default
     try:
         seconds = float(given)
@@ -208,4 +213,9 @@ def advice(error: NpuProxyError) -> dict[str, str]:
 def request_id(request: Request) -> str:
     """The client's own id where it is printable and short, else a new one."""
     given = request.headers.get("x-request-id", "")
-    return given if 0 < len(given) <= 128 and given.isprintable() and given.isascii() else uuid.uuid4().hex
+    return given if 0 < len(given) <= 128 and given.isprintable() and given.isascii() else f"{_PROCESS}{next(_NUMBERS):08x}"
+
+
+_PROCESS = uuid.uuid4().hex[:24]
+_NUMBERS = itertools.count()
+"""An id of a request is the process's and a number, as unique as a random one and cheaper."""

@@ -44,17 +44,23 @@ class Metrics:
                 ("inference", "in inference, its share of the rows"),
             )
         )
+        self._children: dict[tuple[str, int], tuple[Counter, Counter, Histogram]] = {}
         self._truncated = Counter("npu_proxy_truncated_texts", "Texts cut at the model's limit", registry=self.registry)
 
     def answered(self, path: str, status: int, seconds: float, exchange: Exchange) -> None:
         """Note an answer and what it cost."""
-        self._requests.labels(path, str(status)).inc()
-        self._duration.labels(path).observe(seconds)
+        known = self._children.get((path, status))
+        if known is None:
+            children = (self._requests.labels(path, str(status)), self._successes.labels(path), self._duration.labels(path))
+            known = self._children[path, status] = children
+        requests, successes, duration = known
+        requests.inc()
+        duration.observe(seconds)
         result = exchange.result
         if exchange.error is not None:
             self._failures.labels(exchange.error.kind).inc()
         elif result is not None:
-            self._successes.labels(path).inc()
+            successes.inc()
             self.lengths.update(result.tokens)
             cut = sum(result.truncated)
             if cut:

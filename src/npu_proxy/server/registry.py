@@ -10,10 +10,11 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.system import available_memory
@@ -56,6 +57,22 @@ class Loaded:
     def expires(self) -> float | None:
         """Unix seconds when it will be unloaded; None: never."""
         return None if math.isinf(self.keep_alive) else time.time() + self.last_used + self.keep_alive - time.monotonic()
+
+
+@dataclass(slots=True)
+class Use:
+    """A request's hold on a model, a context manager."""
+
+    registry: Registry
+    loaded: Loaded
+    served: Served
+    keep_alive: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.registry.release(self.loaded, self.keep_alive)
 
 
 def make_engine(settings: Settings, cache: VectorCache | None) -> Engine:
@@ -127,25 +144,25 @@ class Registry:
 
     # -- use -----------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def use(self, name: str | None, seconds: float, keep_alive: float | None = None) -> AsyncGenerator[tuple[Loaded, Served]]:
-        """The model while a request uses it, loaded first where that is allowed; it is not unloaded meanwhile.
+    async def acquire(self, name: str | None, seconds: float) -> Use:
+        """The model for a request, loaded first where that is allowed; it is not unloaded before ``Use`` ends.
 
-        keep_alive: seconds to stay loaded afterwards, negative for ever; None takes the setting. Raises UnknownModelError,
-        StoppedError, DeadlineError after ``seconds`` of loading, UnavailableError where there is no room.
+        Raises UnknownModelError, StoppedError, DeadlineError after ``seconds`` of loading, UnavailableError where there is no
+        room.
         """
         one = self.running(name) or await self._summon(str(name), seconds)
         one.uses += 1
-        try:
-            engine = one.engine
-            asked = name or engine.spec.name
-            served = Served(spec=engine.spec, encoder=engine.encoder, settings=self.settings, asked=asked, foreign=self._foreign)
-            yield one, served
-        finally:
-            one.uses -= 1
-            one.last_used = time.monotonic()
-            if not one.pinned:
-                self._rest(one, self.settings.keep_alive if keep_alive is None else keep_alive)
+        engine = one.engine
+        asked = name or engine.spec.name
+        served = Served(spec=engine.spec, encoder=engine.encoder, settings=self.settings, asked=asked, foreign=self._foreign)
+        return Use(self, one, served)
+
+    def release(self, one: Loaded, keep_alive: float | None) -> None:
+        """A request is done with the model. keep_alive: seconds to stay loaded, negative for ever; None takes the setting."""
+        one.uses -= 1
+        one.last_used = time.monotonic()
+        if not one.pinned:
+            self._rest(one, self.settings.keep_alive if keep_alive is None else keep_alive)
 
     def running(self, name: str | None) -> Loaded | None:
         """The running model of that name; None for one that would have to be loaded. Raises StoppedError while it loads."""
