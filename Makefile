@@ -51,6 +51,17 @@ format: $(VENV)/.dev  ## format and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+.venv-clients/.done: requirements/clients.txt pyproject.toml tests/clients/npm/package-lock.json
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/clients.txt
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	cd tests/clients/npm && npm ci --silent --no-audit --no-fund
+	touch $@
+
+clients: weights .venv-clients/.done  ## the real client libraries and schemathesis against a running server (1.4 GB in .venv-clients; needs npm)
+	@$(BIN)/npu-proxy list 2>/dev/null | grep -q cl100k_base || $(BIN)/npu-proxy pull cl100k_base
+	.venv-clients/bin/python -m pytest -p no:asyncio tests/clients
+
 quality: $(VENV)/.bench weights  ## STS-B and SciFact figures of the default model
 	$(BIN)/python bench/quality.py --data $(DATA)
 
@@ -80,7 +91,8 @@ lock: $(VENV)/.python  ## write requirements/*.txt again from pyproject.toml
 	mkdir -p requirements
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group dev -o requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
 
 clean:  ## remove the environments and what tools leave
-	rm -rf $(VENV) .venv-golden .venv-peers .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-golden .venv-peers .venv-clients tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis

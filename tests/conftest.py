@@ -104,11 +104,11 @@ class Server:
         self.log: list[str] = []
         self.url = ""
 
-    def wait_ready(self) -> "Server":
+    def wait_ready(self, pattern: str = r"npu-proxy ready: (http://\S+)") -> "Server":
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
-            if found := re.search(r"npu-proxy ready: (http://\S+)", line):
+            if found := re.search(pattern, line):
                 self.url = found[1]
                 return self
         raise AssertionError(f"the server ended: {self.log}")
@@ -127,5 +127,16 @@ class Server:
 @pytest.fixture(scope="session")
 def server(default_model: str) -> Iterator[Server]:
     running = Server().wait_ready()
+    yield running
+    assert running.stop() == 0
+
+
+NAMES = ("text-embedding-3-small", "text-embedding-ada-002", "embed-english-v3.0", "chroma/all-minilm-l6-v2-f32")
+"""Names that clients insist on."""
+
+
+@pytest.fixture(scope="session")
+def many_names(default_model: str) -> Iterator[Server]:
+    running = Server(*(part for name in NAMES for part in ("--served-model-name", name))).wait_ready()
     yield running
     assert running.stop() == 0

@@ -26,6 +26,8 @@ from npu_proxy.models.catalog import canonical
 from npu_proxy.models.fingerprint import MANIFEST, file_sha256
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_LONGEST_NAME = 200
+"""As long as file systems allow, with something to spare."""
 LOCK_SECONDS = 600
 
 
@@ -166,8 +168,8 @@ class Store:
 
 def check_name(name: str) -> str:
     """A model name that is safe as a file name: `name` or `org/name`. Raises InputError."""
-    if not _NAME.fullmatch(name) or ".." in name or "--" in name:
-        raise InputError(f"`{name}` is no model name; expected `name` or `org/name`", param="model")
+    if not _NAME.fullmatch(name) or ".." in name or "--" in name or len(name) > _LONGEST_NAME:
+        raise InputError(f"`{name[:_LONGEST_NAME]}` is no model name; expected `name` or `org/name`", param="model")
     return name
 
 

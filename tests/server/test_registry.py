@@ -1,0 +1,300 @@
+"""Many models on one port: loading on first use, keep-alive, room, references, names, pulling and deleting."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import SMALL_SHAPES, fake_engine, golden, smallest_cosine
+from npu_proxy import Engine, Settings
+from npu_proxy.devices.fake import FakeDevice
+from npu_proxy.models.pull import pull
+from npu_proxy.models.store import Store
+from npu_proxy.server.app import create_app
+from npu_proxy.server.registry import Loaded, Registry, unloadable
+
+_, TEXTS, MEAN = golden("mean")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    for name in ("mean", "cls", "max"):
+        pull(Store(tmp_path), str(golden(name)[0]), mirrors=(), report=lambda _: None)
+    return tmp_path
+
+
+@asynccontextmanager
+async def serving(store: Path, **settings: object) -> AsyncIterator[tuple[httpx.AsyncClient, Registry]]:
+    chosen = Settings(**{"model": ("mean",), "store": store, "device": "cpu", **settings})
+    registry = Registry(chosen)
+    await registry.start()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(registry, chosen)), base_url="http://localhost") as http:
+        yield http, registry
+    await registry.stop()
+
+
+async def embed(http: httpx.AsyncClient, model: str, **more: object) -> httpx.Response:
+    return await http.post("/api/embed", json={"model": model, "input": TEXTS, **more})
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+
+
+def names(registry: Registry) -> set[str]:
+    return {one.name for one in registry.loaded()}
+
+
+def test_stored_models_are_loaded_on_first_use_once_and_answer_rightly(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store) as (http, registry):
+            answers = await asyncio.gather(*(embed(http, name) for name in ("cls", "CLS:latest", "mean", "max", "cls")))
+            assert [answer.status_code for answer in answers] == [200] * 5
+            for name, answer in zip(("cls", "cls", "mean", "max", "cls"), answers, strict=True):
+                assert smallest_cosine(answer.json()["embeddings"], golden(name)[2]) > 0.99999
+            assert names(registry) == {"mean", "cls", "max"}
+            health = (await http.get("/health")).json()
+            first = health["models"][0]
+            assert (first["name"], first["pinned"], first["state"]) == ("mean", True, "running")
+            assert len({answer.headers["x-npu-proxy-fingerprint"] for answer in answers}) == 3
+            listed = [one["id"] for one in (await http.get("/v1/models")).json()["data"]]
+            assert listed[0] == "mean"
+            assert set(listed) == {"mean", "cls", "max"}
+            assert (await http.get("/v1/models/max")).json()["id"] == "max"
+            ps = {one["name"]: one["expires_at"] for one in (await http.get("/api/ps")).json()["models"]}
+            assert ps["mean:latest"].startswith("2318")
+            assert not ps["cls:latest"].startswith("2318")
+
+    asyncio.run(run())
+
+
+def test_only_named_models_where_loading_on_demand_is_off(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store, load_on_demand=False, model=("mean", "max")) as (http, registry):
+            assert (await embed(http, "cls")).status_code == 404
+            assert (await embed(http, "max")).status_code == 200
+            assert names(registry) == {"mean", "max"}
+            assert [one["id"] for one in (await http.get("/v1/models")).json()["data"]] == ["mean", "max"]
+
+    asyncio.run(run())
+
+
+def test_idle_models_are_unloaded_named_ones_never(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store, keep_alive=0.05) as (http, registry):
+            assert (await embed(http, "cls", keep_alive=-1)).status_code == 200
+            assert (await embed(http, "max", keep_alive="10m")).status_code == 200
+            await asyncio.sleep(0.3)
+            assert names(registry) == {"mean", "cls", "max"}
+            assert (await embed(http, "cls", keep_alive=0)).status_code == 200
+            assert (await embed(http, "mean", keep_alive=0)).status_code == 200
+            await until(lambda: names(registry) == {"mean", "max"})
+            assert (await http.post("/v1/embeddings", json={"model": "max", "input": "a"})).status_code == 200  # the setting again
+            await until(lambda: names(registry) == {"mean"})
+            assert (await embed(http, "mean")).status_code == 200
+            wrong = await embed(http, "mean", keep_alive="soon")
+            assert (wrong.status_code, wrong.json()["error"]) == (400, 'time: invalid duration "soon"')
+
+    asyncio.run(run())
+
+
+def test_room_is_made_by_unloading_what_is_longest_unused(store: Path) -> None:
+    size = sum(file.stat().st_size for file in golden("mean")[0].glob("*.safetensors"))
+
+    async def run() -> None:
+        async with serving(store) as (http, registry):
+            registry._limit = int(2.5 * size)
+            assert (await embed(http, "cls")).status_code == 200
+            assert (await embed(http, "max")).status_code == 200
+            assert names(registry) == {"mean", "max"}
+            registry._limit = int(1.5 * size)
+            refused = await embed(http, "cls")  # can never fit beside the named one: not worth another try
+            assert refused.status_code == 400
+            assert "models_mb" in refused.json()["error"]
+
+    asyncio.run(run())
+
+
+def test_a_model_in_use_is_not_unloaded_for_room() -> None:
+    event = threading.Event()
+    devices: list[FakeDevice] = []
+
+    def make(settings: Settings, cache: object) -> Engine:
+        devices.append(FakeDevice(width=32, shapes=SMALL_SHAPES, script=lambda pack: event.wait(20) and None))
+        return fake_engine(devices[-1])
+
+    async def run(folder: Path) -> None:
+        for name in ("mean", "cls", "max"):
+            pull(Store(folder), str(golden(name)[0]), mirrors=(), report=lambda _: None)
+        settings = Settings(model=("mean",), store=folder)
+        registry = Registry(settings, make=make)
+        await registry.start()
+        registry._limit = 2 * registry.first.size + 1000
+        app = create_app(registry, settings)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60) as http:
+            busy = asyncio.create_task(embed(http, "cls", keep_alive=0))
+            await until(lambda: any(one.uses for one in registry.loaded()))
+            refused = await embed(http, "max")
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"]
+            event.set()
+            assert (await busy).status_code == 200
+            await until(lambda: len(registry.loaded()) == 1)
+            assert (await embed(http, "max")).status_code == 200
+        await registry.stop()
+        assert all(device.closed for device in devices)
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(run(Path(folder)))
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_each_time_and_the_others_serve(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store) as (http, registry):
+            (store / "models" / "cls" / "model.safetensors").write_bytes(b"nonsense")
+            for _ in range(2):
+                answer = await embed(http, "cls")
+                assert answer.status_code == 500
+                assert str(store) not in answer.text
+            assert names(registry) == {"mean"}
+            assert (await embed(http, "mean")).status_code == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "..",
+        ".",
+        "~",
+        "models/mean",
+        "a/b/c",
+        "%2e%2e/x",
+        "mean\0",
+        "x" * 100_000,
+        "tests",
+        "src",
+    ],
+)
+def test_no_name_leads_out_of_the_store(store: Path, name: str) -> None:
+    async def run() -> None:
+        async with serving(store, allow_pull=True) as (http, registry):
+            for answer in (
+                await embed(http, name),
+                await http.post("/v1/embeddings", json={"model": name, "input": "a"}),
+                await http.post("/api/show", json={"model": name}),
+                await http.request("DELETE", "/api/delete", json={"model": name}),
+            ):
+                assert answer.status_code in (400, 404), (name, answer.text)
+                assert len(answer.text) < 2000
+            pulled = await http.post("/api/pull", json={"model": name, "stream": False})
+            assert pulled.status_code in (400, 502), pulled.text
+            assert names(registry) == {"mean"}
+
+    asyncio.run(run())
+
+
+def test_served_names_may_be_of_any_model(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store, served_model_name=("ada", "large=cls")) as (http, _):
+            assert smallest_cosine((await embed(http, "ada")).json()["embeddings"], MEAN) > 0.99999
+            assert smallest_cosine((await embed(http, "Large")).json()["embeddings"], golden("cls")[2]) > 0.99999
+            listed = {one["id"] for one in (await http.get("/v1/models")).json()["data"]}
+            assert {"ada", "large"} <= listed
+            assert (await http.get("/v1/models/large")).json()["id"] == "large"
+
+    asyncio.run(run())
+
+
+def test_pulling_and_deleting_over_http(store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    mirror = tmp_path_factory.mktemp("mirror")
+    (mirror / "dense").symlink_to(golden("dense")[0])
+
+    async def run() -> None:
+        async with serving(store) as (http, _):
+            for method, path in (("POST", "/api/pull"), ("DELETE", "/api/delete")):
+                refused = await http.request(method, path, json={"model": "cls"})
+                assert refused.status_code == 403
+                assert "allow_pull" in refused.json()["error"]
+        async with serving(store, allow_pull=True, mirrors=(str(mirror),)) as (http, registry):
+            lines = [json.loads(line) for line in (await http.post("/api/pull", json={"model": "dense"})).text.splitlines()]
+            assert lines[-1] == {"status": "success"}
+            assert len(lines) > 3
+            assert (await embed(http, "dense")).status_code == 200
+            failed = (await http.post("/api/pull", json={"model": "no/such"})).text.splitlines()
+            assert "could not be fetched" in json.loads(failed[-1])["error"]
+            assert (await http.request("DELETE", "/api/delete", json={"model": "dense"})).status_code == 200
+            assert (await embed(http, "dense")).status_code == 404
+            assert names(registry) == {"mean"}
+            kept = await http.request("DELETE", "/api/delete", json={"model": "mean"})
+            assert kept.status_code == 403
+            assert (await http.request("DELETE", "/api/delete", json={"model": "dense"})).status_code == 404
+
+    asyncio.run(run())
+
+
+def test_the_server_s_engines_share_one_cache(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store) as (http, registry):
+            for state in ("miss", "hit"):
+                for name in ("mean", "cls"):
+                    answer = await embed(http, name)
+                    assert answer.headers["x-npu-proxy-cache"] == state
+                    assert smallest_cosine(answer.json()["embeddings"], golden(name)[2]) > 0.99999
+            assert registry.cache is not None
+            assert registry.cache.counts().entries == 2 * len(set(TEXTS))
+
+    asyncio.run(run())
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.booleans(), st.integers(0, 1), st.booleans()), max_size=8),
+    st.integers(0, 60),
+    st.integers(0, 150),
+)
+def test_what_is_unloaded_is_idle_makes_room_and_is_no_more_than_needed(rows: list, size: int, limit: int) -> None:
+    loaded = [
+        Loaded(name=str(number), engine=_Running(running), pinned=pinned, size=held, uses=uses, last_used=number)  # type: ignore[arg-type]
+        for number, (held, pinned, uses, running) in enumerate(rows)
+    ]
+    chosen = unloadable(loaded, size, limit)
+    free = [one for one in loaded if not one.pinned and not one.uses and one.running]
+    held = sum(one.size for one in loaded)
+    if chosen is None:
+        assert held - sum(one.size for one in free) + size > limit
+        return
+    assert all(one in free for one in chosen)
+    assert held - sum(one.size for one in chosen) + size <= limit
+    assert chosen == free[: len(chosen)]
+    if chosen:
+        assert held - sum(one.size for one in chosen[:-1]) + size > limit
+
+
+class _Running:
+    def __init__(self, running: bool) -> None:
+        self.state = "running" if running else "new"
+
+
+def test_vectors_over_http_are_those_of_the_library(store: Path) -> None:
+    async def run() -> list:
+        async with serving(store) as (http, _):
+            return (await http.post("/embed", json={"inputs": TEXTS, "normalize": False})).json()
+
+    np.testing.assert_allclose(asyncio.run(run()), MEAN, atol=2e-5)
