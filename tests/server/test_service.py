@@ -1,0 +1,387 @@
+"""What surrounds the dialects: hosts, prefix, CORS, logs, traces, the Grafana board, and the forms of Infinity, vLLM and others."""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import app_of, golden, smallest_cosine
+from npu_proxy import Engine, Settings
+from npu_proxy.cache.tier import TierError
+from npu_proxy.models.catalog import find
+from npu_proxy.models.cl100k import FILE, NAME, Cl100k
+from npu_proxy.models.pull import pull
+from npu_proxy.models.store import Store
+from npu_proxy.server import logs
+from npu_proxy.server.auth import allowed_hosts, is_allowed
+from npu_proxy.server.exchange import header_text
+from npu_proxy.server.ollama import EmbedBody, keep_alive
+from npu_proxy.server.tracing import Tracer, open_tracer
+
+FOLDER, TEXTS, VECTORS = golden("mean")
+UNIT = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
+BOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "npu-proxy.json"
+
+
+@asynccontextmanager
+async def client(base: str = "http://localhost", **settings: object) -> AsyncIterator[httpx.AsyncClient]:
+    chosen = Settings(**{"model": str(FOLDER), "device": "cpu", "load_on_demand": False, **settings})
+    engine = Engine(settings=chosen).start()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app_of(engine, chosen)), base_url=base) as made:
+        yield made
+    await asyncio.to_thread(engine.stop)
+
+
+def call(path: str, body: object = None, method: str = "POST", headers: dict | None = None, **settings: object) -> httpx.Response:
+    async def run() -> httpx.Response:
+        async with client(**settings) as http:
+            return await http.request(method, path, json=body, headers=headers)
+
+    return asyncio.run(run())
+
+
+# -- the door --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8080", "LOCALHOST", "127.0.0.1:1", "[::1]", "[::1]:80", "localhost."])
+def test_names_of_this_machine_are_asked(host: str) -> None:
+    assert is_allowed(host, allowed_hosts(Settings()))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "evil.example",
+        "localhost.evil.example",
+        "evil.localhost",
+        "127.0.0.1.evil.example",
+        "[::2]",
+        "localhost:evil",
+        "a@localhost",
+    ],
+)
+def test_other_names_are_not(host: str) -> None:
+    assert not is_allowed(host, allowed_hosts(Settings()))
+
+
+def test_hosts_by_setting_and_on_open_addresses() -> None:
+    assert allowed_hosts(Settings(host="0.0.0.0", insecure=True)) == ("*",)
+    named = allowed_hosts(Settings(allowed_hosts=("api.example.org", "*.lan")))
+    assert [is_allowed(host, named) for host in ("api.example.org:443", "box.lan", "lan", "localhost")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_foreign_host_is_refused_before_anything_else() -> None:
+    for path in ("/health", "/v1/embeddings", "/metrics"):
+        assert call(path, method="GET", headers={"host": "evil.example"}).status_code == 421
+    assert call("/health", method="GET", headers={"host": "evil.example"}, allowed_hosts=("*",)).status_code == 200
+
+
+def test_a_prefix_is_taken_off() -> None:
+    assert call("/npu/v1/embeddings", {"input": "a"}, url_prefix="/npu/").status_code == 200
+    assert call("/npu", method="GET", url_prefix="npu").text == "Ollama is running"
+    for path in ("/v1/embeddings", "/npux/v1/embeddings"):
+        assert call(path, {"input": "a"}, url_prefix="/npu").status_code == 404
+
+
+def test_pages_of_other_origins_may_read_only_where_they_are_named() -> None:
+    origin = {"origin": "https://app.example.org"}
+    asked = {**origin, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    assert "access-control-allow-origin" not in call("/v1/embeddings", {"input": "a"}, headers=origin).headers
+    allowed = {"cors_allow_origin": ("https://app.example.org",), "api_key": ("secret",)}
+    assert call("/v1/embeddings", method="OPTIONS", headers=asked, **allowed).status_code == 200
+    answer = call("/v1/embeddings", {"input": "a"}, headers={**origin, "authorization": "Bearer secret"}, **allowed)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://app.example.org")
+    other = call(
+        "/v1/embeddings", {"input": "a"}, headers={"origin": "https://evil.example"}, cors_allow_origin=allowed["cors_allow_origin"]
+    )
+    assert "access-control-allow-origin" not in other.headers
+
+
+# -- log and trace ---------------------------------------------------------------------------------------------------
+
+
+def test_json_lines_have_ids_and_counts_and_never_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    before = logging.getLogger().handlers[:], logging.getLogger().level
+    try:
+        logs.configure(Settings(log_format="json", log_level="debug", access_log=True))
+        headers = {"x-request-id": "mine"}
+        assert call("/v1/embeddings?secret=1", {"input": ["secret words", "secret"]}, headers=headers).status_code == 200
+        call("/v1/embeddings", {"input": {"secret": "secret"}})
+        call("/v1/embeddings", {"input": "a", "model": "secret\nmodel"}, headers={"x-request-id": "a\tb"})
+    finally:
+        logging.getLogger().handlers[:], level = before
+        logging.getLogger().setLevel(level)
+        logs.access.setLevel(logging.CRITICAL)
+    written = capsys.readouterr().err
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert "secret" not in written
+    ours = [line for line in lines if line["logger"] == "npu_proxy.access"]
+    assert [line["status"] for line in ours] == [200, 400, 404]
+    assert (ours[0]["request_id"], ours[0]["texts"], ours[0]["cached"], ours[0]["device"]) == ("mine", 2, 0, "cpu")
+    assert ours[0]["tokens"] > 2
+    assert ours[1]["error"] == "invalid"
+
+
+def test_log_lines_are_one_line() -> None:
+    assert header_text("a\r\nb\x00é") == "a??b??"
+
+
+def test_a_span_a_stage_below_the_caller_s_trace() -> None:
+    sdk = pytest.importorskip("opentelemetry.sdk.trace")
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), sdk.TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    async def run() -> None:
+        chosen = Settings(model=str(FOLDER), device="cpu")
+        engine = Engine(settings=chosen).start()
+        app = app_of(engine, chosen)
+        app._app._rest.state.npu_proxy.tracer = Tracer(provider)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+            caller = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+            await http.post("/v1/embeddings", json={"input": TEXTS}, headers=caller)
+            await http.post("/v1/embeddings", json={"input": 5})
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(run())
+    *stages, request, failed = exporter.get_finished_spans()
+    assert [span.name for span in stages] == ["tokenize", "queue", "infer", "finish"]
+    assert request.name == "POST /v1/embeddings"
+    assert f"{request.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+    assert f"{request.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert all(span.parent.span_id == request.context.span_id for span in stages)
+    assert request.start_time <= stages[0].start_time <= stages[-1].end_time <= request.end_time + 1000
+    assert request.attributes["npu_proxy.texts"] == len(TEXTS)
+    assert failed.attributes["error.type"] == "invalid"
+    assert not any("cat" in str(value) for span in (*stages, request, failed) for value in span.attributes.values())
+
+
+def test_without_an_endpoint_nothing_is_traced() -> None:
+    assert open_tracer(Settings()) is None
+    tracer = open_tracer(Settings(otlp_endpoint="http://127.0.0.1:9"))
+    assert tracer is not None
+    tracer._provider.shutdown()
+
+
+# -- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def exported() -> set[str]:
+    async def run() -> str:
+        async with client() as http:
+            await http.post("/v1/embeddings", json={"input": TEXTS * 2})
+            await http.post("/v1/embeddings", json={"input": "sea " * 90})
+            await http.post("/v1/embeddings", json={"input": 5})
+            return (await http.get("/metrics")).text
+
+    return {line.partition("{")[0].partition(" ")[0] for line in asyncio.run(run()).splitlines() if not line.startswith("#")}
+
+
+def test_every_metric_of_the_board_is_exported_and_every_panel_asks_for_one() -> None:
+    board, names = json.loads(BOARD.read_text()), exported()
+    families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in names}
+    # Counters that have no sample before the first device falls back.
+    names |= {"npu_proxy_fallback_texts_total"}
+    asked: set[str] = set()
+    for panel in board["panels"]:
+        found = {name for target in panel.get("targets", ()) for name in re.findall(r"npu_proxy_\w+", target["expr"])}
+        assert found or panel["type"] == "row", panel["title"]
+        asked |= found
+    assert asked <= names, sorted(asked - names)
+    for meaning in ("request_count", "request_success", "request_failure", "request_duration", "request_tokenization_duration"):
+        assert f"npu_proxy_{meaning}" in families
+    for meaning in (
+        "request_queue_duration",
+        "request_inference_duration",
+        "request_input_length",
+        "batch_next_size",
+        "queue_size",
+    ):
+        assert f"npu_proxy_{meaning}" in families
+    assert "npu_proxy_batch_next_tokens" in families
+
+
+def test_histograms_add_up() -> None:
+    async def run() -> str:
+        async with client() as http:
+            await http.post("/v1/embeddings", json={"input": ["a", "sea " * 10, "sea " * 90]})
+            return (await http.get("/metrics")).text
+
+    text = asyncio.run(run())
+    lengths = dict(re.findall(r'npu_proxy_request_input_length_bucket\{le="([^"]+)"\} (\S+)', text))
+    assert (lengths["8.0"], lengths["16.0"], lengths["64.0"], lengths["+Inf"]) == ("1.0", "2.0", "3.0", "3.0")
+    assert "npu_proxy_request_input_length_sum 63.0" in text
+
+
+# -- further forms ---------------------------------------------------------------------------------------------------
+
+
+def test_jina_s_fields_on_openai_s_route() -> None:
+    body = {"input": ["the cat"], "task": "retrieval.query", "embedding_type": "ubinary", "normalized": True, "truncate": True}
+    bits = call("/v1/embeddings", body).json()["data"][0]["embedding"]
+    prompted = call("/v1/embeddings", {"input": ["the cat"], "input_type": "query"}).json()["data"][0]["embedding"]
+    assert bits == np.packbits(np.array(prompted) >= 0).tolist()
+    assert call("/v1/embeddings", {"input": "sea " * 90, "truncate": False}).status_code == 400
+
+
+@pytest.mark.parametrize("names", [("text_1", "text_2"), ("queries", "documents")])
+def test_score_is_the_cosine_of_one_with_many_or_of_pairs(names: tuple[str, str]) -> None:
+    one, other = names
+    scores = call("/score", {one: TEXTS[0], other: TEXTS[1:4]}).json()["data"]
+    np.testing.assert_allclose([row["score"] for row in scores], UNIT[1:4] @ UNIT[0], atol=1e-5)
+    paired = call("/v1/score", {one: TEXTS[:2], other: TEXTS[2:4]}).json()["data"]
+    np.testing.assert_allclose([row["score"] for row in paired], (UNIT[:2] * UNIT[2:4]).sum(1), atol=1e-5)
+    for wrong in ({one: TEXTS[:2], other: TEXTS[:3]}, {one: "a"}, {one: "a", other: []}):
+        assert call("/score", wrong).status_code == 400
+
+
+def test_pooling_and_tokenizing_as_vllm_and_the_model_server_have_them() -> None:
+    pooled = call("/pooling", {"input": TEXTS, "dimensions": 8}).json()
+    assert smallest_cosine([row["data"] for row in pooled["data"]], UNIT[:, :8]) > 0.99999
+    tokens = call("/v1/tokenize", {"prompt": "the cat sleeps", "return_token_strs": True}).json()
+    assert (tokens["count"], tokens["token_strs"], tokens["max_model_len"]) == (5, ["[CLS]", "the", "cat", "sleeps", "[SEP]"], 48)
+    assert call("/tokenize", {"prompt": "the cat sleeps"}).json()["tokens"] == tokens["tokens"]
+    assert call("/v3/tokenize", {"text": ["the cat sleeps"]}).json() == {"tokens": [tokens["tokens"]]}
+    assert call("/tokenize", {"text": "the cat sleeps", "add_special_tokens": False}).json() == {"tokens": tokens["tokens"][1:-1]}
+    assert call("/detokenize", {"tokens": tokens["tokens"][1:-1]}).json() == {"prompt": "the cat sleeps"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "shape"),
+    [
+        ("/rerank", {"query": "q", "texts": ["a"]}, 424, {"error", "error_type"}),
+        ("/rerank", {"query": "q", "documents": ["a"]}, 400, {"error"}),
+        ("/v1/rerank", {"query": "q", "documents": ["a", {"text": "b"}], "top_n": 1}, 400, {"message"}),
+        ("/v2/rerank", {"query": "q", "documents": ["a"]}, 400, {"message"}),
+        ("/v3/rerank", {"query": "q", "documents": ["a"]}, 400, {"error"}),
+        ("/classify", {"input": ["a"]}, 400, {"error"}),
+        ("/classify", {"input": "a"}, 400, {"error"}),
+        ("/predict", {"inputs": "a"}, 424, {"error", "error_type"}),
+        ("/embed_sparse", {"inputs": "a"}, 424, {"error", "error_type"}),
+        ("/embed_all", {"inputs": ["a"]}, 424, {"error", "error_type"}),
+    ],
+)
+def test_routes_of_other_heads_say_so_in_their_dialect(path: str, body: dict, status: int, shape: set) -> None:
+    answer = call(path, body)
+    assert (answer.status_code, set(answer.json())) == (status, shape)
+    assert "has no head" in answer.text
+    assert 400 <= call(path, {"query": 5}).status_code < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status", "shape"),
+    [
+        ("/api/nothing", "POST", 404, {"error": str}),
+        ("/api/embed", "GET", 405, {"error": str}),
+        ("/embed", "GET", 405, {"error": str, "error_type": str}),
+        ("/v2/embed", "PUT", 405, {"message": str}),
+        ("/v1/embeddings", "DELETE", 405, {"error": dict}),
+        ("/nothing", "GET", 404, {"error": dict}),
+    ],
+)
+def test_what_is_not_there_is_said_in_the_dialect_of_the_path(path: str, method: str, status: int, shape: dict) -> None:
+    answer = call(path, method=method)
+    assert answer.status_code == status
+    assert {name: type(value) for name, value in answer.json().items()} == shape
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        (None, None),
+        (30, 30.0),
+        ("5m", 300.0),
+        ("1h30m", 5400.0),
+        ("1.5s", 1.5),
+        ("250ms", 0.25),
+        ("-1", -1.0),
+        ("-1m", -60.0),
+        ("0", 0.0),
+    ],
+)
+def test_durations_as_go_writes_them(given: object, seconds: float | None) -> None:
+    found = keep_alive(EmbedBody(keep_alive=given))  # type: ignore[arg-type]
+    assert found == pytest.approx(seconds) if seconds is not None else found is None
+
+
+# -- ids of cl100k_base ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vocabulary(tmp_path: Path) -> Path:
+    """A store with a small vocabulary in the place of cl100k_base: two bytes a piece, so that ids are many."""
+    import base64
+
+    folder = tmp_path / "store" / "models" / "openai--cl100k_base"
+    folder.mkdir(parents=True)
+    pieces = [bytes([number]) for number in range(256)] + [b" the", b" cat", b"the", b" sleeps"]
+    (folder / FILE).write_bytes(
+        b"\n".join(base64.b64encode(piece) + b" " + str(900 + i).encode() for i, piece in enumerate(pieces))
+    )
+    (folder / ".manifest.json").write_text(json.dumps({"name": NAME, "source": "test", "files": {}}))
+    return tmp_path / "store"
+
+
+THE_CAT_SLEEPS = [900 + 258, 900 + 257, 900 + 259]
+
+
+def test_ids_of_cl100k_are_embedded_as_their_text(vocabulary: Path) -> None:
+    for body, settings in (
+        ({"input": THE_CAT_SLEEPS}, {}),  # beyond the model's vocabulary
+        ({"input": [THE_CAT_SLEEPS]}, {"token_ids": "cl100k"}),
+        ({"input": [THE_CAT_SLEEPS], "model": "text-embedding-3-small"}, {"served_model_name": ("text-embedding-3-small",)}),
+    ):
+        answer = call("/v1/embeddings", body, store=vocabulary, **settings).json()
+        wanted = call("/v1/embeddings", {"input": "the cat sleeps"}).json()
+        np.testing.assert_allclose(answer["data"][0]["embedding"], wanted["data"][0]["embedding"], atol=1e-6)
+
+
+def test_ids_that_may_be_either_s_are_refused_and_many_of_the_model_s_own_are_not(vocabulary: Path, tmp_path: Path) -> None:
+    own = call("/v1/tokenize", {"prompt": "the cat sleeps", "add_special_tokens": False}).json()["tokens"]
+    refused = call("/v1/embeddings", {"input": own}, store=vocabulary)
+    assert refused.status_code == 400
+    assert "token_ids" in refused.json()["error"]["message"]
+    assert call("/v1/embeddings", {"input": own * 3}, store=vocabulary).status_code == 200
+    assert call("/embed", {"inputs": [own]}, store=vocabulary).status_code == 200  # text-embeddings-inference means its own
+    unknown = call("/v1/embeddings", {"input": [*THE_CAT_SLEEPS, 5000]}, store=vocabulary)
+    assert "neither of this model's vocabulary nor of cl100k_base" in unknown.json()["error"]["message"]
+    never_pulled = call("/v1/embeddings", {"input": THE_CAT_SLEEPS}, store=tmp_path / "empty")
+    assert "npu-proxy pull cl100k_base" in never_pulled.json()["error"]["message"]
+
+
+@given(st.text(min_size=1, max_size=50))
+def test_the_real_vocabulary_gives_back_every_byte(text: str) -> None:
+    stored = Store(Settings().store).find(NAME)
+    if stored is None:
+        pytest.skip("cl100k_base is not in the store; `npu-proxy pull cl100k_base`")
+    vocabulary = Cl100k(stored.folder / FILE)
+    by_piece = {piece: number for number, piece in vocabulary._pieces.items()}
+    assert vocabulary.decode([by_piece[bytes([byte])] for byte in text.encode("utf-8", "ignore")]) == text
+
+
+def test_a_vocabulary_is_pulled_from_a_folder_and_checked(tmp_path: Path) -> None:
+    mirror = tmp_path / "mirror" / "cl100k_base"
+    mirror.mkdir(parents=True)
+    (mirror / FILE).write_text("YQ== 0\n")
+    with pytest.raises(Exception, match="checksum"):
+        pull(Store(tmp_path / "store"), "cl100k_base", mirrors=[str(tmp_path / "mirror")], report=lambda _: None)
+    assert find(NAME) is not None
+    assert TierError.kind == "cache"
