@@ -20,10 +20,12 @@ from rich.markup import escape
 from npu_proxy.cache.tier import Tier
 from npu_proxy.cache.vectors import open_tiers
 from npu_proxy.engine.engine import Engine, Options
-from npu_proxy.errors import InputError, ModelError, NpuProxyError, SettingsError
+from npu_proxy.errors import InputError, ModelError, ModelNotFoundError, NpuProxyError, SettingsError
+from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.pull import pull as pull_model
-from npu_proxy.models.store import Store
+from npu_proxy.models.quantized import reports
+from npu_proxy.models.store import Store, StoredModel
 from npu_proxy.prepare.commands import DEFAULTS, Shared, certify, compile_model, doctor, quantize, tune
 from npu_proxy.settings import Settings
 from npu_proxy.types import DType, Truncate
@@ -211,28 +213,40 @@ def cache_stats(*, settings: Shared = DEFAULTS) -> None:
     names: dict[str, str] = {}
     for stored in Store(settings.store).list():
         with suppress(ModelError):
-            names[read_spec(stored.folder, name=stored.name).fingerprint] = stored.name
+            names |= _fingerprints(settings, stored)
     with _tiers(settings) as tiers:
-        show(tiers, names)
+        show(tiers, names, limit=bool(settings.cache_disk_mb))
 
 
 @cache.command(name="clear")
 def cache_clear(*, only: str = "", settings: Shared = DEFAULTS) -> None:
-    """Remove the texts of all models from each tier; servers that run go on with an empty one.
+    """Remove the texts of all models from each tier. Servers that run keep what they have in memory; the file does not shrink.
 
     Parameters
     ----------
     only
-        Name or fingerprint of a model: remove what it computed, and nothing else.
+        Name or fingerprint of a model: remove what it computed, in every precision, and nothing else.
     """
     from npu_proxy.cache.commands import clear
 
-    fingerprint = None
-    if only:
-        stored = Store(settings.store).find(only) if re.fullmatch("[0-9a-f]{16}", only) is None else None
-        fingerprint = only if stored is None else read_spec(stored.folder, name=stored.name).fingerprint
+    fingerprints: Sequence[str] | None = None
+    if re.fullmatch("(?i)[0-9a-f]{16}", only):
+        fingerprints = [only.lower()]
+    elif only:
+        stored = Store(settings.store).find(only)
+        if stored is None:
+            message = f"model `{only}` is not in the local store; `npu-proxy cache stats` shows fingerprints, which serve as well"
+            raise ModelNotFoundError(message, param="only")
+        fingerprints = list(_fingerprints(settings, stored))
     with _tiers(settings) as tiers:
-        clear(tiers, fingerprint)
+        clear(tiers, fingerprints)
+
+
+def _fingerprints(settings: Settings, stored: StoredModel) -> dict[str, str]:
+    """The fingerprints that a stored model may have, and what each is."""
+    spec = read_spec(stored.folder, name=stored.name, pooling=settings.pooling)
+    int8 = {report.fingerprint: f"{stored.name} in int8" for report in reports(settings.store) if report.of == spec.fingerprint}
+    return {spec.fingerprint: stored.name, fingerprint(spec, precision="fp16"): f"{stored.name} in fp16", **int8}
 
 
 @contextmanager

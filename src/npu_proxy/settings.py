@@ -104,7 +104,8 @@ class Settings:
     """Megabytes of vectors kept in memory, so that a text seen before costs no inference. 0 keeps none."""
 
     cache_disk_mb: int = 0
-    """Megabytes of vectors kept on disk as well; processes may share the folder. 0 keeps none. Texts are never stored."""
+    """Megabytes of vectors kept on disk as well; processes may share the folder. 0 keeps none. Texts are never stored. The file
+    takes a third more, and never shrinks."""
 
     cache_folder: Path = field(default_factory=lambda: default_cache() / "vectors")
     """Folder of the vectors on disk."""
@@ -270,7 +271,7 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int | float) or setting.name == "keep_alive":
                 continue
             least = 0 if setting.name in _MAY_BE_ZERO else 1 if isinstance(setting.default, int) else 1e-9
-            if value < least:
+            if not value >= least:  # NaN, too
                 raise SettingsError(f"`{setting.name}` is {value}; it must be at least {least:g}", param=setting.name)
         if 0 < self.row_tokens < 32:
             raise SettingsError(f"`row_tokens` is {self.row_tokens}; a row has at least 32 positions", param="row_tokens")

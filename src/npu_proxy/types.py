@@ -178,6 +178,8 @@ class Ticket:
     tokenize_seconds: float = 0.0
     queued_seconds: float = 0.0
     infer_seconds: float = 0.0
+    number: int = -1
+    """By which the pipeline knows it."""
     queued: int = 0
     """Texts that were handed to the pipeline."""
     _open: int = field(init=False)

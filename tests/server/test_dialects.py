@@ -169,7 +169,7 @@ def test_tei_tokens_and_back() -> None:
         ("/embed", {"inputs": ["a"] * 5, "dimensions": 999}, 422, "Validation"),
         ("/embed", {"inputs": ["a"] * 2049}, 422, "Validation"),
         ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 400, "Empty"),
-        ("/decode", {"ids": [99999]}, 422, "Validation"),
+        ("/decode", {"ids": [99999]}, 422, "Tokenizer"),
         ("/predict", {"inputs": "a"}, 424, "Backend"),
         ("/rerank", {"query": "a", "texts": ["b"]}, 424, "Backend"),
         ("/embed_sparse", {"inputs": "a"}, 424, "Backend"),

@@ -8,21 +8,24 @@ from npu_proxy.cache.tier import Tier
 from npu_proxy.errors import SettingsError
 
 
-def show(tiers: Sequence[Tier], names: Mapping[str, str], say: Callable[[str], None] = print) -> None:
-    """A line a tier and a line a model in it. names: of models by fingerprint. Raises TierError."""
+def show(tiers: Sequence[Tier], names: Mapping[str, str], *, limit: bool, say: Callable[[str], None] = print) -> None:
+    """A line a tier and a line a model in it. names: of models by fingerprint.
+
+    limit: whether to say how much there may be. Raises TierError.
+    """
     for tier in _some(tiers):
         stats = tier.stats()
-        limit = f" of {stats.limit / 1e6:.0f} MB" if stats.limit else ""
-        size = f", {stats.size / 1e6:.1f} MB{limit}" if stats.size or limit else ""
+        most = f" of {stats.limit / 1e6:.0f} MB" if stats.limit and limit else ""
+        size = f", {stats.size / 1e6:.1f} MB{most}" if stats.size or most else ""
         say(f"{stats.name}: {sum(stats.entries.values())} texts{size}")
         for fingerprint, count in sorted(stats.entries.items(), key=lambda one: -one[1]):
             say(f"  {fingerprint.rstrip('-')}  {count:>9} texts  {names.get(fingerprint, 'a model that is not in the store')}")
 
 
-def clear(tiers: Sequence[Tier], fingerprint: str | None, say: Callable[[str], None] = print) -> None:
-    """Remove everything, or what one model computed."""
+def clear(tiers: Sequence[Tier], fingerprints: Sequence[str] | None, say: Callable[[str], None] = print) -> None:
+    """Remove everything, or what these models computed."""
     for tier in _some(tiers):
-        removed = tier.clear(fingerprint)
+        removed = tier.clear(None) if fingerprints is None else sum(tier.clear(one) for one in fingerprints)
         say(f"{tier.name}: removed {removed} texts")
 
 

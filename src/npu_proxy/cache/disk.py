@@ -48,7 +48,9 @@ class DiskTier:
             if self._env is not None:
                 return
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            size = max(_LEAST_MAP, 1 << (2 * self._limit).bit_length())
+            file = self._folder / "data.mdb"
+            there = file.stat().st_size if file.exists() else 0  # of a time with a larger limit, perhaps
+            size = max(_LEAST_MAP, 1 << (2 * max(self._limit, there)).bit_length())
             try:
                 self._env = self._opened(size)
             except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
@@ -92,9 +94,11 @@ class DiskTier:
         everything = [*promoted.items(), *items]
         with _errors(self._folder):
             try:
-                self._put(everything, anew=False)
-            except lmdb.MapFullError:  # pages that readers still held; a generation less is room enough
-                self._put(everything, anew=True)
+                self._put(everything)
+            except lmdb.MapFullError:  # pages are free only after the transaction that freed them
+                with self._env.begin(write=True) as write:
+                    self._turn(write)
+                self._put(everything)
 
     def stats(self) -> TierStats:
         """Entries by fingerprint and bytes of their pages."""
@@ -134,14 +138,20 @@ class DiskTier:
         young, old = _GENERATIONS if first else _GENERATIONS[::-1]
         return self._databases[young], self._databases[old]
 
-    def _put(self, items: Sequence[tuple[bytes, bytes]], *, anew: bool) -> None:
+    def _put(self, items: Sequence[tuple[bytes, bytes]]) -> None:
         with self._env.begin(write=True) as write:
-            young, old = self._order(write)
-            if anew or _bytes(write, young) > self._limit // 2:
-                write.drop(old, delete=False)
-                write.put(_YOUNG, _GENERATIONS[1] if young is self._databases[_GENERATIONS[0]] else _GENERATIONS[0])
-                young = old
+            young, _ = self._order(write)
+            if _bytes(write, young) > self._limit // 2:
+                young = self._turn(write)
             write.cursor(young).putmulti(sorted(items))
+
+    def _turn(self, write: Any) -> Any:
+        """Empty the old generation and make it the young one, which is returned."""
+        self._env.reader_check()  # those who were killed while reading hold no pages any more
+        young, old = self._order(write)
+        write.drop(old, delete=False)
+        write.put(_YOUNG, _GENERATIONS[1] if young is self._databases[_GENERATIONS[0]] else _GENERATIONS[0])
+        return old
 
 
 def _bytes(transaction: Any, database: Any) -> int:

@@ -53,7 +53,12 @@ class Keys:
 
 def _content(text: TextInput) -> bytes:
     """A text or token ids as bytes, never the same for both."""
-    return b"t" + text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b"i" + ",".join(map(str, text)).encode()
+    if isinstance(text, str):
+        return b"t" + text.encode("utf-8", "surrogatepass")
+    try:
+        return b"i" + np.asarray(text, "<i8").tobytes()
+    except OverflowError:  # an id of no model; it is an error later on
+        return b"j" + ",".join(map(str, text)).encode()
 
 
 def fingerprint_bytes(fingerprint: str) -> bytes:

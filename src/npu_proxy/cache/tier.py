@@ -66,7 +66,10 @@ class Tier(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How a tier has done: seconds a text of its lookups, failures in a row, and until when (monotonic) it is left alone."""
+    """How reading from a tier, or writing to it, has gone.
+
+    seconds: a text of its lookups. failures: in a row. rests_until: time.monotonic() seconds until it is asked again.
+    """
 
     seconds: float = 0.0
     failures: int = 0

@@ -33,6 +33,8 @@ _IDLE = 0.5
 _GATHER = 0.2
 """Seconds in which entries gather for one transaction."""
 _CLOSE_SECONDS = 10.0
+_TOUCH = 64
+"""Of so many requests that memory answers, one is written again."""
 
 
 @dataclass(slots=True)
@@ -62,9 +64,11 @@ class VectorCache:
         self._lock = threading.Lock()
         self._memory: cachetools.LRUCache[bytes, Embedded] = cachetools.LRUCache(memory, getsizeof=_size)
         self._tiers = tiers
-        self._paces = {tier.name: Pace() for tier in tiers}
-        self._counts = Counts(dict.fromkeys(("memory", *self._paces), 0))
+        self._reading = {tier.name: Pace() for tier in tiers}
+        self._writing = {tier.name: Pace() for tier in tiers}
+        self._counts = Counts(dict.fromkeys(("memory", *self._reading), 0))
         self._queue: queue.Queue[tuple[bytes, Embedded, str]] = queue.Queue(_WAITING)
+        self._since_touch = 0
         self._stopping = threading.Event()
         self._writer: threading.Thread | None = None
         if tiers:
@@ -84,7 +88,19 @@ class VectorCache:
             self._counts.hits["memory"] += hits
             if not self._tiers:
                 self._counts.misses += len(found) - hits
+        if self._tiers and hits:
+            self._touch(keys, found)
         return found
+
+    def _touch(self, keys: Sequence[bytes], found: Sequence[Embedded | None]) -> None:
+        """Write one in so many hits again: the tiers do not see what memory answers, and would forget what is used most."""
+        self._since_touch += 1
+        if self._since_touch < _TOUCH:
+            return
+        self._since_touch = 0
+        for key, entry in zip(keys, found, strict=True):
+            if entry is not None:
+                self._hand_over(key, entry, "")
 
     def fetch(self, keys: Sequence[bytes], compute_seconds: float) -> list[Embedded | None]:
         """What lies in the tiers behind memory. compute_seconds: what a text costs on the device; 0 where unknown."""
@@ -147,35 +163,38 @@ class VectorCache:
             if origin:
                 self._counts.hits[origin] += 1
         if self._tiers and origin != self._tiers[0].name:
-            try:
-                self._queue.put_nowait((key, entry, origin))
-            except queue.Full:
-                with self._lock:
-                    self._counts.dropped += 1
+            self._hand_over(key, entry, origin)
+
+    def _hand_over(self, key: bytes, entry: Embedded, origin: str) -> None:
+        try:
+            self._queue.put_nowait((key, entry, origin))
+        except queue.Full:
+            with self._lock:
+                self._counts.dropped += 1
 
     def _look(self, tier: Tier, keys: Sequence[bytes], compute_seconds: float) -> Sequence[bytes | None]:
         nothing: list[bytes | None] = [None] * len(keys)
         start = time.monotonic()
-        pace = self._paces[tier.name]
+        pace = self._reading[tier.name]
         if pace.rests(start):
             with self._lock:
                 self._counts.bypassed += len(keys)
             return nothing
         try:
             found = tier.get_many(keys)
-        except TierError as error:
-            self._failed(tier, error)
+        except Exception as error:  # no tier may be a request's trouble, whatever its library raises
+            self._failed(self._reading, tier, error)
             return nothing
         now = time.monotonic()
-        self._paces[tier.name] = pace.looked_up(seconds=now - start, texts=len(keys), compute_seconds=compute_seconds, now=now)
+        self._reading[tier.name] = pace.looked_up(seconds=now - start, texts=len(keys), compute_seconds=compute_seconds, now=now)
         return found
 
-    def _failed(self, tier: Tier, error: TierError) -> None:
+    def _failed(self, paces: dict[str, Pace], tier: Tier, error: Exception) -> None:
         now = time.monotonic()
-        pace = self._paces[tier.name]
-        if not pace.rests(now):  # one word a rest, not one a text
-            self._paces[tier.name] = pace = pace.failed(now)
-            log.warning("cache %s: %s; it rests for %.0f seconds", tier.name, error, pace.rests_until - now)
+        what = "reading" if paces is self._reading else "writing"
+        paces[tier.name] = pace = paces[tier.name].failed(now)
+        words = error if isinstance(error, TierError) else f"{type(error).__name__}: {error}"
+        log.warning("cache %s, %s: %s; it rests for %.0f seconds", tier.name, what, words, pace.rests_until - now)
         with self._lock:
             self._counts.errors += 1
 
@@ -184,8 +203,8 @@ class VectorCache:
         for tier in self._tiers:
             try:
                 tier.open()
-            except TierError as error:
-                self._failed(tier, error)
+            except Exception as error:  # as in _look
+                self._failed(self._writing, tier, error)
         while True:
             batch = self._gather()
             if batch:
@@ -212,18 +231,16 @@ class VectorCache:
         names = [one.name for one in self._tiers]
         own = names.index(tier.name)
         wanted = {key: entry for key, entry, origin in batch if not origin or names.index(origin) > own}
-        if not wanted or self._paces[tier.name].rests(time.monotonic()):
+        if not wanted or self._writing[tier.name].rests(time.monotonic()):
             self._count_written(0, len(wanted))
             return
         try:
             tier.put_many([(key, to_bytes(entry)) for key, entry in wanted.items()])
-        except TierError as error:
-            self._failed(tier, error)
-            self._count_written(0, len(wanted))
-        except Exception:  # whatever it is must not end the writer
-            log.exception("cache %s: unexpected error", tier.name)
+        except Exception as error:  # as in _look
+            self._failed(self._writing, tier, error)
             self._count_written(0, len(wanted))
         else:
+            self._writing[tier.name] = Pace()
             self._count_written(len(wanted), 0)
 
     def _count_written(self, written: int, dropped: int) -> None:

@@ -137,27 +137,32 @@ class Engine:
             if self._state != "new":
                 raise StoppedError("this engine was stopped; make a new one")
             parts = self._load(self.settings, self._stopping)
-            if self._cache is None:
-                self._cache = self._own_cache = open_cache(self.settings)
-            if self._cache is not None:
-                own = self.settings
-                self._keys = Keys(parts.spec.fingerprint, own.sanitize, own.on_empty, own.cache_prefix)
-            limits = Limits(
-                batch_delay=self.settings.batch_delay,
-                aging=self.settings.aging,
-                window=self.settings.window,
-                max_items=self.settings.max_queue_items,
-                max_tokens=self.settings.max_queue_tokens,
-            )
             try:
-                self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec.pooling, limits, self._cache)
+                self._open(parts)
             except BaseException:
                 parts.device.close()
+                if self._own_cache is not None:
+                    self._own_cache.close()
                 raise
             self._parts = parts
             self._process = os.getpid()
             self._state = "running"
         return self
+
+    def _open(self, parts: Parts) -> None:
+        own = self.settings
+        if self._cache is None:
+            self._cache = self._own_cache = open_cache(own)
+        if self._cache is not None:
+            self._keys = Keys(parts.spec.fingerprint, own.sanitize, own.on_empty, own.cache_prefix)
+        limits = Limits(
+            batch_delay=own.batch_delay,
+            aging=own.aging,
+            window=own.window,
+            max_items=own.max_queue_items,
+            max_tokens=own.max_queue_tokens,
+        )
+        self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec.pooling, limits, self._cache)
 
     def stop(self, drain: float | None = None) -> None:
         """Finish open requests for up to ``drain`` seconds (the setting's by default), fail the rest, end all threads."""

@@ -115,12 +115,12 @@ class Pipeline:
         self._chunks: dict[Lane, deque[_Chunk]] = {Lane.INTERACTIVE: deque(), Lane.BULK: deque()}
         self._tokenizing = 0
         self._speed = Speed()
+        self._last_row = 0.0
         self._rows = 0
         self._jobs = JobQueue(aging=limits.aging, window=limits.window)
-        self._open: set[int] = set()
         self._tickets: dict[int, Ticket] = {}
         self._open_texts = 0
-        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._deadlines: list[tuple[float, int]] = []
         self._order = itertools.count()
         self._done: queue.SimpleQueue[tuple[Pack, Output | NpuProxyError] | None] = queue.SimpleQueue()
         self._counters = Counters()
@@ -147,10 +147,12 @@ class Pipeline:
                 self._counters.refused += 1
                 raise
             self._counters.requests += 1
-            self._tickets[id(ticket)] = ticket
-            ticket.queued = count
+            ticket.number, ticket.queued = next(self._order), count
+            self._tickets[ticket.number] = ticket
             self._open_texts += count
-            heapq.heappush(self._deadlines, (ticket.deadline, next(self._order), ticket))
+            heapq.heappush(self._deadlines, (ticket.deadline, ticket.number))
+            if self._deadlines[0][1] == ticket.number:
+                self._done.put(None)  # the finish stage waits for a later one
             for start in range(0, count, _CHUNK):
                 self._chunks[lane].append(_Chunk(ticket, prompt, lane, left[start : start + _CHUNK]))
             self._texts_came.notify()
@@ -160,14 +162,17 @@ class Pipeline:
         if not self._open_texts:
             return  # what is too much for an idle engine is for its deadline to say
         tokens, limits = self._jobs.depth.tokens, self._limits
-        speed = self._speed.tokens_a_second * self._device.streams
+        speed = self._speed.tokens_a_second
         if self._open_texts + count > limits.max_items or tokens > limits.max_tokens:
             raise OverloadedError(
                 f"the queue is full ({self._open_texts} texts of at most {limits.max_items}, {tokens} tokens of at"
                 f" most {limits.max_tokens}); try again later, or raise `max_queue_items` or `max_queue_tokens`",
                 retry_after=max(1.0, tokens / speed) if speed else 1.0,
             )
-        untokenized = {one: sum(len(chunk.indices) for chunk in chunks) for one, chunks in self._chunks.items()}
+        # What the disk or a server knows costs no inference, and nobody has looked yet.
+        deep = self._cache is not None and self._cache.deep
+        untokenized = {one: 0 if deep else sum(len(chunk.indices) for chunk in chunks) for one, chunks in self._chunks.items()}
+        untokenized[lane] += 0 if deep else count
         wait = expected_wait(lane, self._jobs.tokens, untokenized, self._speed.tokens_a_text, speed)
         if wait > _HURRY * seconds > 0:  # without any time left it is the deadline that ends it
             raise OverloadedError(
@@ -179,7 +184,7 @@ class Pipeline:
     def forget(self, ticket: Ticket) -> None:
         """A ticket has all its answers; called by its ``done``."""
         with self._lock:
-            if self._tickets.pop(id(ticket), None) is None:
+            if self._tickets.pop(ticket.number, None) is None:
                 return
             self._open_texts -= ticket.queued
             for error in filter(None, ticket.errors):
@@ -383,7 +388,9 @@ class Pipeline:
 
     def _count(self, row: Pack, answer: Output) -> None:
         counters = self._counters
-        self._speed.row(tokens=row.tokens, texts=len(row.jobs), seconds=answer.seconds)
+        now = time.monotonic()
+        self._speed.row(tokens=row.tokens, texts=len(row.jobs), seconds=min(answer.seconds, now - self._last_row))
+        self._last_row = now
         counters.texts += len(row.jobs)
         counters.tokens += row.tokens
         counters.rows += 1
@@ -399,8 +406,10 @@ class Pipeline:
         """Answer the tickets whose time ran out; their jobs are dropped when they would come up."""
         expired: list[Ticket] = []
         with self._lock:
-            while self._deadlines and (self._deadlines[0][0] <= now or not self._deadlines[0][2].open):
-                expired.append(heapq.heappop(self._deadlines)[2])
+            while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._tickets):
+                ticket = self._tickets.get(heapq.heappop(self._deadlines)[1])
+                if ticket is not None:
+                    expired.append(ticket)
         for ticket in expired:
             if ticket.open:
                 seconds = ticket.deadline - ticket.submitted_at

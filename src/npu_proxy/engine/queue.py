@@ -39,14 +39,14 @@ class Speed:
     seconds: float = 0.0
 
     def row(self, *, tokens: int, texts: int, seconds: float) -> None:
-        """A row was inferred; seconds on one stream of the device."""
+        """A row was inferred; seconds since the one before it, or of its own where the device was idle in between."""
         self.tokens = _FADE * self.tokens + tokens
         self.texts = _FADE * self.texts + texts
         self.seconds = _FADE * self.seconds + seconds
 
     @property
     def tokens_a_second(self) -> float:
-        """Of one stream; 0 before the first row."""
+        """Of all streams together; 0 before the first row."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
@@ -62,9 +62,9 @@ _FADE = 0.98
 def expected_wait(
     lane: Lane, tokens: Mapping[Lane, int], untokenized: Mapping[Lane, int], tokens_a_text: float, speed: float
 ) -> float:
-    """Seconds until a text that comes now is inferred; 0 where nothing is known yet.
+    """Seconds until what comes now is inferred; 0 where nothing is known yet.
 
-    tokens: that wait, a lane. untokenized: texts on their way to the queue. speed: tokens a second of all streams.
+    tokens: that wait, a lane. untokenized: texts on their way to the queue, those that come now too. speed: tokens a second.
     Interactive texts wait for their own lane only, bulk ones for both.
     """
     ahead = [lane] if lane is Lane.INTERACTIVE else list(Lane)

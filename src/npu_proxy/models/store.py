@@ -166,9 +166,14 @@ class Store:
                 blob.unlink(missing_ok=True)
 
 
+def is_name(name: str) -> bool:
+    """Whether it is a model name that is safe as a file name: `name` or `org/name`."""
+    return bool(_NAME.fullmatch(name)) and ".." not in name and "--" not in name and len(name) <= _LONGEST_NAME
+
+
 def check_name(name: str) -> str:
-    """A model name that is safe as a file name: `name` or `org/name`. Raises InputError."""
-    if not _NAME.fullmatch(name) or ".." in name or "--" in name or len(name) > _LONGEST_NAME:
+    """The name, where ``is_name`` says yes. Raises InputError."""
+    if not is_name(name):
         raise InputError(f"`{name[:_LONGEST_NAME]}` is no model name; expected `name` or `org/name`", param="model")
     return name
 

@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Lifespan
 
-from npu_proxy.errors import InputError, NpuProxyError
+from npu_proxy.errors import DeadlineError, InputError, NpuProxyError
 from npu_proxy.server import auth, cohere, infinity, ollama, openai, ops, tei, vllm
 from npu_proxy.server.dialect import (
     Action,
@@ -59,6 +59,7 @@ DIALECTS: tuple[Dialect, ...] = (openai.DIALECT, ollama.DIALECT, tei.DIALECT, in
 
 log = logging.getLogger("npu_proxy.server")
 
+_ACTION_BYTES = 1_000_000
 Handler = Callable[[Exchange], Awaitable[Response]]
 Pair = tuple[Dialect, Route]
 
@@ -73,30 +74,35 @@ class State:
     bodies: Bodies
     keys: Sequence[bytes]
     tracer: Tracer | None
+    acting: asyncio.Semaphore
 
 
-def create_app(registry: Registry, settings: Settings, lifespan: Lifespan[Starlette] | None = None) -> ASGIApp:
-    """Everything on one port, over models that somebody else starts and stops."""
+def create_app(
+    registry: Registry, settings: Settings, lifespan: Lifespan[Starlette] | None = None, keys: Sequence[bytes] | None = None
+) -> ASGIApp:
+    """Everything on one port, over models that somebody else starts and stops. keys: of clients; None reads the settings'."""
     state = State(
         registry=registry,
         settings=settings,
         metrics=Metrics(registry),
         bodies=Bodies(settings),
-        keys=auth.read_keys(settings),
+        keys=auth.read_keys(settings) if keys is None else keys,
         tracer=open_tracer(settings),
+        acting=asyncio.Semaphore(2),
     )
     openapi = msgspec.json.encode(document(DIALECTS))
     first = DIALECTS[0]
-    routes = [
-        Path("/health", ops.health(registry), methods=["GET"]),
-        Path("/health/live", ops.live(registry), methods=["GET"]),
-        Path("/health/ready", ops.health(registry), methods=["GET"]),
-        Path("/ping", ops.health(registry), methods=["GET"]),
-        Path("/metrics", ops.metrics(state.metrics), methods=["GET"]),
-        Path("/", ops.static(b"Ollama is running", "text/plain"), methods=["GET"]),
-        _route("/openapi.json", "GET", state, first, _static(openapi, "application/json")),
-        _route("/docs", "GET", state, first, _static(ops.docs(), "text/html")),
+    plain: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
+        ("/health", ops.health(registry)),
+        ("/health/live", ops.live(registry)),
+        ("/health/ready", ops.health(registry)),
+        ("/ping", ops.health(registry)),
+        ("/metrics", ops.metrics(state.metrics)),
+        ("/openapi.json", _guarded(state, first, "/openapi.json", _static(openapi, "application/json"))),
+        ("/docs", _guarded(state, first, "/docs", _static(ops.docs(), "text/html"))),
     ]
+    routes = [Path(spelling, handle, methods=["GET"]) for path, handle in plain for spelling in (path, path + "/")]
+    routes.append(Path("/", ops.static(b"Ollama is running", "text/plain"), methods=["GET"]))
     pairs = [(dialect, route) for dialect in DIALECTS for route in dialect.routes]
     by_path = sorted(pairs, key=lambda pair: (pair[1].path, pair[1].method))
     owners: dict[str, Dialect] = {}
@@ -106,13 +112,16 @@ def create_app(registry: Registry, settings: Settings, lifespan: Lifespan[Starle
         # Clients send a trailing slash or none, and a redirect loses the body of some.
         spellings = [path] if path.endswith(":path}") else [path, path + "/"]
         routes += [_route(one, method, state, same[0][0], _choosing(state, same)) for one in spellings]
-    rest = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _missing(owners), 405: _missing(owners)})
+    rest = Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers={404: _missing(state, owners), 405: _missing(state, owners)}
+    )
     rest.router.redirect_slashes = False
     rest.state.npu_proxy = state
     app: ASGIApp = Exact(routes, rest)
     if settings.cors_allow_origin:
         app = CORSMiddleware(app, allow_origins=settings.cors_allow_origin, allow_methods=["*"], allow_headers=["*"])
-    return Door(app, hosts=auth.allowed_hosts(settings), prefix=settings.url_prefix)
+    hosts, origins = auth.allowed_hosts(settings), settings.cors_allow_origin
+    return Door(app, hosts=hosts, origins=origins, prefix=settings.url_prefix)
 
 
 def _route(path: str, method: str, state: State, dialect: Dialect, handle: Handler) -> Path:
@@ -133,7 +142,7 @@ def _choosing(state: State, pairs: Sequence[Pair]) -> Handler:
         return handlers[0]
 
     async def handle(exchange: Exchange) -> Response:
-        fields = fields_of(await _body(state, exchange))
+        fields = fields_of(await state.bodies.read(exchange))
         wants = (number for number, (_, route) in enumerate(pairs) if isinstance(route, Query) or route.when(fields))
         number = next(wants, 0)
         exchange.dialect = pairs[number][0]
@@ -159,34 +168,42 @@ def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
 
     async def handle(exchange: Exchange) -> Response:
         start = time.monotonic()
-        body = decode(decoder, await _body(state, exchange))
+        body = decode(decoder, await state.bodies.read(exchange))
         with await state.registry.acquire(model_of(body), exchange.seconds) as use:
             use.keep_alive = endpoint.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
             ask = endpoint.to_request(body, served)
             if not isinstance(ask, EmbedRequest):
                 return Answer(ask)
-            if len(ask.texts) > settings.max_client_batch:
-                most = settings.max_client_batch
+            most = settings.max_client_batch
+            if len(ask.texts) > endpoint.sides * most:
                 raise InputError(f"the request has {len(ask.texts)} texts; at most {most} are allowed (`max_client_batch`)")
             future = use.loaded.engine.submit(ask, start + exchange.seconds)
             # What the cache knows is there at once.
             result = future.result() if future.done() else await unless_gone(exchange.request, asyncio.wrap_future(future))
             exchange.result = result
             content = endpoint.to_response(result.raise_first(), body, served)
-        return Answer(content, headers={**dialect.headers(result), **headers_of(result)}, seconds=settings.header_timeout)
+        return Answer(content, headers={**dialect.headers(result, ask), **headers_of(result)}, seconds=settings.header_timeout)
 
     return handle
 
 
 def _acting(state: State, action: Action) -> Handler:
+    """Tokenizing and the like: every token becomes an object, so bodies are small, and two at a time are enough."""
     decoder = msgspec.json.Decoder(action.body)
 
     async def handle(exchange: Exchange) -> Response:
-        body = decode(decoder, await _body(state, exchange))
+        content = await state.bodies.read(exchange)
+        if len(content) > _ACTION_BYTES:
+            raise InputError(f"the body has {len(content)} bytes; this route takes {_ACTION_BYTES}, send less at once")
+        body = decode(decoder, content)
         with await state.registry.acquire(model_of(body), exchange.seconds) as use:
             exchange.model = use.served.spec.name
-            return Answer(await asyncio.to_thread(action.answer, body, use.served))
+            try:
+                async with asyncio.timeout(exchange.seconds), state.acting:
+                    return await asyncio.to_thread(lambda: Answer(action.answer(body, use.served)))
+            except TimeoutError:
+                raise DeadlineError(f"no answer within {exchange.seconds:g} seconds; send less at once") from None
 
     return handle
 
@@ -204,9 +221,9 @@ def _ordering(state: State, order: Order) -> Handler:
     decoder = msgspec.json.Decoder(order.body)
 
     async def handle(exchange: Exchange) -> Response:
-        body = decode(decoder, await _body(state, exchange))
+        body = decode(decoder, await state.bodies.read(exchange))
         shelf = ModelShelf(state.registry, asyncio.get_running_loop())
-        answer = await asyncio.to_thread(order.answer, body, shelf)
+        answer = await state.registry.in_thread(order.answer, body, shelf)
         if isinstance(answer, Iterator):
             return StreamingResponse(map(_line, answer), media_type="application/x-ndjson")
         return Answer(answer)
@@ -216,13 +233,6 @@ def _ordering(state: State, order: Order) -> Handler:
 
 def _line(item: Any) -> bytes:
     return msgspec.json.encode(item) + b"\n"
-
-
-async def _body(state: State, exchange: Exchange) -> bytes:
-    """The request's body, read once."""
-    if exchange.body is None:
-        exchange.body = await state.bodies.read(exchange.request, exchange.seconds)
-    return exchange.body
 
 
 def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Callable[[Request], Awaitable[Response]]:
@@ -242,6 +252,8 @@ def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Call
         except Exception:  # a fault of ours, in the dialect's shape; the log has the rest
             log.exception("%s: unexpected error in request %s", path, exchange.id)
             exchange.error = NpuProxyError("internal error; the server's log has more")
+        finally:
+            state.bodies.release(exchange)
         if response is None:
             own, found = exchange.dialect or dialect, exchange.error or NpuProxyError("no answer")
             status = own.status_of(found)
@@ -257,7 +269,7 @@ def _guarded(state: State, dialect: Dialect, path: str, handle: Handler) -> Call
     return guarded
 
 
-def _missing(owners: dict[str, Dialect]) -> Callable[[Request, Exception], Awaitable[Response]]:
+def _missing(state: State, owners: dict[str, Dialect]) -> Callable[[Request, Exception], Awaitable[Response]]:
     """404 and 405 in the shape of the dialect that has the path, or one like it."""
 
     async def handle(request: Request, error: Exception) -> Response:
@@ -267,7 +279,10 @@ def _missing(owners: dict[str, Dialect]) -> Callable[[Request, Exception], Await
         if getattr(error, "status_code", 404) == 405:
             found = NotAllowedError(f"{request.method} is not allowed here")
         status = own.status_of(found)
-        headers = {**dict(getattr(error, "headers", None) or {}), "x-request-id": request_id(request)}
+        exchange = Exchange(request, request_id(request), error=found)
+        state.metrics.answered("other", status, 0.0, exchange)
+        log_access(exchange, status, 0.0)
+        headers = {**dict(getattr(error, "headers", None) or {}), "x-request-id": exchange.id}
         return Answer(own.to_error(found, status), status, headers=headers)
 
     return handle

@@ -48,7 +48,7 @@ def check(keys: Sequence[bytes], headers: Mapping[str, str]) -> None:
         return
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     given = (bearer.strip() if scheme.lower() == "bearer" else "") or headers.get("x-api-key", "")
-    if not any([hmac.compare_digest(key, given.encode()) for key in keys]):  # noqa: C419 (no early end)
+    if not any([hmac.compare_digest(key, given.encode("latin-1", "replace")) for key in keys]):  # noqa: C419 (no early end)
         raise UnauthorizedError("this server wants an API key: send it as `Authorization: Bearer KEY`")
 
 
@@ -61,9 +61,9 @@ def allowed_hosts(settings: Settings) -> Sequence[str]:
     return ("localhost", "127.0.0.1", "[::1]", settings.host)
 
 
-def is_open(settings: Settings) -> bool:
+def is_open(settings: Settings, keys: Sequence[bytes]) -> bool:
     """Whether others can reach the server and need no key."""
-    return settings.insecure and settings.uds is None and not _is_loopback(settings.host) and not read_keys(settings)
+    return settings.uds is None and not _is_loopback(settings.host) and not keys
 
 
 def is_allowed(header: str, hosts: Sequence[str]) -> bool:

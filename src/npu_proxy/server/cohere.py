@@ -129,6 +129,8 @@ def to_request(body: BodyV1, served: Served) -> EmbedRequest:
     wanted = newer.output_dimension
     if (wanted or served.spec.width) % 8 and {"binary", "ubinary"} & set(body.embedding_types or ()):
         raise InputError("binary types need a width divisible by 8", param="output_dimension")
+    if newer.max_tokens is not None and newer.max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, not {newer.max_tokens}", param="max_tokens")
     return EmbedRequest(
         texts=_texts(body),
         input_type=_MEANING.get(body.input_type or ""),

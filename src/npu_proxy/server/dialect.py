@@ -14,7 +14,7 @@ from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import EmptyInputError, InputError, ModelNotFoundError, NpuProxyError
 from npu_proxy.models.store import StoredModel
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedResult, ModelSpec, TextInput
+from npu_proxy.types import EmbedRequest, EmbedResult, ModelSpec, TextInput
 
 STATUS: Mapping[str, int] = {
     "invalid": 400,
@@ -116,6 +116,7 @@ class Foreign(Protocol):
 class Served:
     """A loaded model and its tokenizer while a request uses it. asked: its name as the client said it, or its own.
 
+    load_seconds: what the request waited for the model to be loaded.
     foreign: gives the decoder of cl100k_base ids; raises InputError with the cure where it was never pulled.
     """
 
@@ -123,6 +124,7 @@ class Served:
     encoder: TextEncoder
     settings: Settings
     asked: str
+    load_seconds: float
     foreign: Callable[[], Foreign]
 
 
@@ -182,6 +184,8 @@ class Endpoint:
     to_response: ToResponse
     when: Callable[[Fields], bool] = lambda _: True
     keep_alive: Callable[[Any], float | None] = lambda _: None
+    sides: int = 1
+    """Texts that an item of the request has: two where pairs are compared."""
     method: Literal["POST"] = "POST"
 
 
@@ -235,12 +239,17 @@ class Dialect:
     to_error: Callable[[NpuProxyError, int], msgspec.Struct]
     status: Mapping[str, int] = field(default_factory=dict[str, int])
     """Where this dialect's status differs from STATUS."""
-    headers: Callable[[EmbedResult], Mapping[str, str]] = lambda _: {}
+    headers: Callable[[EmbedResult, EmbedRequest], Mapping[str, str]] = lambda _, __: {}
     """Headers that its clients read, beside npu-proxy's own."""
 
     def status_of(self, error: NpuProxyError) -> int:
         """The HTTP status of an error."""
         return self.status.get(error.kind, STATUS.get(error.kind, 500))
+
+
+def header_text(text: str) -> str:
+    """Text as a header's value can be: one line of printable ASCII, not too long."""
+    return "".join(character if " " <= character <= "~" else "?" for character in text)[:400]
 
 
 def floats(result: EmbedResult) -> npt.NDArray[np.float32]:
@@ -271,6 +280,8 @@ def text_inputs(given: str | Sequence[str | int | list[int]], served: Served, pa
 
 _OPENAI = "text-embedding-"
 """How the names of OpenAI's models begin; their clients send ids of cl100k_base."""
+_LOOKED_AT = 32
+"""Lists that are tokenized again to see whose they are."""
 _SURE = 8
 """Ids from which on a tokenizer's own can be told from another's; of fewer, one in seven is taken wrongly (docs/adr/0009)."""
 
@@ -280,6 +291,9 @@ def _token_lists(lists: list[list[int]], served: Served) -> list[TextInput]:
     how = served.settings.token_ids
     if how == "reject":
         raise InputError("this server takes no token ids (setting `token_ids`); send text.", param="input")
+    most = served.settings.max_client_batch
+    if len(lists) > most:
+        raise InputError(f"the request has {len(lists)} texts; at most {most} are allowed (`max_client_batch`)")
     if not all(lists):
         raise EmptyInputError("a list of token ids is empty; send at least one.", param="input")
     if how == "auto":
@@ -292,7 +306,7 @@ def _token_lists(lists: list[list[int]], served: Served) -> list[TextInput]:
 
 def _whose(lists: list[list[int]], encoder: TextEncoder) -> Literal["model", "cl100k"]:
     """Whose ids they are. Raises InputError where they may be either's: a guess would give wrong vectors without a word."""
-    if not all(map(encoder.owns, lists)):
+    if not all(map(encoder.owns, lists[:_LOOKED_AT])) or not all(0 <= max(ids) < encoder.vocabulary for ids in lists):
         return "cl100k"
     if max(map(len, lists)) >= _SURE:
         return "model"

@@ -15,8 +15,9 @@ from npu_proxy.server.auth import is_allowed
 class Door:
     """Lets requests through whose Host is one of ``hosts`` (`*` is any), without the prefix that a proxy put before the path."""
 
-    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], prefix: str) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], origins: Sequence[str], prefix: str) -> None:
         self._app = app
+        self._origins = origins
         self._hosts = None if "*" in hosts else tuple(host.lower() for host in hosts)
         self._prefix = "/" + prefix.strip("/") if prefix.strip("/") else ""
 
@@ -25,11 +26,18 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._hosts is not None:
-            host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-            if not is_allowed(host, self._hosts):
-                await _refusal("this server is not asked by that Host; see `allowed_hosts`", 421)(scope, receive, send)
-                return
+        host, origin = "", ""
+        for name, value in scope["headers"]:
+            if name == b"host":
+                host = f"{host},{value.decode('latin-1')}" if host else value.decode("latin-1")  # two are none that is known
+            elif name == b"origin":
+                origin = value.decode("latin-1")
+        if self._hosts is not None and not is_allowed(host, self._hosts):
+            await _refusal("this server is not asked by that Host; see `allowed_hosts`", 421)(scope, receive, send)
+            return
+        if origin and not self._may_ask(origin, host):
+            await _refusal("pages of that origin may not ask this server; see `cors_allow_origin`", 403)(scope, receive, send)
+            return
         if self._prefix:
             path: str = scope["path"]
             if path != self._prefix and not path.startswith(self._prefix + "/"):
@@ -37,6 +45,19 @@ class Door:
                 return
             scope = {**scope, "path": path[len(self._prefix) :] or "/", "root_path": ""}
         await self._app(scope, receive, send)
+
+    def _may_ask(self, origin: str, host: str) -> bool:
+        """Whether a web page of that origin may: of this server, of this machine while only it is asked, or of the setting.
+
+        A page can send a request without reading the answer, and pulling a model needs no answer. Programs have no origin, or
+        one that is no web address.
+        """
+        if origin in self._origins or "*" in self._origins:
+            return True
+        scheme, _, site = origin.partition("://")
+        if scheme not in ("http", "https"):
+            return origin != "null"
+        return site == host or (self._hosts is not None and is_allowed(site, self._hosts))
 
 
 class Exact:

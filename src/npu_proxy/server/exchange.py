@@ -6,8 +6,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +17,15 @@ from starlette.types import Receive, Scope, Send
 
 from npu_proxy.errors import DeadlineError, DeviceError, InputError, NpuProxyError, OverloadedError, UnavailableError
 from npu_proxy.server.auth import UnauthorizedError
-from npu_proxy.server.dialect import Dialect, Fields, NoBodyError
+from npu_proxy.server.dialect import Dialect, Fields, NoBodyError, header_text
 from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedResult
 
 _HEADER = "x-npu-proxy-"
 _PIECE = 256 * 1024
 """Bytes of an answer that are sent at once; the next piece waits until the client has taken most of it."""
+_LEAST_RATE = 100_000
+"""Bytes a second that a client must take of a large answer on the whole."""
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -51,6 +52,8 @@ class Exchange:
     seconds: float = 0.0
     """How long it may take."""
     body: bytes | None = None
+    held: int = 0
+    """Bytes of the body, which count against `max_bodies_mb` until the answer."""
     model: str = ""
     result: EmbedResult | None = None
     error: NpuProxyError | None = None
@@ -66,38 +69,35 @@ class Bodies:
         self._all = settings.max_bodies_mb * 1_000_000
         self.held = 0
 
-    @contextmanager
-    def _hold(self) -> Generator[list[int]]:
-        """Counts what one request holds until it is done with it."""
-        own = [0]
-        try:
-            yield own
-        finally:
-            self.held -= own[0]
+    async def read(self, exchange: Exchange) -> bytes:
+        """The whole body, read once; ``release`` gives its room back. Raises TooLargeError, OverloadedError, DeadlineError."""
+        if exchange.body is None:
+            declared = exchange.request.headers.get("content-length", "")
+            if declared.isdigit() and int(declared[:20]) > self._each:
+                raise self._too_large()
+            try:
+                async with asyncio.timeout(exchange.seconds):
+                    exchange.body = await self._read(exchange)
+            except TimeoutError:
+                raise DeadlineError(f"the request's body did not arrive within {exchange.seconds:g} seconds") from None
+        return exchange.body
 
-    async def read(self, request: Request, seconds: float) -> bytes:
-        """The whole body. Raises TooLargeError, OverloadedError where all bodies take too much, DeadlineError."""
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > self._each:
-            raise self._too_large()
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._read(request)
-        except TimeoutError:
-            raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
+    def release(self, exchange: Exchange) -> None:
+        """The request is answered."""
+        self.held -= exchange.held
+        exchange.held, exchange.body = 0, None
 
-    async def _read(self, request: Request) -> bytes:
+    async def _read(self, exchange: Exchange) -> bytes:
         chunks: list[bytes] = []
-        with self._hold() as own:
-            async for chunk in request.stream():
-                own[0] += len(chunk)
-                self.held += len(chunk)
-                if own[0] > self._each:
-                    raise self._too_large()
-                if self.held > self._all:
-                    raise OverloadedError("too many large requests at once (`max_bodies_mb`); try again later")
-                chunks.append(chunk)
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        async for chunk in exchange.request.stream():
+            exchange.held += len(chunk)
+            self.held += len(chunk)
+            if exchange.held > self._each:
+                raise self._too_large()
+            if self.held > self._all:
+                raise OverloadedError("too many large requests at once (`max_bodies_mb`); try again later")
+            chunks.append(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"the body is larger than {self._each / 1e6:g} MB; send fewer texts at once, or raise `max_body_mb`")
@@ -175,17 +175,18 @@ class Answer(Response):
             await super().__call__(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for start in range(0, len(body), _PIECE):
-            piece = bytes(body[start : start + _PIECE])
-            async with asyncio.timeout(self._seconds):
-                await send({"type": "http.response.body", "body": piece, "more_body": start + _PIECE < len(body)})
+        async with asyncio.timeout(self._seconds + len(body) / _LEAST_RATE):
+            for start in range(0, len(body), _PIECE):
+                piece = bytes(body[start : start + _PIECE])
+                async with asyncio.timeout(self._seconds):
+                    await send({"type": "http.response.body", "body": piece, "more_body": start + _PIECE < len(body)})
 
 
 def headers_of(result: EmbedResult) -> dict[str, str]:
     """Who answered, with which model, from where, and what was cut."""
     count = len(result.tokens)
     headers = {
-        f"{_HEADER}device": result.device,
+        f"{_HEADER}device": header_text(result.device),
         f"{_HEADER}fingerprint": result.fingerprint,
         f"{_HEADER}cache": "hit" if result.cached == count else f"{result.cached}/{count}" if result.cached else "miss",
     }
@@ -194,11 +195,6 @@ def headers_of(result: EmbedResult) -> dict[str, str]:
     if any(result.truncated):
         headers[f"{_HEADER}truncated"] = str(sum(result.truncated))
     return headers
-
-
-def header_text(text: str) -> str:
-    """Text as a header's value can be: one line of printable ASCII, not too long."""
-    return "".join(character if " " <= character <= "~" else "?" for character in text)[:400]
 
 
 def advice(error: NpuProxyError) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from npu_proxy.server.exchange import Exchange, header_text
+from npu_proxy.server.dialect import header_text
+from npu_proxy.server.exchange import Exchange
 from npu_proxy.settings import Settings
 
 access = logging.getLogger("npu_proxy.access")

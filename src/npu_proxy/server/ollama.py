@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import re
 import threading
@@ -17,6 +18,8 @@ from npu_proxy.server.dialect import Card, Dialect, Endpoint, NoBodyError, Order
 from npu_proxy.types import EmbedRequest, EmbedResult, Truncate
 from npu_proxy.version import __version__
 
+log = logging.getLogger("npu_proxy.server")
+
 _EVER = "2318-01-01T00:00:00+00:00"
 """When a model that is never unloaded goes; what Ollama says for keep_alive -1."""
 
@@ -24,7 +27,7 @@ _EVER = "2318-01-01T00:00:00+00:00"
 class Options(msgspec.Struct, kw_only=True):
     """Model options; all but `num_ctx` are for other kinds of models and do nothing."""
 
-    num_ctx: int | None = None
+    num_ctx: int | float | None = None
 
 
 class EmbedBody(msgspec.Struct, kw_only=True):
@@ -172,7 +175,8 @@ def to_response(result: EmbedResult, body: EmbedBody, served: Served) -> Embeddi
     return Embeddings(
         model=served.asked,
         embeddings=floats(result).tolist(),
-        total_duration=round(1e9 * result.timings.total),
+        total_duration=round(1e9 * (result.timings.total + served.load_seconds)),
+        load_duration=round(1e9 * served.load_seconds),
         prompt_eval_count=sum(result.tokens),
     )
 
@@ -242,7 +246,9 @@ def pull(body: NameBody, shelf: Shelf) -> Iterator[Progress] | Progress:
             shelf.pull(name, lambda line: lines.put(Progress(status=line)))
             lines.put(Progress(status="success"))
         except Exception as error:  # the answer has begun, so this is its last line
-            lines.put(Progress(error=str(error) if isinstance(error, NpuProxyError) else "internal error"))
+            known = isinstance(error, NpuProxyError)
+            lines.put(Progress(error=str(error) if known else "internal error; the server's log has more"))
+            log.log(logging.INFO if known else logging.ERROR, "pulling %s failed", name[:200], exc_info=not known)
         lines.put(None)
 
     def report() -> Iterator[Progress]:
@@ -264,17 +270,23 @@ def keep_alive(body: EmbedBody | PromptBody) -> float | None:
     """Seconds: a number, or a Go duration such as `5m` or `1h30m`; negative is for ever. Raises InputError."""
     given = body.keep_alive
     if not isinstance(given, str):
-        return given
+        return None if given is None else _bounded(given)
     if re.fullmatch(r"-?\d+(\.\d+)?", given):
-        return float(given)
+        return _bounded(float(given))
     parts = re.fullmatch(r"([+-]?)((?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+)", given)
     if parts is None:
         raise InputError(f'time: invalid duration "{given[:40]}"', param="keep_alive")
     seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)(ns|us|µs|ms|s|m|h)", parts[2]))
-    return -seconds if parts[1] == "-" else seconds
+    return _bounded(-seconds if parts[1] == "-" else seconds)
+
+
+def _bounded(seconds: float) -> float:
+    """More than ten years is for ever."""
+    return seconds if seconds < _TEN_YEARS else -1.0
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_TEN_YEARS = 10 * 365 * 86400.0
 _PULL_SECONDS = 3600.0
 """A pull that says nothing for so long has died."""
 
@@ -320,7 +332,7 @@ def _details(card: Card) -> Details:
 
 def _limit(options: Options | None) -> int | None:
     given = options.num_ctx if options else None
-    return given if given is not None and given > 0 else None
+    return int(given) if given is not None and 1 <= given < 1e9 else None
 
 
 def _time(unix: float) -> str:

@@ -158,7 +158,10 @@ DIALECT = Dialect(
             Query(path=path, summary="List the models", response=Models, answer=models)
             for path in ("/v1/models", "/models", "/v3/models")
         ),
-        Query(path="/v1/models/{id:path}", summary="One model", response=Model, answer=model),
+        *(
+            Query(path=f"{path}/{{id:path}}", summary="One model", response=Model, answer=model)
+            for path in ("/v1/models", "/models", "/v3/models")
+        ),
     ],
     error=Error,
     to_error=to_error,

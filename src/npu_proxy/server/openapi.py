@@ -97,7 +97,7 @@ _TIMEOUT = {
     "in": "query",
     "required": False,
     "description": "Seconds until 504; the header X-Request-Timeout does the same",
-    "schema": {"type": "number", "minimum": 5, "maximum": 3600},
+    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 3600},
 }
 
 

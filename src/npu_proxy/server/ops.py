@@ -66,10 +66,14 @@ class Health(msgspec.Struct, kw_only=True):
 
 def health(models: Registry) -> Handler:
     """Ready or not, why not, what waits, and which device has answered how many texts; ?probe=1 runs a row on each."""
+    probing: dict[str, asyncio.Task[None]] = {}
 
     async def handle(request: Request) -> Response:
         if request.query_params.get("probe") in ("1", "true") and models.first.running:
-            await asyncio.to_thread(_probe, models)
+            task = probing.get("now")
+            if task is None or task.done():  # whoever asks meanwhile waits for the same one
+                task = probing["now"] = asyncio.create_task(asyncio.to_thread(_probe, models))
+            await asyncio.shield(task)
         shown = _health(models)
         return Response(msgspec.json.encode(shown), 200 if shown.status == "ok" else 503, media_type="application/json")
 

@@ -1,6 +1,6 @@
 """The models of one server: loaded at the start or on first use, kept alive, unloaded when idle or when memory runs out.
 
-All of it runs in the event loop, so nothing needs a lock; loading and unloading go to threads. A model that a request
+All of it changes in the event loop only, so nothing needs a lock; loading and unloading go to threads. A model that a request
 uses is never unloaded.
 """
 
@@ -11,10 +11,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.system import available_memory
@@ -106,6 +107,7 @@ class Registry:
         self._loaded: dict[str, Loaded] = {}
         self._by_name: dict[str, Loaded] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(8, "npu-proxy-models")
         self._cl100k: Cl100k | None = None
         self.unloaded = 0
         self.failure: str | None = None
@@ -117,21 +119,30 @@ class Registry:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
+    async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Run what may take long (loading, unloading, pulling) in threads of its own, so that nothing short waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+
     async def start(self) -> None:
         """Load the models that the settings name, one after another. Raises what loading raises."""
-        for one in list(self._loaded.values()):
-            await asyncio.to_thread(one.engine.start)
-            one.size = sum(file.stat().st_size for file in one.engine.spec.weight_files)
+        for one in self.loaded():
+            _, folder = await self.in_thread(self.stock.store.resolve, one.name)
+            one.size = _weights(folder)
+            await self.in_thread(one.engine.start)
 
     async def stop(self) -> None:
         """Stop every engine, after what it has under way, and write what the cache holds back."""
-        loaded = list(self._loaded.values())
+        loaded = self.loaded()
         for one in loaded:
             if one.timer is not None:
                 one.timer.cancel()
-        await asyncio.gather(*(asyncio.to_thread(one.engine.stop) for one in loaded))
+        stops = [self.in_thread(one.engine.stop) for one in loaded]
+        for outcome in await asyncio.gather(*stops, *self._tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                log.warning("stopping a model: %s", outcome)
         if self.cache is not None:
-            await asyncio.to_thread(self.cache.close)
+            await self.in_thread(self.cache.close)
+        self._threads.shutdown(wait=False)
 
     def loaded(self) -> Sequence[Loaded]:
         """The models in memory, those of the settings first."""
@@ -150,11 +161,28 @@ class Registry:
         Raises UnknownModelError, StoppedError, DeadlineError after ``seconds`` of loading, UnavailableError where there is no
         room.
         """
-        one = self.running(name) or await self._summon(str(name), seconds)
+        start = time.monotonic()
+        one = self._by_name.get(name) if name else None
+        if one is None or not one.running:
+            one = self.running(name)
+            loaded_for = one is None
+            one = one or await self._summon(str(name), seconds)
+            waited = time.monotonic() - start if loaded_for else 0.0
+            if name and len(self._by_name) < _NAMES:
+                self._by_name[name] = one
+        else:
+            waited = 0.0
         one.uses += 1
         engine = one.engine
         asked = name or engine.spec.name
-        served = Served(spec=engine.spec, encoder=engine.encoder, settings=self.settings, asked=asked, foreign=self._foreign)
+        served = Served(
+            spec=engine.spec,
+            encoder=engine.encoder,
+            settings=self.settings,
+            asked=asked,
+            load_seconds=waited,
+            foreign=self._foreign,
+        )
         return Use(self, one, served)
 
     def release(self, one: Loaded, keep_alive: float | None) -> None:
@@ -166,18 +194,14 @@ class Registry:
 
     def running(self, name: str | None) -> Loaded | None:
         """The running model of that name; None for one that would have to be loaded. Raises StoppedError while it loads."""
-        one = self._by_name.get(name) if name else self.first
-        if one is None and name:
-            one = self.named(plain(name))
-            if one is not None and one.running and len(self._by_name) < _NAMES:
-                self._by_name[name] = one
+        one = self.named(plain(name)) if name else self.first
         if one is not None and not one.running and one.pinned:
             raise StoppedError(self.failure or _NOT_RUNNING.get(one.engine.state, "the engine has stopped"))
         return one if one is not None and one.running else None
 
     def named(self, wanted: str) -> Loaded | None:
         """The model in memory, or on its way there, that has this plain name."""
-        return next((one for one in self._loaded.values() if wanted in self._names(one)), None)
+        return next((one for one in self.loaded() if wanted in self._names(one)), None)
 
     def aliases(self, one: Loaded) -> Sequence[str]:
         """Its names by the setting `served_model_name`, as they are written there."""
@@ -194,7 +218,7 @@ class Registry:
         """Load a stored model, or wait for somebody else's loading of it."""
         one = self.named(plain(name))
         if one is None:
-            stored = await asyncio.to_thread(self.stock.find, name)
+            stored = await self.in_thread(self.stock.find, name)
             one = self.named(plain(stored.name)) or self._begin(stored)  # meanwhile somebody else may have begun
         one.uses += 1  # so that it is not unloaded before it was used at all
         try:
@@ -209,19 +233,22 @@ class Registry:
         return one
 
     def _begin(self, stored: StoredModel) -> Loaded:
-        size = sum(file.stat().st_size for file in stored.folder.glob("*.safetensors"))
-        self._make_room(stored.name, size)
+        size = _weights(stored.folder)
+        leaving = self._make_room(stored.name, size)
         engine = self._make(replace(self.settings, model=(stored.name,)), self.cache)
         one = self._loaded[stored.name] = Loaded(name=stored.name, engine=engine, pinned=False, size=size)
-        one.task = asyncio.create_task(self._load(one))
+        one.task = asyncio.create_task(self._load(one, leaving))
         self._tasks.add(one.task)
         one.task.add_done_callback(self._done)
         return one
 
-    async def _load(self, one: Loaded) -> None:
+    async def _load(self, one: Loaded, leaving: Sequence[asyncio.Task[None]]) -> None:
+        """Load it, once those that made room for it have left the memory."""
         log.info("loading %s", one.name)
         try:
-            await asyncio.to_thread(one.engine.start)
+            if leaving:
+                await asyncio.wait(leaving)
+            await self.in_thread(one.engine.start)
         except BaseException:
             self._forget(one)
             raise
@@ -231,9 +258,9 @@ class Registry:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:  # those who wait get it as well
-            log.warning("loading failed: %s", error)
+            log.warning("loading or unloading failed: %s", error)
 
-    def _make_room(self, name: str, size: int) -> None:
+    def _make_room(self, name: str, size: int) -> Sequence[asyncio.Task[None]]:
         chosen = unloadable(self.loaded(), size, self._limit)
         if chosen is None:
             message = f"model `{name}` ({size / 1e6:.0f} MB of weights) does not fit beside those loaded into `models_mb`"
@@ -241,8 +268,7 @@ class Registry:
             if fixed + size > self._limit:  # that will not change by itself
                 raise InputError(f"{message} ({self._limit / 1e6:.0f} MB); raise it on the server", param="model")
             raise UnavailableError(f"{message}; try again when others are idle")
-        for one in chosen:
-            self.unload(one)
+        return [self.unload(one) for one in chosen]
 
     def _rest(self, one: Loaded, keep_alive: float) -> None:
         """Note how long a model may stay idle, and look again then."""
@@ -257,14 +283,15 @@ class Registry:
         if not one.uses and one.running:
             self.unload(one)
 
-    def unload(self, one: Loaded) -> None:
-        """Take a model that nobody uses out of memory; the rest goes on in a thread."""
+    def unload(self, one: Loaded) -> asyncio.Task[None]:
+        """Take a model that nobody uses out of memory; the task is done when that is."""
         log.info("unloading %s", one.name)
         self._forget(one)
         self.unloaded += 1
-        task = asyncio.create_task(asyncio.to_thread(one.engine.stop, 0.0))
+        task: asyncio.Task[None] = asyncio.create_task(self.in_thread(one.engine.stop, 0.0))
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _forget(self, one: Loaded) -> None:
         if one.timer is not None:
@@ -286,6 +313,11 @@ class Registry:
             self._cl100k = Cl100k(stored.folder / FILE)
             log.warning("a client sends token ids of cl100k_base; they are turned back into text (setting `token_ids`)")
         return self._cl100k
+
+
+def _weights(folder: Path) -> int:
+    """Bytes of a model's weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 _NOT_RUNNING = {"new": "the model is loading; try again in a moment", "stopping": "the server is stopping"}

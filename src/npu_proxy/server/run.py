@@ -64,8 +64,9 @@ def serve(settings: Settings) -> int:
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
+    keys = auth.read_keys(settings)
     config = uvicorn.Config(
-        create_app(registry, settings, lifespan),
+        create_app(registry, settings, lifespan, keys),
         http=protocol_of(settings),
         log_config=None,
         log_level="warning",
@@ -78,7 +79,7 @@ def serve(settings: Settings) -> int:
         ssl_keyfile=settings.ssl_keyfile,
     )
     server = _Server(_checked(config))
-    if auth.is_open(settings):
+    if auth.is_open(settings, keys):
         print(f"npu-proxy: `insecure` is set: whoever reaches {settings.host} may use this server", file=sys.stderr, flush=True)
     _raise_file_limit()
     with _listen(settings) as listener:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from npu_proxy.errors import UnavailableError
 from npu_proxy.models.catalog import canonical
 from npu_proxy.models.pull import pull
-from npu_proxy.models.store import StoredModel
-from npu_proxy.server.dialect import Card, ForbiddenError
+from npu_proxy.models.store import StoredModel, is_name
+from npu_proxy.prepare.commands import forget
+from npu_proxy.server.dialect import Card, ForbiddenError, UnknownModelError
 from npu_proxy.server.registry import Loaded, Registry
 from npu_proxy.server.stock import plain
 from npu_proxy.settings import Settings
@@ -55,8 +56,11 @@ class ModelShelf:
     def delete(self, name: str) -> None:
         """Unload a model and remove it from the store. Raises ForbiddenError, UnknownModelError, UnavailableError."""
         self._allowed("removed", "rm")
-        stored = self._stock.find(name)
+        stored = self._stock.store.find(name) if is_name(canonical(name)) else None
+        if stored is None:
+            raise UnknownModelError(name)
         asyncio.run_coroutine_threadsafe(self._drop(stored), self._loop).result(_SECONDS)
+        forget(self.settings, stored.folder)
         self._stock.store.remove(stored.name)
 
     async def _drop(self, stored: StoredModel) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
-from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, Shelf, floats, no_head
+from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, Shelf, floats, header_text, no_head
 from npu_proxy.types import EmbedRequest, EmbedResult, TextInput, Truncate
 from npu_proxy.version import __version__
 
@@ -59,7 +59,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     """Body of POST /tokenize."""
 
     inputs: str | list[str]
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     prompt_name: str | None = None
 
 
@@ -77,7 +77,7 @@ class DecodeBody(msgspec.Struct, kw_only=True):
     """Body of POST /decode."""
 
     ids: list[int | list[int]]
-    skip_special_tokens: bool = True
+    skip_special_tokens: bool | None = None
 
 
 class AllBody(msgspec.Struct, kw_only=True):
@@ -214,16 +214,17 @@ def tokenize(body: TokenizeBody, served: Served) -> list[list[Token]]:
             )
             for one in tokens
         ]
-        for tokens in served.encoder.tokens(texts, prompt, special=body.add_special_tokens)
+        for tokens in served.encoder.tokens(texts, prompt, special=body.add_special_tokens is not False)
     ]
 
 
 def decode(body: DecodeBody, served: Served) -> list[str]:
     """Text of token ids. Raises InputError for ids that are none of the model's."""
-    lists: list[list[int]] = [one for one in body.ids if isinstance(one, list)] or [
-        [one for one in body.ids if isinstance(one, int)]
-    ]
-    return [served.encoder.decode(ids, skip_special=body.skip_special_tokens) for ids in lists]
+    lists, numbers = [one for one in body.ids if isinstance(one, list)], [one for one in body.ids if isinstance(one, int)]
+    if lists and numbers:
+        raise InputError("`ids` mixes ids with lists of ids", param="ids")
+    lists = lists or [numbers]
+    return [served.encoder.decode(ids, skip_special=body.skip_special_tokens is not False) for ids in lists]
 
 
 def info(shelf: Shelf, _: str) -> Info:
@@ -250,18 +251,20 @@ def info(shelf: Shelf, _: str) -> Info:
 def to_error(error: NpuProxyError, status: int) -> Error:
     """The error types its clients know."""
     kinds = {"empty": "Empty", "overloaded": "Overloaded", "unsupported": "Backend", "device": "Backend"}
-    kind = kinds.get(error.kind) or ("Unhealthy" if status in (503, 504) else "Validation")
+    kind = kinds.get(error.kind) or ("Unhealthy" if status in (503, 504) else "Tokenizer" if error.param == "ids" else "Validation")
     return Error(error=str(error), error_type=kind)
 
 
-def headers(result: EmbedResult) -> dict[str, str]:
+def headers(result: EmbedResult, request: EmbedRequest) -> dict[str, str]:
     """What its load balancers read; whole milliseconds."""
     timings = result.timings
     return {
-        "x-compute-type": result.device,
+        "x-compute-type": header_text(result.device),
+        "x-compute-characters": str(sum(len(text) for text in request.texts if isinstance(text, str))),
         "x-compute-time": str(round(1000 * timings.total)),
         "x-compute-tokens": str(sum(result.tokens)),
         "x-total-time": str(round(1000 * timings.total)),
+        "x-tokenization-time": str(round(1000 * timings.tokenized)),
         "x-queue-time": str(round(1000 * timings.queued)),
         "x-inference-time": str(round(1000 * timings.infer)),
     }
@@ -281,6 +284,7 @@ def _root(path: str) -> Endpoint:
         response=list[list[float] | float],
         to_request=to_root_request,
         to_response=to_root_response,
+        sides=2,
     )
 
 
@@ -304,6 +308,7 @@ DIALECT = Dialect(
             response=list[float],
             to_request=to_similarity_request,
             to_response=to_similarities,
+            sides=2,
         ),
         Action(
             path="/tokenize",

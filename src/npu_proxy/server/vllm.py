@@ -219,13 +219,16 @@ def _common(result: EmbedResult, served: Served) -> dict[str, Any]:
 DIALECT = Dialect(
     name="vLLM and OpenVINO Model Server",
     routes=[
-        Endpoint(
-            path="/pooling",
-            summary="Embed texts",
-            body=PoolingBody,
-            response=Pooling,
-            to_request=to_pooling,
-            to_response=from_pooling,
+        *(
+            Endpoint(
+                path=path,
+                summary="Embed texts",
+                body=PoolingBody,
+                response=Pooling,
+                to_request=to_pooling,
+                to_response=from_pooling,
+            )
+            for path in ("/pooling", "/v3/pooling")
         ),
         *(
             Endpoint(
@@ -235,8 +238,9 @@ DIALECT = Dialect(
                 response=Scores,
                 to_request=to_score,
                 to_response=from_score,
+                sides=2,
             )
-            for path in ("/score", "/v1/score")
+            for path in ("/score", "/v1/score", "/v3/score")
         ),
         *(
             Action(path=path, summary="Tokens of a text", body=TokenizeBody, response=Tokens, answer=tokenize, when=when)
