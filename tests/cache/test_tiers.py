@@ -199,3 +199,45 @@ def test_failures_rest_longer_each_time_and_a_success_forgets_them() -> None:
     assert rests == sorted(rests)
     assert rests[-1] == LONGEST_REST
     assert pace.looked_up(seconds=0.001, texts=1, compute_seconds=1.0, now=99.0).failures == 0
+
+
+def test_a_file_that_is_full_makes_room_and_a_lower_limit_takes_over(tmp_path: Path) -> None:
+    large = DiskTier(tmp_path, 40_000_000)
+    large.open()
+    for number in range(0, 20_000, 500):
+        large.put_many([(key(one), value(one)) for one in range(number, number + 500)])
+    large.close()
+    small = DiskTier(tmp_path, 2_000_000)
+    for number in range(100_000, 110_000, 500):
+        small.put_many([(key(one), value(one)) for one in range(number, number + 500)])
+    assert small.get_many([key(109_999)]) == [value(109_999)]
+    assert small.stats().size < 2_000_000 + 2 * 500 * 2048  # a generation ends with the batch that fills it
+    small.close()
+
+
+READER = """
+import sys, time
+from pathlib import Path
+from npu_proxy.cache.disk import DiskTier
+tier = DiskTier(Path(sys.argv[1]), 4_000_000)
+tier.open()
+with tier._env.begin() as read:
+    read.get(b"x")
+    print("reading", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_who_was_killed_while_reading_does_not_let_the_file_grow(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 4_000_000)
+    tier.open()
+    tier.put_many([(key(1), value(1))])
+    reader = subprocess.Popen([sys.executable, "-c", READER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "reading\n"
+    reader.kill()
+    reader.communicate()
+    for number in range(0, 40_000, 500):
+        tier.put_many([(key(one), value(one)) for one in range(number, number + 500)])
+    assert (tmp_path / "data.mdb").stat().st_size < 24_000_000
+    tier.close()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import SMALL_SHAPES, fake_engine, golden
-from npu_proxy import EmbedRequest, Engine, Settings
+from npu_proxy import EmbedRequest, Engine, Settings, SettingsError
 from npu_proxy.cache.disk import DiskTier
 from npu_proxy.cache.tier import TierError, TierStats
 from npu_proxy.cache.vectors import VectorCache
@@ -143,3 +143,84 @@ def test_a_flood_of_new_entries_is_dropped_and_not_kept_waiting(tmp_path: Path) 
         del tier.open
         release.set()
         until(lambda: cache.counts().written >= 4000)
+
+
+class Surprising(Broken):
+    """A tier whose library raises what nobody expects, already when it is opened."""
+
+    def open(self) -> None:
+        raise TypeError("foo")
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        raise TypeError("foo")
+
+
+def test_what_a_tier_s_library_raises_ends_neither_a_request_nor_the_writer() -> None:
+    with VectorCache(memory=0, tiers=[Surprising("fails")]) as cache:
+        assert cache.fetch([b"k" * 48], 0.0) == [None]
+        cache.keep(b"k" * 48, entry(1))
+        until(lambda: cache.counts().dropped > 0)
+        assert cache._writer is not None
+        assert cache._writer.is_alive()
+
+
+class Slow(Broken):
+    """A tier far slower than the device; what is written to it is counted."""
+
+    def __init__(self) -> None:
+        super().__init__("slow")
+        self.kept = 0
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        self.asked += 1
+        threading.Event().wait(0.02)
+        return [None] * len(keys)
+
+    def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
+        self.kept += len(items)
+
+
+def test_a_slow_tier_is_not_asked_but_filled() -> None:
+    tier = Slow()
+    with VectorCache(memory=0, tiers=[tier]) as cache:
+        for number in range(50):
+            key = number.to_bytes(48, "big")
+            cache.fetch([key], compute_seconds=0.001)
+            cache.keep(key, entry(number))
+        until(lambda: tier.kept == 50)
+        assert tier.asked == 1
+        assert cache.counts().bypassed == 49
+
+
+def test_what_memory_answers_often_is_written_again() -> None:
+    tier = Slow()
+    with VectorCache(memory=10_000, tiers=[tier]) as cache:
+        cache.keep(b"often" * 9, entry(1))
+        until(lambda: tier.kept == 1)
+        for _ in range(200):
+            cache.recall([b"often" * 9])
+        until(lambda: tier.kept >= 2)
+
+
+def test_an_engine_whose_cache_cannot_be_opened_closes_its_device() -> None:
+    device = FakeDevice(width=32, shapes=SMALL_SHAPES)
+    engine = fake_engine(device, cache_url="http://nonsense")
+    with pytest.raises(SettingsError):
+        engine.start()
+    assert device.closed
+
+
+def test_texts_that_the_disk_knows_are_not_refused_for_a_long_queue(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(3000)]
+    settings = {"cache_disk_mb": 50, "cache_folder": tmp_path, "cache_mb": 0}
+    with fake_engine(FakeDevice(width=32, shapes=SMALL_SHAPES), **settings) as first:
+        first.embed(texts)
+    slow = FakeDevice(width=32, shapes=SMALL_SHAPES, seconds=0.2)
+    with fake_engine(slow, **settings) as second:
+        until(lambda: second.cache is not None and second.cache._tiers[0]._env is not None)
+        second.embed(["a text to tell how slow it is"])
+        deadline = time.monotonic() + 20
+        futures = [
+            second.submit(EmbedRequest(texts=texts[start : start + 500], deadline=deadline)) for start in range(0, 3000, 500)
+        ]
+        assert [future.result(30).cached for future in futures] == [500] * 6

@@ -1,6 +1,7 @@
 """The engine over a fake device: every text answered once, in order, whatever fails and whoever stops it."""
 
 import asyncio
+import gc
 import threading
 import time
 from concurrent.futures import CancelledError, Future, wait
@@ -26,6 +27,7 @@ from npu_proxy import (
     TooLongError,
 )
 from npu_proxy.devices.fake import FakeDevice, fail, fake_vector
+from npu_proxy.types import Lane
 
 WORDS = "the cat dog house red green blue runs sleeps eats one two three four five moon star".split()
 texts_of_words = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join), min_size=1, max_size=40)
@@ -334,3 +336,38 @@ def test_workers_that_read_different_versions_of_a_model_are_not_mixed() -> None
     assert same([one, one]) == [one, one]
     with pytest.raises(DeviceError, match="different versions of the model"):
         same([one, other])
+
+
+def test_what_cannot_be_done_in_time_is_refused_at_once_and_counted() -> None:
+    device = FakeDevice(shapes=SMALL_SHAPES, seconds=0.1)
+    with fake_engine(device, cache_mb=0) as engine:
+        engine.embed(["a"])
+        first = engine.submit(EmbedRequest(texts=[f"the cat {number}" for number in range(200)], lane=Lane.BULK))
+        started = time.monotonic()
+        with pytest.raises(OverloadedError, match="too long for a request") as error:
+            engine.submit(EmbedRequest(texts=["the dog"] * 9, lane=Lane.BULK, deadline=time.monotonic() + 0.3))
+        assert time.monotonic() - started < 5
+        assert error.value.retry_after >= 1
+        assert engine.stats().counters.refused == 1
+        assert engine.submit(EmbedRequest(texts=["soon"], lane=Lane.INTERACTIVE)).result().errors == (None,)
+        first.cancel()
+
+
+def test_answered_requests_are_forgotten_whatever_their_deadline() -> None:
+    import weakref
+
+    with fake_engine(cache_mb=0) as engine:
+        engine.embed(["a"])
+        now = time.monotonic()
+        held = engine.submit(EmbedRequest(texts=["b"], deadline=now + 5))
+        tickets = engine._pipeline._tickets
+        gone = []
+        for number in range(20):
+            future = engine.submit(EmbedRequest(texts=[f"c {number}"], deadline=now + 3000))
+            gone.append(weakref.ref(future))
+            future.result()
+            del future
+        held.result()
+        gc.collect()
+        assert not tickets
+        assert sum(one() is not None for one in gone) <= 2  # what a stage's thread has in hand

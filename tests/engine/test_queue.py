@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_proxy.engine.queue import JobQueue, leading_lane
+from npu_proxy.engine.queue import JobQueue, Speed, expected_wait, leading_lane
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import EmbedRequest, Encoding, Lane, Ticket
 
@@ -93,3 +93,31 @@ def test_a_merged_job_lives_while_anybody_waits() -> None:
     queue.add(encoding(1), ticket(gone=True), 0, Lane.BULK, 0.0)
     queue.add(encoding(1), ticket(), 0, Lane.BULK, 0.0)
     assert queue.take(SHAPES, 6.0) is not None
+
+
+@given(
+    st.dictionaries(st.sampled_from(list(Lane)), st.integers(0, 10_000), min_size=2),
+    st.dictionaries(st.sampled_from(list(Lane)), st.integers(0, 100), min_size=2),
+    st.floats(0, 100),
+    st.floats(0, 1e5),
+)
+def test_bulk_waits_at_least_as_long_as_interactive_and_more_work_never_less(
+    tokens: dict, untokenized: dict, mean: float, speed: float
+) -> None:
+    interactive, bulk = (expected_wait(lane, tokens, untokenized, mean, speed) for lane in Lane)
+    assert 0 <= interactive <= bulk
+    more = {**tokens, Lane.INTERACTIVE: tokens[Lane.INTERACTIVE] + 100}
+    assert expected_wait(Lane.INTERACTIVE, more, untokenized, mean, speed) >= interactive
+    if speed == 0:
+        assert bulk == 0  # nothing is known, nothing is refused
+
+
+def test_the_speed_is_that_of_the_last_rows() -> None:
+    speed = Speed()
+    assert (speed.tokens_a_second, speed.tokens_a_text) == (0, 0)
+    for _ in range(500):
+        speed.row(tokens=100, texts=10, seconds=1.0)
+    for _ in range(200):
+        speed.row(tokens=500, texts=10, seconds=0.5)
+    assert 900 < speed.tokens_a_second < 1000
+    assert 45 < speed.tokens_a_text < 50

@@ -261,3 +261,27 @@ def test_memory_stays_flat_under_refused_bodies(server: Server) -> None:
     for _ in range(15):
         burst()
     assert resident() - before < 40_000_000
+
+
+def test_tokenizing_takes_small_bodies_and_has_a_deadline(server: Server) -> None:
+    for path, field in (("/tokenize", "inputs"), ("/v1/tokenize", "prompt"), ("/v3/tokenize", "text")):
+        refused = httpx.post(f"{server.url}{path}", json={field: "a " * 600_000}, timeout=30)
+        assert refused.status_code in (400, 422)
+        assert "send less at once" in refused.text
+
+
+def test_bodies_count_until_they_are_answered(server: Server) -> None:
+    long = {"inputs": ["sea " * 400_000]}  # 1.6 MB each, and 4 MB are allowed together
+
+    def ask() -> None:
+        statuses.append(httpx.post(f"{server.url}/embed", json=long, timeout=30).status_code)
+
+    statuses: list[int] = []
+    for _ in range(5):
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(statuses) <= {200, 429}
+    assert httpx.post(f"{server.url}/embed", json=long, timeout=30).status_code == 200  # all of it was given back

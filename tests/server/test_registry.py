@@ -298,3 +298,26 @@ def test_vectors_over_http_are_those_of_the_library(store: Path) -> None:
             return (await http.post("/embed", json={"inputs": TEXTS, "normalize": False})).json()
 
     np.testing.assert_allclose(asyncio.run(run()), MEAN, atol=2e-5)
+
+
+def test_a_keep_alive_of_ages_is_for_ever(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store) as (http, _):
+            for ages in (1e300, 1e12, "99999999h"):
+                assert (await embed(http, "cls", keep_alive=ages)).status_code == 200
+                listed = (await http.get("/api/ps")).json()["models"]
+                assert all(one["expires_at"].startswith("2318") for one in listed)
+            assert (await embed(http, "max")).json()["load_duration"] > 0
+            assert (await embed(http, "max")).json()["load_duration"] == 0
+
+    asyncio.run(run())
+
+
+def test_a_page_of_another_origin_cannot_pull(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store, allow_pull=True) as (http, _):
+            headers = {"origin": "https://evil.example", "content-type": "text/plain"}
+            assert (await http.post("/api/pull", content=b'{"model": "mean"}', headers=headers)).status_code == 403
+            assert (await http.post("/api/pull", json={"model": "~nosuchuser", "stream": False})).status_code == 400
+
+    asyncio.run(run())
