@@ -211,7 +211,7 @@ def test_a_file_that_is_full_makes_room_and_a_lower_limit_takes_over(tmp_path: P
     for number in range(100_000, 110_000, 500):
         small.put_many([(key(one), value(one)) for one in range(number, number + 500)])
     assert small.get_many([key(109_999)]) == [value(109_999)]
-    assert small.stats().size < 2_000_000 + 2 * 500 * 2048  # a generation ends with the batch that fills it
+    assert small.stats().size < 2_000_000 + 2 * 500 * 4096  # a generation ends with the batch that fills it
     small.close()
 
 

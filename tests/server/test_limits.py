@@ -255,12 +255,14 @@ def test_memory_stays_flat_under_refused_bodies(server: Server) -> None:
         for thread in threads:
             thread.join()
 
-    for _ in range(15):  # the allocator takes what it needs for eight at once
-        burst()
-    before = resident()
-    for _ in range(15):
-        burst()
-    assert resident() - before < 40_000_000
+    peaks = []
+    for rounds in (30, 30, 30):  # the allocator takes what it needs for eight at once, and keeps some of it
+        seen = []
+        for _ in range(rounds):
+            burst()
+            seen.append(resident())
+        peaks.append(max(seen))
+    assert peaks[2] - peaks[1] < 20_000_000
 
 
 def test_tokenizing_takes_small_bodies_and_has_a_deadline(server: Server) -> None:
