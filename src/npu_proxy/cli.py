@@ -143,7 +143,10 @@ def serve(*, settings: Shared = DEFAULTS) -> None:
     """Serve the model over HTTP. The port answers at once, with 503 until the model is ready; SIGTERM drains."""
     from npu_proxy.server.run import serve as run_server
 
-    sys.exit(run_server(settings))
+    code = run_server(settings)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything is stopped; a download that hangs in its thread must not hold the process
 
 
 @app.command

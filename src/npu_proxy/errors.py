@@ -44,13 +44,13 @@ class EmptyInputError(InputError):
 
 
 class TooLongError(InputError):
-    """A text of ``tokens`` tokens exceeds the model's ``limit`` and truncation is off."""
+    """A text of ``tokens`` tokens, or of ``more``, exceeds the model's ``limit`` and truncation is off."""
 
     kind = "too_long"
 
-    def __init__(self, *, limit: int, tokens: int, param: str | None = "input") -> None:
+    def __init__(self, *, limit: int, tokens: int, more: bool = False, param: str | None = "input") -> None:
         super().__init__(
-            f"This model's maximum context length is {limit} tokens, however you requested {tokens} tokens "
+            f"This model's maximum context length is {limit} tokens, however you requested {'over ' * more}{tokens} tokens "
             "in one input. Shorten it, or set truncate to `end` or `start`.",
             param=param,
         )

@@ -241,3 +241,16 @@ def test_one_who_was_killed_while_reading_does_not_let_the_file_grow(tmp_path: P
         tier.put_many([(key(one), value(one)) for one in range(number, number + 500)])
     assert (tmp_path / "data.mdb").stat().st_size < 24_000_000
     tier.close()
+
+
+def test_a_file_cut_short_begins_anew_and_ends_no_process(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 4_000_000)
+    for number in range(0, 1000, 100):
+        tier.put_many([(key(one), value(one)) for one in range(number, number + 100)])
+    tier.close()
+    os.truncate(tmp_path / "data.mdb", (tmp_path / "data.mdb").stat().st_size // 2)
+    code = "import sys; from pathlib import Path; from npu_proxy.cache.disk import DiskTier; "
+    code += "t = DiskTier(Path(sys.argv[1]), 4_000_000);"
+    code += "t.put_many([(b'k' * 48, b'v')]); print(t.get_many([b'k' * 48, bytes(48)]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[b'v', None]\n", done.stderr

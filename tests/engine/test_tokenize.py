@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from conftest import GOLDEN
+from conftest import GOLDEN, golden
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import InputError, TooLongError
 from npu_proxy.models.layout import read_spec
@@ -66,3 +66,58 @@ def test_empty_texts() -> None:
 
 def test_prompts_come_first() -> None:
     np.testing.assert_array_equal(one("cat", prompt="one two ").ids, one("one two cat").ids)
+
+
+WORDS = ["a", "sea", "the cat", "unbelievably", ",", "x" * 150, "é", "海", "\u200b", "ab\u0301c", "-", "don't"]
+
+
+@given(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
+    st.sampled_from(["", " ", "\n", ","]),
+    st.integers(1, 40),
+    st.sampled_from([Truncate.END, Truncate.START]),
+)
+def test_a_long_text_is_cut_as_if_all_of_it_were_tokenized(words: list[str], between: str, times: int, truncate: Truncate) -> None:
+    text = between.join(words * times * 30)
+    encoder = TextEncoder(read_spec(golden("mean")[0]))
+    (found,) = encoder.encode([text], "", truncate)
+    whole = TextEncoder(read_spec(golden("mean")[0]))
+    whole._splits_words = False
+    (wanted,) = whole.encode([text], "", truncate)
+    assert isinstance(found, Encoding)
+    assert isinstance(wanted, Encoding)
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    assert found.truncated == wanted.truncated
+
+
+@pytest.mark.parametrize(
+    "text", ["a," * 5_000_000, "海" * 5_000_000, "x" * 10_000_000, "a " * 5_000_000], ids=["comma", "cjk", "one", "space"]
+)
+@pytest.mark.parametrize("truncate", list(Truncate))
+def test_however_long_a_text_is_little_of_it_is_tokenized(text: str, truncate: Truncate) -> None:
+    encoder = TextEncoder(read_spec(golden("mean")[0]))
+    asked: list[int] = []
+
+    class Counting:
+        def __init__(self, inner: object) -> None:
+            self.inner = inner
+
+        def encode(self, part: str) -> object:
+            asked.append(len(part))
+            return self.inner.encode(part)
+
+        def encode_batch_fast(self, parts: list[str]) -> object:
+            asked.extend(map(len, parts))
+            return self.inner.encode_batch_fast(parts)
+
+    encoder._tokenizer = Counting(encoder._tokenizer)
+    (found,) = encoder.encode([text], "", truncate)
+    assert sum(asked) <= (200_000 if text[0] != "x" else 8_000_000)
+    if text[0] == "x":  # one word: a single unknown token, or more than is worth looking at
+        assert isinstance(found, Encoding | InputError)
+    elif truncate is Truncate.ERROR:
+        assert isinstance(found, TooLongError)
+        assert "over" in str(found)
+    else:
+        assert isinstance(found, Encoding)
+        assert found.truncated

@@ -64,6 +64,9 @@ class DiskTier:
         env = lmdb.open(str(self._folder), map_size=size, max_dbs=2, metasync=False, max_readers=512, mode=0o600)
         try:
             env.reader_check()  # readers that were killed no longer hold old pages
+            info, page = env.info(), env.stat()["psize"]
+            if (self._folder / "data.mdb").stat().st_size < (info["last_pgno"] + 1) * page:  # reading on would end the process
+                raise lmdb.CorruptedError("the file is shorter than it says")
             self._databases = {name: env.open_db(name) for name in _GENERATIONS}
         except BaseException:
             env.close()

@@ -23,8 +23,12 @@ PLACEHOLDER = "[EMPTY]"
 
 _CHARACTERS_A_TOKEN = 16
 """How much of a long text is tokenized at first, for each token that can be kept; more only where that was too little."""
-
-
+_WORD_TOKENS = 100
+"""A word of more characters than that is one unknown token."""
+_COUNTED = 200_000
+"""Characters up to which a text that is refused for its length is counted to its end."""
+_LONGEST = 4_000_000
+"""Characters that are tokenized of one text at most: a tokenizer needs some hundred bytes for each."""
 _OWN_IDS = 256
 """So many ids tell whose they are."""
 
@@ -60,8 +64,8 @@ class TextEncoder:
         """Ids are below it."""
         self.special_tokens = len(empty.ids)
         """Tokens that are added to every text."""
-        # BertPreTokenizer always splits at white space, so what follows a space cannot change the tokens before it.
-        self._splits_at_space = type(self._tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer"
+        # BertPreTokenizer splits into words, each tokenized alone, so a cut can change one word only.
+        self._splits_words = type(self._tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer"
 
     def prompt(self, request: EmbedRequest) -> str:
         """The text put before each text of a request; raises InputError for a prompt the model does not have."""
@@ -90,13 +94,14 @@ class TextEncoder:
         limit = min(max_tokens or self._spec.max_length, self._spec.max_length)
         prepared = [self._prepare(text, prompt) for text in texts]
         strings = [text for text in prepared if isinstance(text, str)]
-        encoded = iter(self._encode_strings(strings, truncate))
+        encoded = iter(self._encode_strings(strings, truncate, limit))
         results: list[Encoding | NpuProxyError] = []
         for text in prepared:
             if isinstance(text, NpuProxyError):
                 results.append(text)
                 continue
-            results.append(self._fit(next(encoded) if isinstance(text, str) else text, truncate, limit))
+            ids = next(encoded) if isinstance(text, str) else text
+            results.append(ids if isinstance(ids, NpuProxyError) else self._fit(ids, truncate, limit))
         return results
 
     def _prepare(self, text: TextInput, prompt: str) -> str | list[int] | NpuProxyError:
@@ -130,25 +135,34 @@ class TextEncoder:
         )
         return InputError(message, param="input")
 
-    def _encode_strings(self, texts: list[str], truncate: Truncate) -> list[list[int]]:
-        """Ids with special tokens of each text; of a text that will be cut at its end, at least one more than fit."""
-        heads = [self._head(text, _CHARACTERS_A_TOKEN) if truncate is Truncate.END else text for text in texts]
-        results = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(heads)]
+    def _encode_strings(self, texts: list[str], truncate: Truncate, limit: int) -> list[list[int] | NpuProxyError]:
+        """Ids with special tokens of each text; of a long one only of as much as tells which tokens are kept.
+
+        Cutting a text changes its last word at most (its first, where the start is cut off), and a word has at most
+        ``_WORD_TOKENS`` tokens. With so many more than are kept, those that are kept are what the whole text has.
+        """
+        least = _COUNTED if truncate is Truncate.ERROR else 0  # there the error says how long the text is
+        sizes = [max(least, _CHARACTERS_A_TOKEN * (limit + _WORD_TOKENS))] * len(texts)
+        parts = [self._part(text, size, truncate) for text, size in zip(texts, sizes, strict=True)]
+        results: list[list[int] | NpuProxyError] = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(parts)]
         for index, text in enumerate(texts):
-            head, share = heads[index], _CHARACTERS_A_TOKEN
-            while len(head) < len(text) and len(results[index]) <= self._spec.max_length:
-                share *= 8
-                head = self._head(text, share)
-                results[index] = self._tokenizer.encode(head).ids
+            part, size, ids = parts[index], sizes[index], results[index]
+            while len(part) < len(text) and isinstance(ids, list) and len(ids) <= limit + _WORD_TOKENS:
+                size *= 8
+                part = self._part(text, size, truncate)
+                ids = _wasteful() if len(part) > _LONGEST else self._tokenizer.encode(part).ids
+            if len(part) > _LONGEST:  # a tokenizer that does not split at words
+                ids = _wasteful()
+            elif truncate is Truncate.ERROR and len(part) < len(text) and isinstance(ids, list):
+                ids = TooLongError(limit=limit, tokens=len(ids), more=True)
+            results[index] = ids
         return results
 
-    def _head(self, text: str, characters_a_token: int) -> str:
-        """The start of a text too long to be kept whole, up to a white space; the text itself where that is not exact."""
-        size = characters_a_token * self._spec.max_length
-        if not self._splits_at_space or len(text) <= size:
-            return text
-        cut = text.rfind(" ", 0, size)
-        return text[:cut] if cut > 0 else text
+    def _part(self, text: str, size: int, truncate: Truncate) -> str:
+        """The end of a long text where its start is cut off, else its start; the text itself where parts are not exact."""
+        if not self._splits_words or len(text) <= size:
+            return text if len(text) <= _LONGEST or self._splits_words else text[: _LONGEST + 1]
+        return text[-size:] if truncate is Truncate.START else text[:size]
 
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[Token]]:
         """The tokens of whole texts, uncut. Raises InputError for a text that cannot be encoded."""
@@ -204,6 +218,11 @@ def _frame(tokenizer: Tokenizer, spec: ModelSpec) -> tuple[list[int], list[int]]
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     raise ModelError(f"{spec.name}: tokenizer.json does not put special tokens around a text, but inside it")
+
+
+def _wasteful() -> InputError:
+    words = f"the text is longer than {_LONGEST} characters, and still they say too little; shorten it"
+    return InputError(words, param="input")
 
 
 def _sanitize(text: str, how: Sanitize) -> str:

@@ -37,7 +37,8 @@ class Tensors(Mapping[str, Array]):
             try:
                 self._open(file, rename)
             except (SafetensorError, OSError, ValueError) as error:
-                raise ModelError(f"{file.name} cannot be read as safetensors: {error}") from error
+                reason = (error.strerror or "it is not there") if isinstance(error, OSError) else error  # without the path
+                raise ModelError(f"{file.name} cannot be read as safetensors: {reason}") from error
 
     def _open(self, file: Path, rename: Callable[[str], str]) -> None:
         with safe_open(file, framework="numpy"):

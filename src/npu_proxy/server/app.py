@@ -59,7 +59,7 @@ DIALECTS: tuple[Dialect, ...] = (openai.DIALECT, ollama.DIALECT, tei.DIALECT, in
 
 log = logging.getLogger("npu_proxy.server")
 
-_ACTION_BYTES = 1_000_000
+_ACTION_BYTES = 250_000
 Handler = Callable[[Exchange], Awaitable[Response]]
 Pair = tuple[Dialect, Route]
 
@@ -183,7 +183,12 @@ def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
             result = future.result() if future.done() else await unless_gone(exchange.request, asyncio.wrap_future(future))
             exchange.result = result
             content = endpoint.to_response(result.raise_first(), body, served)
-        return Answer(content, headers={**dialect.headers(result, ask), **headers_of(result)}, seconds=settings.header_timeout)
+        return Answer(
+            content,
+            headers={**dialect.headers(result, ask), **headers_of(result)},
+            seconds=settings.header_timeout,
+            bodies=state.bodies,
+        )
 
     return handle
 

@@ -170,7 +170,7 @@ def _texts(body: BodyV1) -> list[Any]:
 
 
 def _by_type(result: EmbedResult, kinds: list[Kind]) -> ByType:
-    vectors = {kind: cast(floats(result), DType.FLOAT32 if kind == "float" else DType(kind)) for kind in kinds}
+    vectors = {kind: cast(floats(result), DType.FLOAT32 if kind == "float" else DType(kind)) for kind in dict.fromkeys(kinds)}
     made: dict[str, Any] = {kind: one if isinstance(one, list) else one.tolist() for kind, one in vectors.items()}
     return ByType(floats=made.pop("float", None), **made)
 

@@ -159,8 +159,21 @@ class Shelf(Protocol):
 ToRequest = Callable[[Any, Served], Any]
 """Body to EmbedRequest; whatever else it returns is the answer."""
 ToResponse = Callable[[EmbedResult, Any, Served], Any]
-Fields = Mapping[str, bytes]
-"""A body's fields with their JSON as it stands."""
+
+
+class Fields(msgspec.Struct):
+    """The fields by which dialects tell their bodies apart, as their JSON stands; empty where a body has none of that name."""
+
+    inputs: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    text: msgspec.Raw = msgspec.Raw()
+    texts: msgspec.Raw = msgspec.Raw()
+    documents: msgspec.Raw = msgspec.Raw()
+
+    def has(self, name: str) -> bool:
+        """Whether the body has that field."""
+        return bool(bytes(getattr(self, name)))
 
 
 def model_of(body: Any) -> str | None:

@@ -22,11 +22,15 @@ from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedResult
 
 _HEADER = "x-npu-proxy-"
+_SMALL = 64 * 1024
+"""Bytes of a body that hardly count."""
 _PIECE = 256 * 1024
 """Bytes of an answer that are sent at once; the next piece waits until the client has taken most of it."""
+ABORT = "npu_proxy.abort"
+"""Where a scope has the function that ends its connection at once (server/protocol.py)."""
 _LEAST_RATE = 100_000
 """Bytes a second that a client must take of a large answer on the whole."""
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_FIELDS = msgspec.json.Decoder(Fields)
 
 
 class TooLargeError(InputError):
@@ -67,19 +71,21 @@ class Bodies:
     def __init__(self, settings: Settings) -> None:
         self._each = settings.max_body_mb * 1_000_000
         self._all = settings.max_bodies_mb * 1_000_000
+        self._seconds = settings.timeout
         self.held = 0
 
     async def read(self, exchange: Exchange) -> bytes:
         """The whole body, read once; ``release`` gives its room back. Raises TooLargeError, OverloadedError, DeadlineError."""
         if exchange.body is None:
+            seconds = min(exchange.seconds, self._seconds)  # sending has no more time than usual, however patient the client is
             declared = exchange.request.headers.get("content-length", "")
             if declared.isdigit() and int(declared[:20]) > self._each:
                 raise self._too_large()
             try:
-                async with asyncio.timeout(exchange.seconds):
+                async with asyncio.timeout(seconds):
                     exchange.body = await self._read(exchange)
             except TimeoutError:
-                raise DeadlineError(f"the request's body did not arrive within {exchange.seconds:g} seconds") from None
+                raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
         return exchange.body
 
     def release(self, exchange: Exchange) -> None:
@@ -94,7 +100,8 @@ class Bodies:
             self.held += len(chunk)
             if exchange.held > self._each:
                 raise self._too_large()
-            if self.held > self._all:
+            # What is small has some room of its own, so that a few who send slowly do not lock out all.
+            if self.held > (self._all if exchange.held > _SMALL else 2 * self._all):
                 raise OverloadedError("too many large requests at once (`max_bodies_mb`); try again later")
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -117,11 +124,11 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
 
 
 def fields_of(body: bytes) -> Fields:
-    """The fields of a body with their JSON as it stands; none where it is no object, which decoding then says."""
+    """The fields that tell dialects apart; none where it is no object, which decoding then says."""
     try:
-        return {name: bytes(value) for name, value in _FIELDS.decode(body).items()}
+        return _FIELDS.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return {}
+        return Fields()
 
 
 def timeout_of(request: Request, default: float) -> float:
@@ -160,26 +167,50 @@ async def _disconnected(request: Request) -> None:
 
 
 class Answer(Response):
-    """JSON. A large one goes in pieces, each within the time limit, so that a client that does not read holds one piece."""
+    """JSON. A large one goes in pieces, each within the time limit, so that a client that does not read holds one piece.
+
+    bodies: counts it as held until it is sent. A client that is too slow is cut off.
+    """
 
     media_type = "application/json"
 
-    def __init__(self, content: object, status: int = 200, *, headers: dict[str, str] | None = None, seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        content: object,
+        status: int = 200,
+        *,
+        headers: dict[str, str] | None = None,
+        seconds: float = 30.0,
+        bodies: Bodies | None = None,
+    ) -> None:
         super().__init__(msgspec.json.encode(content), status, headers)
         self._seconds = seconds
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it. Raises TimeoutError where the client does not take it, which closes the connection."""
-        body = self.body
-        if len(body) <= _PIECE:
+        """Send it."""
+        if len(self.body) <= _PIECE:
             await super().__call__(scope, receive, send)
             return
+        if self._bodies is not None:
+            self._bodies.held += len(self.body)
+        try:
+            async with asyncio.timeout(self._seconds + len(self.body) / _LEAST_RATE):
+                await self._in_pieces(send)
+        except TimeoutError:
+            scope.get(ABORT, lambda: None)()
+            await asyncio.sleep(0)  # until the connection has heard of it
+        finally:
+            if self._bodies is not None:
+                self._bodies.held -= len(self.body)
+
+    async def _in_pieces(self, send: Send) -> None:
+        body = bytes(self.body)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with asyncio.timeout(self._seconds + len(body) / _LEAST_RATE):
-            for start in range(0, len(body), _PIECE):
-                piece = bytes(body[start : start + _PIECE])
-                async with asyncio.timeout(self._seconds):
-                    await send({"type": "http.response.body", "body": piece, "more_body": start + _PIECE < len(body)})
+        for start in range(0, len(body), _PIECE):
+            async with asyncio.timeout(self._seconds):
+                piece, more = body[start : start + _PIECE], start + _PIECE < len(body)
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 def headers_of(result: EmbedResult) -> dict[str, str]:

@@ -50,7 +50,8 @@ def to_error(error: NpuProxyError, status: int) -> Error:
 
 def is_list(fields: Fields) -> bool:
     """Whether `input` is a list of texts; vLLM's /classify takes a text or token ids."""
-    return fields.get("input", b"[").lstrip().startswith(b"[") and not fields.get("input", b"").lstrip(b"[ \t\r\n")[:1].isdigit()
+    given = bytes(fields.input).lstrip() or b"["
+    return given.startswith(b"[") and not given.lstrip(b"[ \t\r\n")[:1].isdigit()
 
 
 DIALECT = Dialect(

@@ -63,8 +63,14 @@ def log_access(exchange: Exchange, status: int, seconds: float) -> None:
         fields |= {"queued": round(result.timings.queued, 6), "inference": round(result.timings.infer, 6)}
     if error is not None:
         fields["error"] = error.kind
-    words = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, ""))
+    words = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items() if value not in (None, ""))
     access.info(words if not _as_json() else f"{fields['method']} {fields['path']} {status}", extra={"fields": fields})
+
+
+def _quoted(value: object) -> str:
+    """A value that cannot pass for further fields."""
+    text = str(value)
+    return msgspec.json.encode(text).decode() if set(text) & set(' "=') else text
 
 
 def _as_json() -> bool:

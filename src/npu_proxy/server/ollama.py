@@ -271,6 +271,8 @@ def keep_alive(body: EmbedBody | PromptBody) -> float | None:
     given = body.keep_alive
     if not isinstance(given, str):
         return None if given is None else _bounded(given)
+    if len(given) > _LONGEST_DURATION:
+        raise InputError("keep_alive is no duration, such as `5m`", param="keep_alive")
     if re.fullmatch(r"-?\d+(\.\d+)?", given):
         return _bounded(float(given))
     parts = re.fullmatch(r"([+-]?)((?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+)", given)
@@ -286,6 +288,7 @@ def _bounded(seconds: float) -> float:
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST_DURATION = 60
 _TEN_YEARS = 10 * 365 * 86400.0
 _PULL_SECONDS = 3600.0
 """A pull that says nothing for so long has died."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from importlib.resources import files
+from pathlib import Path
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -97,7 +98,12 @@ def _probe(models: Registry) -> None:
 
 def _health(models: Registry) -> Health:
     settings, engine = models.settings, models.first.engine
-    shown = Health(status="ok", unix=time.time(), version=__version__, model=models.first.name)
+    shown = Health(
+        status="ok",
+        unix=time.time(),
+        version=__version__,
+        model=Path(models.first.name).name,
+    )
     shown.models = [_model(one) for one in models.loaded()]
     if engine.state != "running":
         shown.status = "failed" if models.failure else {"new": "loading"}.get(engine.state, engine.state)
@@ -140,7 +146,7 @@ def _health(models: Registry) -> Health:
 
 def _model(one: Loaded) -> ModelHealth:
     state = {"new": "loading"}.get(one.engine.state, one.engine.state)
-    name, fingerprint = (one.engine.spec.name, one.engine.spec.fingerprint) if one.running else (one.name, None)
+    name, fingerprint = (one.engine.spec.name, one.engine.spec.fingerprint) if one.running else (Path(one.name).name, None)
     return ModelHealth(name=name, state=state, fingerprint=fingerprint, pinned=one.pinned, requests=one.uses, expires=one.expires)
 
 

@@ -1,17 +1,22 @@
-"""uvicorn's HTTP protocol with the limits it lacks: how long and how large headers may be, and how many connections there are."""
+"""uvicorn's HTTP protocol with the limits it lacks: on headers, trailers, framing, silent connections, and how many there are."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from npu_proxy.server.exchange import ABORT
 from npu_proxy.settings import Settings
 
 _HEADER_BYTES = 64 * 1024
+_FRAMING = 8
+"""Bytes of framing that a byte of a body may have; a chunk of one byte has five."""
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class Protocol(HttpToolsProtocol):
@@ -23,7 +28,11 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse it where there are too many."""
         self._head_open = True
+        self._began_here = True
         self._head_bytes = 0
+        self._framing = 0
+        self._useful = 0
+        self._receiving = False
         self._head_timer: asyncio.TimerHandle | None = None
         super().connection_made(transport)
         if len(self.connections) > self.most_connections:
@@ -37,28 +46,56 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, while the headers are not too large."""
+        """Read on, while headers are not too large and what is neither headers nor body is little."""
         if self.transport.is_closing():
             return
-        super().data_received(data)
+        if self._head_open and b"pgrade:" in data:  # to another protocol, which a server may ignore, body and all it has
+            head, end, body = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgra:", head) + end + body
+        self._receiving, self._began_here, useful = True, False, self._useful
+        try:
+            super().data_received(data)
+        finally:
+            self._receiving = False
         if self._head_open:
-            self._head_bytes += len(data)
-            if self._head_bytes > _HEADER_BYTES:
-                self._refuse(_LARGE)
+            self._head_bytes += 0 if self._began_here else len(data)
+        else:
+            self._framing += len(data) - (self._useful - useful)
+        if self._head_bytes > _HEADER_BYTES or self._framing > 2 * _HEADER_BYTES + _FRAMING * self._useful:
+            self._refuse(_LARGE)
 
     def on_message_begin(self) -> None:
         """A request begins: its headers have their time."""
         super().on_message_begin()
-        self._head_open = True
-        self._head_bytes = 0
+        self.scope[ABORT] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self._head_open = self._began_here = True
+        self._head_bytes = self._framing = self._useful = 0
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.header_seconds, self._too_late)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep it, unless it comes behind the body: nobody reads trailers."""
+        if self._head_open:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The headers are there; the rest has limits of its own."""
         self._head_open = False
         self._stop_timer()
+        self._receiving = False
+        self._unset_keepalive_if_required()
+        self._receiving = True
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._useful += len(body)
+        super().on_body(body)
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Only a request ends the time that a connection may be idle, not any byte."""
+        if not self._receiving:
+            super()._unset_keepalive_if_required()
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

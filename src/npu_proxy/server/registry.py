@@ -317,7 +317,7 @@ class Registry:
 
 def _weights(folder: Path) -> int:
     """Bytes of a model's weights."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 _NOT_RUNNING = {"new": "the model is loading; try again in a moment", "stopping": "the server is stopping"}

@@ -24,11 +24,30 @@ from npu_proxy.server.protocol import drop_silent_peers, protocol_of
 from npu_proxy.server.registry import Registry
 from npu_proxy.settings import Settings
 
+_AFTER_DRAIN = 3
+"""Seconds for sending the last answers."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal that asked for a clean stop is a success: it is not raised again afterwards."""
+    """uvicorn, but a signal that asked for a clean stop is a success: it is not raised again afterwards.
+
+    And what is not answered when the drain is over is answered with 503, before uvicorn would cancel it.
+    """
+
+    registry: Registry
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then fail what is left, then go."""
+        last = asyncio.create_task(self._end_of_drain())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            last.cancel()
+
+    async def _end_of_drain(self) -> None:
+        await asyncio.sleep(self.registry.settings.drain)
+        await asyncio.gather(*(self.registry.in_thread(one.engine.stop, 0.0) for one in self.registry.loaded()))
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -74,20 +93,22 @@ def serve(settings: Settings) -> int:
         server_header=False,
         ws="none",
         timeout_keep_alive=max(1, round(settings.idle_timeout)),
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        timeout_graceful_shutdown=round(settings.drain) + _AFTER_DRAIN,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
     )
     server = _Server(_checked(config))
+    server.registry = registry
     if auth.is_open(settings, keys):
         print(f"npu-proxy: `insecure` is set: whoever reaches {settings.host} may use this server", file=sys.stderr, flush=True)
     _raise_file_limit()
     with _listen(settings) as listener:
+        own = settings.uds.stat() if settings.uds is not None else None
         try:
             server.run(sockets=[listener])
         finally:
-            if settings.uds is not None:
-                settings.uds.unlink(missing_ok=True)
+            if settings.uds is not None and own is not None and settings.uds.exists() and settings.uds.stat().st_ino == own.st_ino:
+                settings.uds.unlink(missing_ok=True)  # a successor may listen there already
     return outcome["code"]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
-from npu_proxy.errors import UnavailableError
+from npu_proxy.errors import PullError, UnavailableError
 from npu_proxy.models.catalog import canonical
 from npu_proxy.models.pull import pull
 from npu_proxy.models.store import StoredModel, is_name
@@ -40,7 +42,11 @@ class ModelShelf:
         """Every model that can be asked, loaded ones first."""
         cards = [self._card(one) for one in self._registry.loaded() if one.running]
         known = {card.spec.name for card in cards}
-        return cards + [self._stored_card(stored) for stored in self._stock.models() if stored.name not in known]
+        for stored in self._stock.models():
+            if stored.name not in known:
+                with suppress(UnknownModelError):  # removed meanwhile
+                    cards.append(self._stored_card(stored))
+        return cards
 
     def find(self, name: str | None) -> Card:
         """The model of that name or alias, the first one without a name. Raises UnknownModelError."""
@@ -50,8 +56,18 @@ class ModelShelf:
     def pull(self, name: str, report: Callable[[str], None]) -> StoredModel:
         """Fetch a model into the store. Raises ForbiddenError where that is switched off, InputError, PullError."""
         self._allowed("pulled", "pull")
-        mirrors = self.settings.mirrors
-        return pull(self._stock.store, canonical(name.removesuffix(":latest")), mirrors=mirrors, report=report, folders=False)
+        folders = [mirror for mirror in self.settings.mirrors if Path(mirror).is_absolute() or "/" in mirror]
+
+        def shown(words: str) -> str:
+            for folder in folders:
+                words = words.replace(folder, Path(folder).name)
+            return words
+
+        wanted, mirrors = canonical(name.removesuffix(":latest")), self.settings.mirrors
+        try:
+            return pull(self._stock.store, wanted, mirrors=mirrors, report=lambda line: report(shown(line)), folders=False)
+        except PullError as error:
+            raise PullError(shown(str(error))) from error
 
     def delete(self, name: str) -> None:
         """Unload a model and remove it from the store. Raises ForbiddenError, UnknownModelError, UnavailableError."""
@@ -85,6 +101,10 @@ class ModelShelf:
 
     def _stored_card(self, stored: StoredModel) -> Card:
         spec = self._stock.spec(stored)
-        assert spec is not None  # Stock gives those only
-        since = int((stored.folder / "config.json").stat().st_mtime)
+        try:
+            since = int((stored.folder / "config.json").stat().st_mtime)
+        except OSError as error:  # removed meanwhile
+            raise UnknownModelError(stored.name) from error
+        if spec is None:
+            raise UnknownModelError(stored.name)
         return Card(spec=spec, since=since, names=self._stock.aliases({plain(stored.name)}, first=False), loaded=False)

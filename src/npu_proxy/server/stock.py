@@ -53,13 +53,17 @@ class Stock:
 
     def spec(self, stored: StoredModel) -> ModelSpec | None:
         """What a stored model is; None for one that this version cannot serve. Read once for each state of its folder."""
-        changed, spec = stored.folder.stat().st_mtime, None
+        spec = None
+        try:
+            changed = stored.folder.stat().st_mtime
+        except OSError:  # it was removed meanwhile
+            return None
         known = self._specs.get(stored.folder)
         if known is not None and known[0] == changed:
             return known[1]
         try:
             spec = read_spec(stored.folder, name=stored.name, pooling=self.settings.pooling)
-        except ModelError as error:
+        except (ModelError, OSError) as error:
             log.info("%s cannot be served: %s", stored.name, error)
         self._specs[stored.folder] = (changed, spec)
         return spec

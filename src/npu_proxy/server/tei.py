@@ -316,7 +316,7 @@ DIALECT = Dialect(
             body=TokenizeBody,
             response=list[list[Token]],
             answer=tokenize,
-            when=lambda fields: "prompt" not in fields and "text" not in fields,
+            when=lambda fields: not fields.has("prompt") and not fields.has("text"),
         ),
         Action(path="/decode", summary="Text of token ids", body=DecodeBody, response=list[str], answer=decode),
         *(
@@ -330,7 +330,7 @@ DIALECT = Dialect(
             body=RerankBody,
             response=None,
             answer=no_head,
-            when=lambda fields: "texts" in fields or "documents" not in fields,
+            when=lambda fields: fields.has("texts") or not fields.has("documents"),
         ),
         Query(path="/info", summary="Model and limits", response=Info, answer=info),
     ],

@@ -199,7 +199,7 @@ def _sides(body: ScoreBody) -> tuple[list[str], list[str]]:
 
 
 def _has_prompt(fields: Fields) -> bool:
-    return "prompt" in fields
+    return fields.has("prompt")
 
 
 def _always(_: Fields) -> bool:
