@@ -9,6 +9,7 @@ Each writes its table into bench/results/service-NAME.md. Ratios are within one 
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -386,6 +387,7 @@ async def pressed(port: int, requests: list[bytes], *, connections: int, per_sec
 
 
 def bench_load(seconds: float, deadline: float) -> None:
+    gc.disable()  # pauses of the client are not the server's
     server = Process("--cache-mb", "0", "--timeout", str(deadline))
     texts = corpus(3)
     requests = [prepared("/v1/embeddings", body(f"{text[:1200]} {number}")) for number, text in enumerate(texts * 12)]

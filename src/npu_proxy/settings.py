@@ -159,7 +159,7 @@ class Settings:
     aging: float = 1.0
     """Seconds after which waiting bulk work gets the next row, whatever the interactive lane holds."""
 
-    window: int = 512
+    window: int = 128
     """Waiting texts that packing chooses from."""
 
     sanitize: Literal["none", "basic", "nfkc"] = "none"

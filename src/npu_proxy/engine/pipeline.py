@@ -47,7 +47,7 @@ class Limits:
     max_tokens: int
 
 
-_HURRY = 0.8
+_HURRY = 0.7
 """Share of its time that a request may be expected to wait; beyond it the request is refused at once."""
 
 
