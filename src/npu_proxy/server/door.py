@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -67,15 +68,18 @@ class Exact:
     """
 
     def __init__(self, routes: Sequence[Route], rest: ASGIApp) -> None:
-        self._table = {
-            (method, route.path): route.app for route in routes if "{" not in route.path for method in route.methods or ()
-        }
+        exact = (route for route in routes if "{" not in route.path)
+        self._table = {(method, route.path): route.endpoint for route in exact for method in route.methods or ()}
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand over to the route, or to the rest."""
-        app = self._table.get((scope["method"], scope["path"]), self._rest) if scope["type"] == "http" else self._rest
-        await app(scope, receive, send)
+        endpoint = self._table.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if endpoint is None:
+            await self._rest(scope, receive, send)
+            return
+        response: Response = await endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 def _refusal(words: str, status: int) -> Response:

@@ -91,6 +91,7 @@ def serve(settings: Settings) -> int:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         ws="none",
         timeout_keep_alive=max(1, round(settings.idle_timeout)),
         timeout_graceful_shutdown=round(settings.drain) + _AFTER_DRAIN,
