@@ -341,7 +341,7 @@ def test_workers_that_read_different_versions_of_a_model_are_not_mixed() -> None
 def test_what_cannot_be_done_in_time_is_refused_at_once_and_counted() -> None:
     device = FakeDevice(shapes=SMALL_SHAPES, seconds=0.1)
     with fake_engine(device, cache_mb=0) as engine:
-        engine.embed(["a"])
+        engine.embed([f"so that it knows how fast it is {number}" for number in range(64)])
         first = engine.submit(EmbedRequest(texts=[f"the cat {number}" for number in range(200)], lane=Lane.BULK))
         started = time.monotonic()
         with pytest.raises(OverloadedError, match="too long for a request") as error:
@@ -373,3 +373,15 @@ def test_answered_requests_are_forgotten_whatever_their_deadline() -> None:
         gc.collect()
         assert not tickets
         assert sum(one() is not None for one in gone) <= 2  # what a stage's thread has in hand
+
+
+def test_a_slow_first_row_of_one_text_refuses_nobody() -> None:
+    release = threading.Event()
+    device = FakeDevice(shapes=SMALL_SHAPES, streams=1, script=lambda pack: release.wait(0.5) and None)
+    with fake_engine(device, cache_mb=0) as engine:
+        engine.embed(["a"])  # two tokens in half a second
+        release.set()
+        open_one = engine.submit(EmbedRequest(texts=["b"]))
+        many = engine.submit(EmbedRequest(texts=[f"the cat {number}" for number in range(2000)], lane=Lane.BULK))
+        assert open_one.result().errors == (None,)
+        assert set(many.result().errors) == {None}

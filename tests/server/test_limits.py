@@ -337,26 +337,31 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
 
 
 def test_open_requests_get_503_when_the_drain_is_over() -> None:
-    own = Server("--model", str(FOLDER), "--device", "cpu", "--drain", "1", "--timeout", "60", "--cache-mb", "0").wait_ready()
+    own = Server("--model", str(FOLDER), "--device", "cpu", "--drain", "0.1", "--timeout", "60", "--cache-mb", "0").wait_ready()
     statuses: list[int] = []
 
     def ask(number: int) -> None:
         texts = [f"{number} {index} " + "sea " * 40 for index in range(2048)]
-        answer = httpx.post(f"{own.url}/embed", json={"inputs": texts}, timeout=60)
+        try:
+            answer = httpx.post(f"{own.url}/embed", json={"inputs": texts}, timeout=60)
+        except httpx.ConnectError:  # came when nobody listened any more
+            statuses.append(0)
+            return
         statuses.append(answer.status_code)
         if answer.status_code != 200:
             assert set(answer.json()) == {"error", "error_type"}
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
     for thread in threads:
         thread.start()
-    time.sleep(0.7)
+    while not re.search(r'"texts":[1-9]', httpx.get(f"{own.url}/health").text):  # until some are in
+        time.sleep(0.01)
     own.process.terminate()
     for thread in threads:
         thread.join()
     assert own.stop() == 0
-    assert len(statuses) == 16
-    assert set(statuses) <= {200, 429, 503}  # 429: refused at the door
+    assert len(statuses) == 12
+    assert set(statuses) <= {0, 200, 429, 503}  # 429: refused at the door
     assert 503 in statuses
 
 

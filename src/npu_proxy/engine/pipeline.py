@@ -389,7 +389,8 @@ class Pipeline:
     def _count(self, row: Pack, answer: Output) -> None:
         counters = self._counters
         now = time.monotonic()
-        self._speed.row(tokens=row.tokens, texts=len(row.jobs), seconds=min(answer.seconds, now - self._last_row))
+        if self._tells(row):
+            self._speed.row(tokens=row.tokens, texts=len(row.jobs), seconds=min(answer.seconds, now - self._last_row))
         self._last_row = now
         counters.texts += len(row.jobs)
         counters.tokens += row.tokens
@@ -401,6 +402,12 @@ class Pipeline:
         counters.executed[answer.device] = counters.executed.get(answer.device, 0) + len(row.jobs)
         if answer.fallback:
             counters.fallbacks[answer.device] = counters.fallbacks.get(answer.device, 0) + len(row.jobs)
+
+    def _tells(self, row: Pack) -> bool:
+        """Whether a row says how fast a queue goes: full ones do, of the small ones of a shallow queue a token takes far longer."""
+        largest = max(self._device.shapes, key=lambda shape: shape.bins * shape.positions)
+        tokens, texts = largest.bins * largest.positions, largest.bins * largest.segments
+        return 2 * row.tokens >= tokens or 2 * len(row.jobs) >= texts
 
     def _expire(self, now: float) -> None:
         """Answer the tickets whose time ran out; their jobs are dropped when they would come up."""

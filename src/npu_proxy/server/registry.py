@@ -161,17 +161,15 @@ class Registry:
         Raises UnknownModelError, StoppedError, DeadlineError after ``seconds`` of loading, UnavailableError where there is no
         room.
         """
-        start = time.monotonic()
-        one = self._by_name.get(name) if name else None
+        one, waited = self._by_name.get(name) if name else None, 0.0
         if one is None or not one.running:
             one = self.running(name)
-            loaded_for = one is None
-            one = one or await self._summon(str(name), seconds)
-            waited = time.monotonic() - start if loaded_for else 0.0
+            if one is None:
+                start = time.monotonic()
+                one = await self._summon(str(name), seconds)
+                waited = time.monotonic() - start
             if name and len(self._by_name) < _NAMES:
                 self._by_name[name] = one
-        else:
-            waited = 0.0
         one.uses += 1
         engine = one.engine
         asked = name or engine.spec.name
