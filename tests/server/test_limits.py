@@ -342,26 +342,25 @@ def test_open_requests_get_503_when_the_drain_is_over() -> None:
 
     def ask(number: int) -> None:
         texts = [f"{number} {index} " + "sea " * 40 for index in range(2048)]
-        try:
-            answer = httpx.post(f"{own.url}/embed", json={"inputs": texts}, timeout=60)
-        except httpx.ConnectError:  # came when nobody listened any more
-            statuses.append(0)
-            return
+        answer = httpx.post(f"{own.url}/embed", json={"inputs": texts}, timeout=60)
         statuses.append(answer.status_code)
         if answer.status_code != 200:
             assert set(answer.json()) == {"error", "error_type"}
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
-    while not re.search(r'"texts":[1-9]', httpx.get(f"{own.url}/health").text):  # until some are in
-        time.sleep(0.01)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:  # until all of them are in, or answered
+        inside = int(re.search(r'"texts":(\d+)', httpx.get(f"{own.url}/health").text)[1])
+        if inside + 2048 * len(statuses) >= 2048 * len(threads):
+            break
     own.process.terminate()
     for thread in threads:
         thread.join()
     assert own.stop() == 0
-    assert len(statuses) == 12
-    assert set(statuses) <= {0, 200, 429, 503}  # 429: refused at the door
+    assert len(statuses) == 6  # nobody is without an answer
+    assert set(statuses) <= {200, 429, 503}  # 429: refused at the door
     assert 503 in statuses
 
 
