@@ -324,6 +324,22 @@ def test_an_upgrade_that_is_not_known_is_ignored(server: Server) -> None:
             assert b" 200 " in connection.recv(65536).splitlines()[0]
 
 
+def test_large_requests_may_follow_each_other_on_a_connection(server: Server) -> None:
+    with httpx.Client() as http:
+        for number in range(8):
+            texts = [f"{number} " + "sea " * 50_000, "a", "b"]
+            assert http.post(f"{server.url}/embed", json={"inputs": texts}, timeout=30).status_code == 200
+            assert http.get(f"{server.url}/health/live").status_code == 200
+
+            def chunks() -> Iterator[bytes]:
+                yield b'{"inputs": "'
+                for _ in range(20_000):
+                    yield b"sea "
+                yield b'"}'
+
+            assert http.post(f"{server.url}/embed", content=chunks(), timeout=30).status_code == 200
+
+
 def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     body = json.dumps({"inputs": ["sea " * 20_000]}).encode()
     one = f"POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body

@@ -31,7 +31,7 @@ class Protocol(HttpToolsProtocol):
         self._began_here = True
         self._head_bytes = 0
         self._framing = 0
-        self._useful = 0
+        self._bodies = self._bodies_before = 0
         self._receiving = False
         self._head_timer: asyncio.TimerHandle | None = None
         super().connection_made(transport)
@@ -52,7 +52,7 @@ class Protocol(HttpToolsProtocol):
         if self._head_open and b"pgrade:" in data:  # to another protocol, which a server may ignore, body and all it has
             head, end, body = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"\r\nx-upgra:", head) + end + body
-        self._receiving, self._began_here, useful = True, False, self._useful
+        self._receiving, self._began_here, bodies = True, False, self._bodies
         try:
             super().data_received(data)
         finally:
@@ -60,8 +60,9 @@ class Protocol(HttpToolsProtocol):
         if self._head_open:
             self._head_bytes += 0 if self._began_here else len(data)
         else:
-            self._framing += len(data) - (self._useful - useful)
-        if self._head_bytes > _HEADER_BYTES or self._framing > 2 * _HEADER_BYTES + _FRAMING * self._useful:
+            self._framing += len(data) - (self._bodies - bodies)
+        allowed = 2 * _HEADER_BYTES + _FRAMING * (self._bodies - self._bodies_before)
+        if self._head_bytes > _HEADER_BYTES or self._framing > allowed:
             self._refuse(_LARGE)
 
     def on_message_begin(self) -> None:
@@ -69,7 +70,8 @@ class Protocol(HttpToolsProtocol):
         super().on_message_begin()
         self.scope[ABORT] = self.transport.abort  # type: ignore[typeddict-unknown-key]
         self._head_open = self._began_here = True
-        self._head_bytes = self._framing = self._useful = 0
+        self._head_bytes = self._framing = 0
+        self._bodies_before = self._bodies
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.header_seconds, self._too_late)
 
@@ -89,7 +91,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
-        self._useful += len(body)
+        self._bodies += len(body)
         super().on_body(body)
 
     def _unset_keepalive_if_required(self) -> None:
