@@ -112,9 +112,8 @@ def create_app(
         # Clients send a trailing slash or none, and a redirect loses the body of some.
         spellings = [path] if path.endswith(":path}") else [path, path + "/"]
         routes += [_route(one, method, state, same[0][0], _choosing(state, same)) for one in spellings]
-    rest = Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={404: _missing(state, owners), 405: _missing(state, owners)}
-    )
+    missing = _missing(state, owners)
+    rest = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: missing, 405: missing})
     rest.router.redirect_slashes = False
     rest.state.npu_proxy = state
     app: ASGIApp = Exact(routes, rest)

@@ -202,10 +202,6 @@ def _has_prompt(fields: Fields) -> bool:
     return fields.has("prompt")
 
 
-def _always(_: Fields) -> bool:
-    return True
-
-
 def _limit(tokens: int | None) -> int | None:
     return tokens if tokens is not None and tokens > 0 else None
 
@@ -243,8 +239,8 @@ DIALECT = Dialect(
             for path in ("/score", "/v1/score", "/v3/score")
         ),
         *(
-            Action(path=path, summary="Tokens of a text", body=TokenizeBody, response=Tokens, answer=tokenize, when=when)
-            for path, when in (("/tokenize", _has_prompt), ("/v1/tokenize", _always))
+            Action(path=path, summary="Tokens of a text", body=TokenizeBody, response=Tokens, answer=tokenize, when=_has_prompt)
+            for path in ("/tokenize", "/v1/tokenize")
         ),
         *(
             Action(path=path, summary="Token ids of texts", body=TextBody, response=TextTokens, answer=tokenize_text)
