@@ -83,8 +83,9 @@ npu-compile: weights  ## compile every graph with the vendor's NPU compiler (Deb
 
 golden:  ## make the golden models of tests/golden again (installs torch and transformers in .venv-golden)
 	$(PYTHON) -m venv .venv-golden
-	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript
+	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript sentence-transformers
 	.venv-golden/bin/python tests/golden/make.py
+	cd tests/golden && ../../.venv-golden/bin/python make_families.py
 
 lock: $(VENV)/.python  ## write requirements/*.txt again from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv

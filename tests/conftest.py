@@ -36,7 +36,7 @@ os.environ["NPU_PROXY_PROFILE"] = "off"
 profile.machine = lambda: "the tests' own"
 
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "modules.json").exists())
+GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "vectors.npy").exists())
 DATA = Path(os.environ.get("TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

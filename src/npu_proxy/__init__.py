@@ -2,6 +2,7 @@
 
 from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.engine.engine import Engine
+from npu_proxy.engine.verbs import Label, Ranked
 from npu_proxy.errors import (
     DeadlineError,
     DeviceError,
@@ -17,13 +18,15 @@ from npu_proxy.errors import (
     StoppedError,
     TooLongError,
     UnavailableError,
+    UnsupportedError,
 )
 from npu_proxy.settings import Settings
-from npu_proxy.types import DType, EmbedRequest, EmbedResult, Lane, Pooling, Truncate
+from npu_proxy.types import Chunking, DType, EmbedRequest, EmbedResult, Kind, Lane, Pair, Pooling, SparseVector, Truncate
 from npu_proxy.version import __version__
 
 __all__ = [
     "AsyncEngine",
+    "Chunking",
     "DType",
     "DeadlineError",
     "DeviceError",
@@ -32,19 +35,25 @@ __all__ = [
     "EmptyInputError",
     "Engine",
     "InputError",
+    "Kind",
+    "Label",
     "Lane",
     "ModelError",
     "ModelNotFoundError",
     "NothingLeftError",
     "NpuProxyError",
     "OverloadedError",
+    "Pair",
     "Pooling",
     "PullError",
+    "Ranked",
     "Settings",
     "SettingsError",
+    "SparseVector",
     "StoppedError",
     "TooLongError",
     "Truncate",
     "UnavailableError",
+    "UnsupportedError",
     "__version__",
 ]

@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, config
 from rich.console import Console
 from rich.markup import escape
 
+from npu_proxy.bulk.commands import classify, rerank, show, similarity
 from npu_proxy.cache.tier import Tier
 from npu_proxy.cache.vectors import open_tiers
 from npu_proxy.engine.engine import Engine, Options
@@ -247,7 +248,7 @@ def cache_clear(*, only: str = "", settings: Shared = DEFAULTS) -> None:
 
 def _fingerprints(settings: Settings, stored: StoredModel) -> dict[str, str]:
     """The fingerprints that a stored model may have, and what each is."""
-    spec = read_spec(stored.folder, name=stored.name, pooling=settings.pooling)
+    spec = read_spec(stored.folder, name=stored.name, pooling=settings.pooling, max_length=settings.max_length)
     int8 = {report.fingerprint: f"{stored.name} in int8" for report in reports(settings.store) if report.of == spec.fingerprint}
     return {spec.fingerprint: stored.name, fingerprint(spec, precision="fp16"): f"{stored.name} in fp16", **int8}
 
@@ -271,7 +272,7 @@ def _devices(engine: Engine) -> str:
     return ", ".join(f"{device} ({texts} texts)" for device, texts in executed.items())
 
 
-for command in (doctor, certify, quantize, tune, compile_model):
+for command in (doctor, certify, quantize, tune, compile_model, rerank, classify, similarity, show):
     app.command(command, name="compile" if command is compile_model else None)
 
 
@@ -301,7 +302,23 @@ def _check_environment() -> None:
     """An NPU_PROXY_* variable that means nothing is a mistake, not a comment."""
     known = [_PREFIX + setting.name.upper() for setting in fields(Settings)] + [_CONFIG]
     own = ["INPUT", "TEXT_FIELD", "OUTPUT", "DIMENSIONS", "NORMALIZE", "TRUNCATE", "DTYPE", "INPUT_TYPE", "PROMPT_NAME"]
-    own += ["BATCH_SIZE", "PARALLEL", "ON_ERROR", "REVISION", "JSON", "PAIRS", "SAMPLE", "MOST_LOSS", "ROUNDS", "PLATFORM", "ONLY"]
+    own += [
+        "TOP_N",
+        "RAW",
+        "HOW",
+        "BATCH_SIZE",
+        "PARALLEL",
+        "ON_ERROR",
+        "REVISION",
+        "JSON",
+        "PAIRS",
+        "SAMPLE",
+        "MOST_LOSS",
+        "ROUNDS",
+        "PLATFORM",
+        "ONLY",
+    ]
+    own += ["TOP_N", "RAW", "HOW"]
     known += [_PREFIX + name for name in own]
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in known:

@@ -4,7 +4,8 @@ NpuProxyError
 ├── InputError                 what the caller sent is wrong; sending it again cannot help
 │   ├── EmptyInputError        a text (or the list of texts) is empty
 │   ├── TooLongError           a text is longer than the model's limit and truncation is off
-│   └── ModelNotFoundError     no model of that name is served or stored
+│   ├── ModelNotFoundError     no model of that name is served or stored
+│   └── UnsupportedError       the model is of another kind than what is asked of it
 ├── SettingsError              a setting is unknown, malformed or contradicts another
 ├── ModelError                 a model's files are missing, contradictory or not supported
 │   └── PullError              a model could not be fetched or did not match its checksum
@@ -68,6 +69,12 @@ class ModelNotFoundError(InputError):
     """No model of that name is served or stored."""
 
     kind = "model_not_found"
+
+
+class UnsupportedError(InputError):
+    """The model is of another kind than what is asked of it."""
+
+    kind = "unsupported"
 
 
 class SettingsError(NpuProxyError):

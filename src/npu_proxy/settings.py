@@ -44,7 +44,11 @@ class Settings:
     all of them stay loaded."""
 
     pooling: Pooling | None = None
-    """How token vectors become one; only for a model folder without modules.json, which does not say it itself."""
+    """How token vectors become one; only for a model folder without modules.json, which does not say it itself. `none`:
+    every token keeps its vector (bge-m3 then gives dense, sparse and token vectors in one pass)."""
+
+    max_length: int = 0
+    """Tokens of a text, special tokens included, where that is less than the model's own limit; 0 is that limit."""
 
     device: str = "auto"
     """Devices in order of preference, such as `npu,cpu`. auto: npu, gpu, cpu, as far as this machine shows signs of them.
@@ -279,6 +283,7 @@ class Settings:
 
 _MAY_BE_ZERO = {
     "port",
+    "max_length",
     "threads",
     "streams",
     "row_tokens",

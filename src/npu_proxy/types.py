@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +16,26 @@ from npu_proxy.errors import NpuProxyError
 
 Vector = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
-TextInput = str | Sequence[int]
-"""A text, or the token ids of one in the model's own vocabulary, without special tokens."""
+
+
+class Pair(NamedTuple):
+    """Two texts that a cross-encoder reads together, such as a query and a document."""
+
+    first: str
+    second: str
+
+
+TextInput = str | Sequence[int] | Pair
+"""A text, the token ids of one in the model's own vocabulary without special tokens, or two texts for a cross-encoder."""
 
 
 class Truncate(StrEnum):
-    """What happens to a text beyond the model's limit: an error, or its end or its start is cut off."""
+    """What happens to a text beyond the model's limit: an error, its end or its start is cut off, or it is read in chunks."""
 
     ERROR = "error"
     END = "end"
     START = "start"
+    CHUNK = "chunk"
 
 
 class DType(StrEnum):
@@ -40,6 +50,25 @@ class DType(StrEnum):
     BASE64 = "base64"
 
 
+class Kind(StrEnum):
+    """What a model makes of a text, and what a request may want of it.
+
+    dense: a vector. sparse: weights of entries of the vocabulary. tokens: a vector a token (late interaction). scores: one
+    number a label (cross-encoders that rank, classifiers). multi: the first three in one pass (bge-m3).
+    """
+
+    DENSE = "dense"
+    SPARSE = "sparse"
+    TOKENS = "tokens"
+    SCORES = "scores"
+    MULTI = "multi"
+
+    @property
+    def gives(self) -> Sequence[Kind]:
+        """What requests may want of such a model, its main answer first."""
+        return (Kind.DENSE, Kind.SPARSE, Kind.TOKENS) if self is Kind.MULTI else (self,)
+
+
 class Pooling(StrEnum):
     """How the token vectors of a text become one vector; the arithmetic is in graph/heads.py."""
 
@@ -49,9 +78,13 @@ class Pooling(StrEnum):
     MEAN_SQRT_LENGTH = "mean_sqrt_len_tokens"
     WEIGHTED_MEAN = "weightedmean"
     MAX = "max"
+    SPLADE = "splade"
+    """The maximum over a text of each vocabulary entry's log(1 + relu(logit))."""
+    NONE = "none"
+    """Every token keeps its vector."""
 
     @property
-    def by_index(self) -> bool:
+    def prunes(self) -> bool:
         """Whether one position a text is enough, so that the last layer is computed for that position only."""
         return self in (Pooling.CLS, Pooling.LAST_TOKEN)
 
@@ -75,6 +108,34 @@ class Dense:
     activation: str
 
 
+Activation = Literal["sigmoid", "softmax", "identity"]
+"""What turns the logits of a text into its scores."""
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+"""How alike two vectors are, in the words of sentence-transformers; engine/similarity.py has the arithmetic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """How a late-interaction model treats queries and documents differently. Lengths are tokens, special tokens included.
+
+    expanded: a query is filled up to so many tokens with mask tokens, which see the query; attend: and are seen.
+    skip: tokens of a document (skip_queries: of a query, too) that get no vector, such as punctuation.
+    """
+
+    query_length: int
+    document_length: int
+    expanded: int = 0
+    attend: bool = False
+    mask_id: int = 0
+    skip: frozenset[int] = frozenset()
+    skip_queries: bool = False
+
+    @property
+    def expand(self) -> bool:
+        """Whether queries are filled up with tokens that nobody sees."""
+        return bool(self.expanded) and not self.attend
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """All that a model's own files say about how it embeds; made by models/layout.py, never guessed."""
@@ -90,7 +151,7 @@ class ModelSpec:
     pooling: Pooling
     dense: Sequence[Dense]
     width: int
-    """Numbers in a vector."""
+    """Numbers in a vector: of a text, of a token, or of the vocabulary; labels for scores."""
     max_length: int
     """Tokens of a text, special tokens included."""
     vocabulary: int
@@ -100,6 +161,20 @@ class ModelSpec:
     prompts: Mapping[str, str]
     default_prompt: str | None
     fingerprint: str
+    kind: Kind = Kind.DENSE
+    labels: Sequence[str] = ()
+    """Names of the scores, in order."""
+    activation: Activation = "identity"
+    similarity: Similarity = "cosine"
+    include_prompt: bool = True
+    """Whether the tokens of a prompt are pooled like those of the text."""
+    instruction: str = ""
+    """How a task becomes a prompt, with `{task}` in its place; empty where the model knows no instructions."""
+    types: bool = False
+    """Whether tokens of the second text of a pair have a type of their own."""
+    special_tokens: bool = True
+    """Whether the tokenizer's special tokens are put around a text (static models have none)."""
+    sides: Sides | None = None
     precision: str = "fp32"
     """fp32; fp16: the same weights, computed in half precision where a device can; int8: ``graph``."""
     graph: Path | None = None
@@ -110,18 +185,43 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chunking:
+    """How a text that is too long is read in chunks. overlap: tokens that neighbours share; None is 32, or an eighth of a chunk.
+
+    sentences: end chunks at ends of sentences where there is one in their second half. spans: say in the result where each
+    chunk lies, and give its own vector (such texts are computed anew, whatever the cache knows).
+    """
+
+    overlap: int | None = None
+    sentences: bool = False
+    spans: bool = False
+
+
+CHUNKING = Chunking()
+"""Chunks as they are unless a request says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
     """Texts to embed and how. ``deadline`` is a time.monotonic() second; None takes the engine's default."""
 
     texts: Sequence[TextInput]
+    want: Kind = Kind.DENSE
+    """What is wanted: one of what the model gives (``Kind.gives``)."""
     input_type: str | None = None
-    """`query` or `document`: picks the model's prompt of that meaning, none where the model has none."""
+    """`query`, `document`, `classification` or `clustering`: picks the model's prompt of that meaning, none where it has none."""
     prompt_name: str | None = None
     """A prompt of the model by name; an unknown name is an error."""
+    prompt: str | None = None
+    """A prompt as it stands, in place of the model's own."""
+    instruction: str | None = None
+    """A task in words, for models that take instructions."""
     dimensions: int | None = None
     """Matryoshka: the first so many numbers, renormalized."""
     normalize: bool = True
     truncate: Truncate = Truncate.END
+    chunking: Chunking = CHUNKING
+    """For truncate=chunk."""
     max_tokens: int | None = None
     """Tokens of a text, special tokens included, where that is less than the model's limit."""
     dtype: DType = DType.FLOAT32
@@ -130,27 +230,71 @@ class EmbedRequest:
     deadline: float | None = None
 
 
+Span = tuple[int, int]
+"""From one character of a text to before another."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Token ids [n] int32 with special tokens, within the model's limit, and whether something was cut off."""
+    """Token ids [n] int32 with special tokens, within the model's limit, and whether something was cut off.
+
+    types: token types [n] int32 of a pair, None where all are 0. prompt: leading tokens that are not pooled.
+    seen: leading tokens that others attend to, -1 for all of them; those behind are a query's expansion.
+    document: whether it is the document side of a late-interaction model.
+    """
 
     ids: Ids
     truncated: bool
+    types: Ids | None = None
+    prompt: int = 0
+    seen: int = -1
+    document: bool = False
 
     @property
     def tokens(self) -> int:
         """How many tokens are embedded."""
         return len(self.ids)
 
+    @property
+    def key(self) -> bytes:
+        """Equal for texts whose answers are equal."""
+        plain = self.ids.tobytes()
+        if self.types is None and not self.prompt and self.seen < 0 and not self.document:
+            return plain
+        types = b"" if self.types is None else self.types.tobytes()
+        return b"%d %d %d %d " % (len(plain), self.prompt, self.seen, self.document) + plain + types
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked:
+    """A long text as chunks, and where in the text each lies, in characters."""
+
+    encodings: Sequence[Encoding]
+    spans: Sequence[Span]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk of a long text: where it lies in the text, in characters, its tokens, and its own answer."""
+
+    start: int
+    stop: int
+    tokens: int
+    vector: Vector
+
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """A text's vector [width] float32 as the model gives it, its tokens, whether it was cut, and which device computed it."""
+    """A text's answer float32 as the model gives it, its tokens, whether it was cut, and which device computed it.
+
+    vector: [width]; [tokens, width] where every token has one; [entries, 2] for sparse, ids of the vocabulary and weights.
+    """
 
     vector: Vector
     tokens: int
     truncated: bool
     device: str
+    chunks: Sequence[Chunk] = ()
 
 
 @dataclass(slots=True)
@@ -250,10 +394,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a job's vector stands in a row's output."""
+    """Where a job lies in a row: its bin, its number there, and the position of its first token."""
 
     bin: int
     segment: int
+    start: int = 0
 
 
 class Shaped(Protocol):
@@ -274,12 +419,13 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
-    """The jobs in one row, where each lies, and the row's input arrays by graph input name."""
+    """The jobs in one row, where each lies, the row's input arrays by graph input name, and what comes out of it."""
 
     jobs: Sequence[Job]
     slots: Sequence[Slot]
     shape: Shaped
     inputs: Mapping[str, npt.NDArray[Any]]
+    kind: Kind = Kind.DENSE
 
     @property
     def tokens(self) -> int:
@@ -290,6 +436,8 @@ class Pack:
 @dataclass(frozen=True, slots=True)
 class Output:
     """What a device made of a row: vectors [bins, segments, width] float32, which device, seconds on it.
+
+    Where every token has a vector, they are [bins, positions, width].
 
     fallback: why it was not the first device of the chain; "" when it was.
     """
@@ -310,17 +458,26 @@ class Timings:
     infer: float
 
 
+class SparseVector(NamedTuple):
+    """Weights of entries of the vocabulary: indices [n] int32, ascending, and values [n] float32; all others are 0."""
+
+    indices: Ids
+    values: Vector
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbedResult:
     """The answer to an EmbedRequest, in its order.
 
     embeddings: array [n, width] of the dtype asked for ([n, width / 8] for binary and ubinary), or n strings for base64.
-    errors: None or what went wrong, a text; the vector of a failed text is NaN (0 for integers, "" for base64).
+    For sparse, n SparseVectors; for tokens, n arrays [tokens, width]; for scores, logits [n, labels] float32.
+    errors: None or what went wrong, a text; the vector of a failed text is NaN (0 for integers, "" for base64, else nothing).
+    chunks: of each text, where the request asks for spans.
     devices: which device computed it, a text, "" where none did. cached: texts whose vector was there already.
     fallback: why that was not the first of the chain, or "".
     """
 
-    embeddings: npt.NDArray[Any] | list[str]
+    embeddings: npt.NDArray[Any] | list[str] | list[SparseVector] | list[Vector]
     tokens: Sequence[int]
     truncated: Sequence[bool]
     errors: Sequence[NpuProxyError | None]
@@ -329,6 +486,7 @@ class EmbedResult:
     fallback: str
     fingerprint: str
     timings: Timings
+    chunks: Sequence[Sequence[Chunk]] = ()
 
     @property
     def device(self) -> str:

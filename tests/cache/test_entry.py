@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from npu_proxy.cache.entry import KEY_BYTES, Keys, from_bytes, to_bytes
-from npu_proxy.types import Embedded, Truncate
+from npu_proxy.types import Embedded, Pair, Truncate
 
 entries = st.builds(
     Embedded,
@@ -37,10 +37,10 @@ def test_damaged_bytes_are_no_entry(entry: Embedded, data: st.DataObject) -> Non
 
 @given(st.lists(st.text() | st.lists(st.integers(0, 9)), min_size=2, max_size=2, unique_by=repr))
 def test_different_texts_have_different_keys(texts: list) -> None:
-    one, other = Keys("f" * 16, "none").of(texts, "", Truncate.END, 256)
+    one, other = Keys("f" * 16, "none").of(texts, ("", Truncate.END, 256))
     assert one != other
     assert len(one) == len(other) == KEY_BYTES
-    assert Keys("f" * 16, "none").of(texts, "", Truncate.END, 256) == [one, other]
+    assert Keys("f" * 16, "none").of(texts, ("", Truncate.END, 256)) == [one, other]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,11 @@ def test_different_texts_have_different_keys(texts: list) -> None:
     ],
 )
 def test_whatever_changes_the_vector_changes_the_key(keys: Keys, how: tuple) -> None:
-    assert keys.of(["text"], *how) != Keys("f" * 16, "none").of(["text"], "", Truncate.END, 256)
+    assert keys.of(["text"], how) != Keys("f" * 16, "none").of(["text"], ("", Truncate.END, 256))
 
 
 def test_a_prompt_and_its_text_are_not_run_together() -> None:
     keys = Keys("f" * 16)
-    assert keys.of(["b"], "a", Truncate.END, 9) != keys.of(["ab"], "", Truncate.END, 9)
-    assert keys.of(["\ud800"], "", Truncate.END, 9) != keys.of(["?"], "", Truncate.END, 9)
+    assert keys.of(["b"], ("a", Truncate.END, 9)) != keys.of(["ab"], ("", Truncate.END, 9))
+    assert keys.of(["\ud800"], ("", Truncate.END, 9)) != keys.of(["?"], ("", Truncate.END, 9))
+    assert keys.of([Pair("ab", "c")], ()) != keys.of([Pair("a", "bc")], ())

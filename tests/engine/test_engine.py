@@ -58,7 +58,7 @@ def test_every_text_is_answered_once_in_order_and_alone(shared: Engine, requests
         result = future.result(timeout=20).raise_first()
         for text, vector in zip(texts, result.embeddings, strict=True):
             # What the fake gives to these ids, whoever shared the row.
-            ids = shared._parts.encoder.encode([text], "", "end")[0].ids
+            ids = shared._parts.encoder.plain([text])[0].ids
             np.testing.assert_array_equal(vector, fake_vector(ids, 32))
     assert answers == dict.fromkeys(range(len(requests)), 1)
     for pack in shared.device.packs:
@@ -197,7 +197,7 @@ def test_cancelled_requests_cost_no_inference() -> None:
         engine.embed(["tree"])
         with pytest.raises(CancelledError):
             future.result(0)
-        ids = engine._parts.encoder.encode(["cat dog"], "", "end")[0].ids
+        ids = engine._parts.encoder.plain(["cat dog"])[0].ids
         assert not any(np.array_equal(job.encoding.ids, ids) for pack in device.packs for job in pack.jobs)
 
 

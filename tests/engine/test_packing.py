@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_proxy.engine.packing import Plan, fill_bins, pack, plan_row
-from npu_proxy.graph.heads import fill_pool
-from npu_proxy.graph.packed import RowShape
+from npu_proxy.engine.packing import Plan, fill_bins, pack, plan_row, room
+from npu_proxy.graph.packed import RowFormat, RowShape
 from npu_proxy.types import Encoding, Job, Lane, Pooling
 
 SHAPES = [
@@ -53,8 +52,10 @@ def test_repeated_rows_take_every_text_once(lengths: list[int]) -> None:
 @given(lengths_of_texts, st.sampled_from(list(Pooling)))
 def test_the_arrays_say_what_the_plan_says(lengths: list[int], pooling: Pooling) -> None:
     jobs = jobs_of(lengths)
-    plan = plan_row(lengths, SHAPES)
-    row = pack(jobs, plan, lambda *place: fill_pool(pooling, *place), by_index=pooling.by_index)
+    layout = RowFormat(pooling=pooling)
+    plan = plan_row([room(length, layout.align) for length in lengths], SHAPES)
+    row = pack(jobs, plan, layout)
+    assert all(slot.start % layout.align == 0 for slot in row.slots)
     assert row.tokens == int((row.inputs["segment_ids"] >= 0).sum())
     for job, slot in zip(row.jobs, row.slots, strict=True):
         here = row.inputs["segment_ids"][slot.bin] == slot.segment

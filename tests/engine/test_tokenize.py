@@ -1,5 +1,7 @@
 """Tokenizing: exact counts, truncation at both ends, sanitizing, and the shortcut for very long texts."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import GOLDEN, golden
-from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.engine.tokenize import Manner, TextEncoder, chunks, longest_first
 from npu_proxy.errors import InputError, TooLongError
 from npu_proxy.models.layout import read_spec
-from npu_proxy.types import Encoding, Truncate
+from npu_proxy.types import Chunked, Chunking, Encoding, Truncate
 
 SPEC = read_spec(GOLDEN / "mean")
 ENCODER = TextEncoder(SPEC)
@@ -20,7 +22,7 @@ PLAIN.no_truncation()
 
 
 def one(text, truncate=Truncate.END, encoder=ENCODER, prompt=""):
-    (encoding,) = encoder.encode([text], prompt, truncate)
+    (encoding,) = encoder.encode([text], Manner(prompt=prompt, truncate=truncate, limit=SPEC.max_length))
     return encoding
 
 
@@ -80,10 +82,10 @@ WORDS = ["a", "sea", "the cat", "unbelievably", ",", "x" * 150, "é", "海", "\u
 def test_a_long_text_is_cut_as_if_all_of_it_were_tokenized(words: list[str], between: str, times: int, truncate: Truncate) -> None:
     text = between.join(words * times * 30)
     encoder = TextEncoder(read_spec(golden("mean")[0]))
-    (found,) = encoder.encode([text], "", truncate)
+    found = one(text, truncate, encoder)
     whole = TextEncoder(read_spec(golden("mean")[0]))
     whole._splits_words = False
-    (wanted,) = whole.encode([text], "", truncate)
+    wanted = one(text, truncate, whole)
     assert isinstance(found, Encoding)
     assert isinstance(wanted, Encoding)
     np.testing.assert_array_equal(found.ids, wanted.ids)
@@ -93,7 +95,7 @@ def test_a_long_text_is_cut_as_if_all_of_it_were_tokenized(words: list[str], bet
 @pytest.mark.parametrize(
     "text", ["a," * 5_000_000, "海" * 5_000_000, "x" * 10_000_000, "a " * 5_000_000], ids=["comma", "cjk", "one", "space"]
 )
-@pytest.mark.parametrize("truncate", list(Truncate))
+@pytest.mark.parametrize("truncate", [Truncate.ERROR, Truncate.END, Truncate.START])
 def test_however_long_a_text_is_little_of_it_is_tokenized(text: str, truncate: Truncate) -> None:
     encoder = TextEncoder(read_spec(golden("mean")[0]))
     asked: list[int] = []
@@ -102,16 +104,16 @@ def test_however_long_a_text_is_little_of_it_is_tokenized(text: str, truncate: T
         def __init__(self, inner: object) -> None:
             self.inner = inner
 
-        def encode(self, part: str) -> object:
+        def encode(self, part: str, **options: bool) -> object:
             asked.append(len(part))
-            return self.inner.encode(part)
+            return self.inner.encode(part, **options)
 
-        def encode_batch_fast(self, parts: list[str]) -> object:
+        def encode_batch_fast(self, parts: list[str], **options: bool) -> object:
             asked.extend(map(len, parts))
-            return self.inner.encode_batch_fast(parts)
+            return self.inner.encode_batch_fast(parts, **options)
 
     encoder._tokenizer = Counting(encoder._tokenizer)
-    (found,) = encoder.encode([text], "", truncate)
+    found = one(text, truncate, encoder)
     assert sum(asked) <= (200_000 if text[0] != "x" else 8_000_000)
     if text[0] == "x":  # one word: a single unknown token, or more than is worth looking at
         assert isinstance(found, Encoding | InputError)
@@ -121,3 +123,39 @@ def test_however_long_a_text_is_little_of_it_is_tokenized(text: str, truncate: T
     else:
         assert isinstance(found, Encoding)
         assert found.truncated
+
+
+@given(st.integers(1, 500), st.integers(2, 60), st.data())
+def test_chunks_cover_a_text_and_overlap(tokens: int, room: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, room - 1))
+    ends = data.draw(st.sets(st.integers(0, tokens)))
+    parts = chunks(0, tokens, room, overlap, ends)
+    assert parts[0][0] == 0
+    assert parts[-1][1] == tokens
+    assert all(0 < stop - start <= room for start, stop in parts)
+    assert all(after[0] == before[1] - overlap for before, after in itertools.pairwise(parts))
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 200))
+def test_a_pair_is_cut_as_the_tokenizer_cuts_it(first: int, second: int, room: int) -> None:
+    encode = Tokenizer.from_file(str(GOLDEN / "bert_rerank" / "tokenizer.json"))
+    encode.no_padding()
+    encode.enable_truncation(room + 3)
+    types = np.array(encode.encode("cat " * first, "dog " * second).type_ids)
+    if first + second <= room:
+        return
+    ones, twos = longest_first(first, second, room)
+    assert (ones, twos) == (len(types) - types.sum() - 2, types.sum() - 1)
+
+
+def test_chunks_of_a_text_say_where_they_lie() -> None:
+    text = "the cat sleeps. " * 40
+    encoder = TextEncoder(SPEC)
+    manner = Manner(truncate=Truncate.CHUNK, limit=SPEC.max_length, chunking=Chunking(overlap=4, sentences=True))
+    (found,) = encoder.encode([text], manner)
+    assert isinstance(found, Chunked)
+    assert found.spans[0][0] == 0
+    assert found.spans[-1][1] == len(text.rstrip())
+    for encoding, (start, stop) in zip(found.encodings, found.spans, strict=True):
+        np.testing.assert_array_equal(encoding.ids, one(text[start:stop]).ids)
+        assert text[:stop].rstrip().endswith(".")

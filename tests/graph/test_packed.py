@@ -7,8 +7,9 @@ import openvino as ov
 import pytest
 from openvino import opset15 as op
 
-from npu_proxy.graph.heads import wanted_segments
-from npu_proxy.graph.packed import CPU, NATIVE, Form, RowShape, Style, attend, gelu, row_inputs, segment_mask
+from npu_proxy.graph.heads import splade
+from npu_proxy.graph.layers import attend, gelu
+from npu_proxy.graph.packed import BLOCK, CPU, NATIVE, Form, RowFormat, RowShape, Style, attention_mask, row_inputs
 from npu_proxy.types import Pooling
 
 
@@ -31,9 +32,9 @@ def test_gelu_is_exact_to_float32(style: Style) -> None:
 @pytest.mark.parametrize("positions", [32, 64, 128, 256])
 def test_segments_of_wanted_rows_are_those_at_their_positions(bins: int, positions: int) -> None:
     shape = RowShape(bins=bins, positions=positions, segments=positions // 8)
-    inputs = row_inputs(Form.of(shape), pool_by_index=True)
+    inputs = row_inputs(Form.of(shape), RowFormat(pooling=Pooling.CLS))
     _, _, segments, pool = inputs.parameters
-    output = wanted_segments(inputs, Pooling.CLS)
+    output = inputs.last.segments
     rng = np.random.default_rng(0)
     for _ in range(20):
         numbers = rng.integers(-1, 7, (bins, positions)).astype(np.int32)
@@ -48,11 +49,58 @@ def test_attention_stays_inside_a_segment(style: Style) -> None:
     segments = np.array([[0, 0, 0, 1, 1, -1]], np.int32)
     query, key, value = (rng.standard_normal((1, 2, 6, 4)).astype(np.float32) for _ in range(3))
     nodes = [op.parameter([1, 2, 6, 4], np.float32) for _ in range(3)]
-    given = op.parameter([1, 6], np.int32)
-    output = attend(*nodes, segment_mask(given, given), 4, style)
+    inputs = row_inputs(Form(bins=1, positions=6, segments=2, tokens=6), RowFormat(pooling=Pooling.MEAN))
+    given = inputs.parameters[2]
+    output = attend(*nodes, attention_mask(inputs, inputs.every), 0.5, style)
     found = run([*zip(nodes, (query, key, value), strict=True), (given, segments)], output)
     for start, end in ((0, 3), (3, 5), (5, 6)):
         scores = query[:, :, start:end] @ key[:, :, start:end].transpose(0, 1, 3, 2) / 2
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = weights / weights.sum(-1, keepdims=True) @ value[:, :, start:end]
         np.testing.assert_allclose(found[:, :, start:end], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 2])
+def test_masks_hold_within_a_text(causal: bool, window: int | None) -> None:
+    inputs = row_inputs(Form(bins=1, positions=9, segments=2, tokens=9), RowFormat(pooling=Pooling.MEAN))
+    numbers = np.array([[0] * 5 + [1] * 3 + [-1]], np.int32)
+    places = np.array([[*range(5), *range(3), 0]], np.int32)
+    _, positions, segments, _ = inputs.parameters
+    mask = attention_mask(inputs, inputs.every, causal=causal, window=window)
+    found = run([(positions, places), (segments, numbers)], mask)[0, 0]
+    for query in range(9):
+        for key in range(9):
+            away = places[0, key] - places[0, query]
+            seen = (
+                numbers[0, query] == numbers[0, key]
+                and not (causal and away > 0)
+                and not (window is not None and abs(away) > window)
+            )
+            assert (found[query, key] == 0) == seen
+
+
+@pytest.mark.parametrize("form", [Form(), Form(tokens=128)], ids=["dynamic", "flat"])
+def test_splade_takes_the_maximum_over_each_text(form: Form) -> None:
+    rng = np.random.default_rng(0)
+    inputs = row_inputs(form, RowFormat(pooling=Pooling.SPLADE))
+    logits = op.parameter([-1, 5], np.float32)
+    output = splade(logits, inputs, 5, 64)
+    for lengths in ([[3, 20, 8], [64]], [[40, 24], [1, 1, 1, 1, 1, 9]]):
+        numbers, places = np.full([2, 64], -1, np.int32), np.zeros([2, 64], np.int32)
+        pool = np.zeros([2, 8], np.int32)
+        values = rng.normal(size=[128, 5]).astype(np.float32)
+        wanted = np.zeros([2, 8, 5], np.float32)
+        for bin, texts in enumerate(lengths):
+            start = 0
+            for segment, count in enumerate(texts):
+                span = slice(start, start + count)
+                numbers[bin, span], places[bin, span], pool[bin, segment] = segment, np.arange(count), start
+                own = values[64 * bin + start : 64 * bin + start + count].max(axis=0)
+                wanted[bin, segment] = np.log1p(np.maximum(own, 0))
+                start += -(-count // BLOCK) * BLOCK
+        given = dict(zip(("input_ids", "position_ids", "segment_ids", "pool"), inputs.parameters, strict=True))
+        arrays = [(given["position_ids"], places), (given["segment_ids"], numbers), (given["pool"], pool), (logits, values)]
+        found = run(arrays, output)
+        for bin, texts in enumerate(lengths):
+            np.testing.assert_allclose(found[bin, : len(texts)], wanted[bin, : len(texts)], rtol=1e-5, atol=1e-6)

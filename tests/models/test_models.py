@@ -56,7 +56,6 @@ def test_a_plain_folder_needs_an_explicit_pooling(model: Path) -> None:
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "exactly one pooling mode is needed, found none"),
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "found cls and mean"),
         ("1_Pooling/config.json", {"word_embedding_dimension": 99}, "pools 99 numbers a token, the transformer makes 32"),
-        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt=false is not supported"),
         ("config_sentence_transformers.json", {"default_prompt_name": "none"}, "default_prompt_name `none` is not among"),
     ],
 )
@@ -79,24 +78,22 @@ def test_broken_and_dangerous_files_are_refused(model: Path) -> None:
     with pytest.raises(ModelError, match="no valid JSON"):
         read_spec(model)
     (model / "modules.json").write_text(json.dumps(modules))
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="reading a pickle runs code"):
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors is missing"):
         read_spec(model)
     with pytest.raises(ModelError, match="does not exist"):
         read_spec(model / "nowhere")
 
 
 def test_an_unsupported_family_or_activation_is_named(model: Path) -> None:
-    from npu_proxy.graph.build import family
-
     for changes, message in (
-        ({"model_type": "llama"}, "model_type `llama` is not supported; known: bert"),
+        ({"model_type": "llama"}, "model_type `llama` is not supported; known: .*bert"),
         ({"model_type": "bert", "hidden_act": "mish"}, "hidden_act `mish`"),
         ({"hidden_act": "gelu", "position_embedding_type": "relative_key"}, "position_embedding_type `relative_key`"),
     ):
         spoil(model / "config.json", **changes)
         with pytest.raises(ModelError, match=message):
-            family(read_spec(model))
+            read_spec(model)
 
 
 def test_tensors_are_views_and_half_precision_is_widened(tmp_path: Path) -> None:

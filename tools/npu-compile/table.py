@@ -30,7 +30,7 @@ from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import int8_spec
 from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
-from npu_proxy.types import Encoding, ModelSpec, Truncate
+from npu_proxy.types import ModelSpec, Pooling
 
 HERE = Path(__file__).parent
 PLATFORMS = {"3720": "Meteor, Arrow Lake", "4000": "Lunar Lake", "5010": "Panther Lake"}
@@ -109,11 +109,12 @@ def shapes_of(text: str) -> list[RowShape]:
 
 
 def models() -> list[ModelSpec]:
-    """The golden models (one a pooling and family), and the default model and its int8 copy where they are in the store."""
+    """The golden models (one a pooling, family and kind), and the default model and its int8 copy where they are in the store."""
     golden = Path(__file__).parents[2] / "tests" / "golden"
-    specs = [read_spec(folder) for folder in sorted(golden.iterdir()) if (folder / "modules.json").exists()]
+    specs = [read_spec(folder) for folder in sorted(golden.iterdir()) if (folder / "texts.json").exists()]
+    specs.append(read_spec(golden / "bge_m3", name="bge_m3, three answers", pooling=Pooling.NONE))
     store = Settings().store
-    stored = Store(store).find(Settings().model)
+    stored = Store(store).find(Settings().model[0])
     if stored is None:
         return specs
     spec = read_spec(stored.folder, name=stored.name)
@@ -178,8 +179,7 @@ def corpus_lengths(spec: ModelSpec, data: Path, count: int = 3000) -> list[int]:
     """Token lengths of texts of the corpus, chosen at random."""
     texts = [json.loads(line)["text"] for line in (data / "corpus.jsonl").read_text(encoding="utf-8").split("\n") if line]
     chosen = np.random.default_rng(0).permutation(len(texts))[:count]
-    encoded = TextEncoder(spec).encode([texts[index] for index in chosen], "", Truncate.END)
-    return [encoding.tokens for encoding in encoded if isinstance(encoding, Encoding)]
+    return [encoding.tokens for encoding in TextEncoder(spec).plain([texts[index] for index in chosen])]
 
 
 def write(output: Path, rows: Sequence[Row], summary: Sequence[tuple[str, str, float, float, int]]) -> None:
@@ -234,7 +234,7 @@ def main() -> None:
                     f" {row.blob / 1e6:6.1f} MB {estimate}",
                     flush=True,
                 )
-    real = [spec for spec in specs if spec.name == Settings().model]
+    real = [spec for spec in specs if spec.name == Settings().model[0]]
     summary = []
     if real and (arguments.data / "corpus.jsonl").exists():
         summary = useful([row for row in rows if row.model == real[0].name], corpus_lengths(real[0], arguments.data), WAYS)
@@ -249,7 +249,7 @@ def main() -> None:
 def shapes_for(spec: ModelSpec) -> list[RowShape]:
     """What the device compiles; for the default model also what it is compared with."""
     own = static_shapes(spec.max_length, ROW_TOKENS, packed=True)
-    compared = shapes_of(COMPARED) if spec.name == Settings().model else []
+    compared = shapes_of(COMPARED) if spec.name == Settings().model[0] else []
     return list(dict.fromkeys([*own, *compared]))
 
 

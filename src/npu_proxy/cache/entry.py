@@ -11,17 +11,18 @@ import json
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from npu_proxy.types import Embedded, TextInput, Truncate
+from npu_proxy.types import Embedded, Pair, TextInput
 
 FINGERPRINT_BYTES = 16
 KEY_BYTES = FINGERPRINT_BYTES + 32
 
-_HEADER = struct.Struct("<4sIII?B")
-"""Magic, checksum of what follows it, width, tokens, truncated, length of the device's name."""
-_MAGIC = b"npv1"
+_HEADER = struct.Struct("<4sIII?BI")
+"""Magic, checksum of what follows it, width, tokens, truncated, length of the device's name, rows (0: one vector)."""
+_MAGIC = b"npv2"
 _CHECKED = 8
 """The checksum covers all from here on."""
 
@@ -34,15 +35,15 @@ class Keys:
         self._prefix = fingerprint_bytes(fingerprint)
         self._base = hashlib.sha256(json.dumps([fingerprint, *configuration]).encode())
         # The digest of what the last request had beside its texts: the next one mostly has the same.
-        self._last = (("", Truncate.END, 0), self._base)
+        self._last: tuple[Sequence[object], Any] = ((), self._base)
 
-    def of(self, texts: Sequence[TextInput], prompt: str, truncate: Truncate, limit: int) -> list[bytes]:
-        """One key a text. limit: tokens of a text."""
+    def of(self, texts: Sequence[TextInput], manner: Sequence[object]) -> list[bytes]:
+        """One key a text. manner: how it is read (engine.tokenize.Manner.key)."""
         how, base = self._last
-        if how != (prompt, truncate, limit):
+        if how != manner:
             base = self._base.copy()
-            base.update(json.dumps([prompt, truncate, limit]).encode())
-            self._last = ((prompt, truncate, limit), base)
+            base.update(json.dumps(manner).encode())
+            self._last = (manner, base)
         keys: list[bytes] = []
         for text in texts:
             digest = base.copy()
@@ -55,6 +56,9 @@ def _content(text: TextInput) -> bytes:
     """A text or token ids as bytes, never the same for both."""
     if isinstance(text, str):
         return b"t" + text.encode("utf-8", "surrogatepass")
+    if isinstance(text, Pair):
+        first = text.first.encode("utf-8", "surrogatepass")
+        return b"p%d " % len(first) + first + text.second.encode("utf-8", "surrogatepass")
     try:
         return b"i" + np.asarray(text, "<i8").tobytes()
     except OverflowError:  # an id of no model; it is an error later on
@@ -70,18 +74,23 @@ def to_bytes(entry: Embedded) -> bytes:
     """An entry as it lies on disk or on a server: header, device, little-endian float32."""
     device = entry.device.encode()[:255]
     body = device + entry.vector.astype("<f4", copy=False).tobytes()
-    head = _HEADER.pack(_MAGIC, 0, len(entry.vector), entry.tokens, entry.truncated, len(device))
+    rows = len(entry.vector) + 1 if entry.vector.ndim == 2 else 0  # so that no rows at all are told from one vector
+    width = entry.vector.shape[-1]
+    head = _HEADER.pack(_MAGIC, 0, width, entry.tokens, entry.truncated, len(device), rows)
     checksum = zlib.crc32(body, zlib.crc32(head[_CHECKED:]))
-    return _HEADER.pack(_MAGIC, checksum, len(entry.vector), entry.tokens, entry.truncated, len(device)) + body
+    return _HEADER.pack(_MAGIC, checksum, width, entry.tokens, entry.truncated, len(device), rows) + body
 
 
 def from_bytes(value: bytes) -> Embedded | None:
     """The entry, or None where the bytes are not exactly what ``to_bytes`` made."""
     if len(value) < _HEADER.size:
         return None
-    magic, checksum, width, tokens, truncated, named = _HEADER.unpack_from(value)
+    magic, checksum, width, tokens, truncated, named, rows = _HEADER.unpack_from(value)
     start = _HEADER.size + named
-    if magic != _MAGIC or len(value) != start + 4 * width or zlib.crc32(memoryview(value)[_CHECKED:]) != checksum:
+    count = width * (rows - 1) if rows else width
+    if magic != _MAGIC or len(value) != start + 4 * count or zlib.crc32(memoryview(value)[_CHECKED:]) != checksum:
         return None
-    vector = np.frombuffer(value, "<f4", width, start).astype(np.float32, copy=False)
+    vector = np.frombuffer(value, "<f4", count, start).astype(np.float32, copy=False)
+    if rows:
+        vector = vector.reshape(rows - 1, width)
     return Embedded(vector, tokens, truncated, value[_HEADER.size : start].decode("utf-8", "replace"))

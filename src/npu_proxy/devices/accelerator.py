@@ -23,7 +23,7 @@ from npu_proxy.devices.examiner import Examiner, QuarantinedError
 from npu_proxy.devices.failure import Failure, RowError
 from npu_proxy.devices.faults import Fault
 from npu_proxy.devices.process import Limits, Task, WorkerProcess
-from npu_proxy.graph.packed import RowShape
+from npu_proxy.graph.packed import RowFormat, RowShape
 from npu_proxy.types import Output, Pack, Shaped
 
 log = logging.getLogger("npu_proxy.devices")
@@ -252,9 +252,7 @@ class Accelerator:
         plan = self._plan
         if self._stuck is not None and self._stuck.poll() is None:
             raise RowError(Failure.HANG, f"the worker process {self._stuck.pid} cannot be killed; its driver holds it")
-        layout = Layout(
-            shapes=plan.shapes, by_index=plan.task.spec.pooling.by_index, width=plan.task.spec.width, slots=self.most_streams
-        )
+        layout = Layout(shapes=plan.shapes, format=RowFormat.of(plan.task.spec), slots=self.most_streams)
         self._restarts += 1
         fault, self._next_fault = self._next_fault, Fault.NONE
         return WorkerProcess(plan.task, layout, fault=fault)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.graph.packed import RowShape
+from npu_proxy.graph.packed import RowFormat, RowShape
 
 _ALIGN = 64
 _CONTROL = 4096
@@ -28,24 +28,16 @@ OUTPUT = "output"
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What every slot must hold: rows of any of ``shapes``, pooled by index or by weights, and vectors of ``width``."""
+    """What every slot must hold: rows of any of ``shapes`` in the model's format, and what comes out of them."""
 
     shapes: Sequence[RowShape]
-    by_index: bool
-    width: int
+    format: RowFormat
     slots: int
 
     def arrays(self, shape: RowShape) -> dict[str, tuple[tuple[int, ...], type]]:
         """Shape and type of each input of a row, and of its output, in the order in which they lie in a slot."""
-        grid = (shape.bins, shape.positions)
-        pool = (shape.bins, shape.segments) if self.by_index else (shape.bins, shape.segments, shape.positions)
-        return {
-            "input_ids": (grid, np.int32),
-            "position_ids": (grid, np.int32),
-            "segment_ids": (grid, np.int32),
-            "pool": (pool, np.int32 if self.by_index else np.float32),
-            OUTPUT: ((shape.bins, shape.segments, self.width), np.float32),
-        }
+        measures = (shape.bins, shape.positions, shape.segments)
+        return {**self.format.inputs(*measures), OUTPUT: (self.format.output(*measures), np.float32)}
 
     def offsets(self, shape: RowShape) -> tuple[dict[str, int], int]:
         """Byte offset of each array within a slot, and the bytes they take."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from npu_proxy.devices.failure import Failure, RowError
 from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Output, Pack, Shaped
+from npu_proxy.types import Kind, Output, Pack, Shaped
 
 GoldenRow = Callable[[RowShape], Pack]
 """A row of golden texts of any shape: what probes and certification run."""
@@ -91,9 +91,21 @@ class Device(Protocol):
 
 
 def texts_of(pack: Pack, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The vectors [texts, width] of a row's texts, in the order of its slots; what lies in empty segments means nothing."""
-    bins = [slot.bin for slot in pack.slots]
-    return vectors[bins, [slot.segment for slot in pack.slots]]
+    """The vectors [texts, width] of a row's texts, in the order of its slots; what lies in empty segments means nothing.
+
+    Where every token has a vector, those of all tokens, [tokens, width].
+    """
+    return np.concatenate([own(pack, number, vectors) for number in range(len(pack.slots))])
+
+
+def own(pack: Pack, number: int, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """What a row's output has for one of its jobs: [1, width], or [tokens, width] where every token has a vector."""
+    slot, job = pack.slots[number], pack.jobs[number]
+    first, count = (slot.start, job.encoding.tokens) if pack.kind in PER_TOKEN else (slot.segment, 1)
+    return vectors[slot.bin, first : first + count]
+
+
+PER_TOKEN = (Kind.TOKENS, Kind.MULTI)
 
 
 def check_finite(device: str, vectors: npt.NDArray[np.float32]) -> None:
@@ -106,5 +118,7 @@ def check_finite(device: str, vectors: npt.NDArray[np.float32]) -> None:
 def check_vectors(device: str, pack: Pack, vectors: npt.NDArray[np.float32]) -> None:
     """Raise RowError unless every text's vector is finite and has a length: what can be said without a reference."""
     check_finite(device, vectors)
+    if pack.kind is Kind.SPARSE:
+        return  # a text may have no weight at all
     if not (np.linalg.norm(texts_of(pack, vectors), axis=1) > 0).all():
         raise RowError(Failure.NUMBERS, f"{device} answered with vectors of no length")

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from npu_proxy.devices.base import check_vectors, texts_of
 from npu_proxy.devices.failure import Failure, RowError
 from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Output, Pack
+from npu_proxy.types import Kind, Output, Pack
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +81,18 @@ class Certificates:
             return
 
 
+def least_likeness(kind: Kind, one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """How alike answers [n, width] are at least: the smallest cosine.
+
+    For scores, which are few numbers whose cosine says nothing, 1 less the largest difference as a share of the largest.
+    """
+    if kind is Kind.SCORES:
+        return 1 - float(np.abs(one - other).max() / max(1.0, np.abs(other).max()))
+    if kind is Kind.SPARSE:  # no weights at all are a vector too
+        one, other = (np.concatenate([weights, np.ones_like(weights[:, :1])], axis=1) for weights in (one, other))
+    return least_cosine(one, other)
+
+
 def least_cosine(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
     """The smallest cosine between rows of [n, width], in float64."""
     a, b = one.astype(np.float64), other.astype(np.float64)
@@ -90,7 +102,7 @@ def least_cosine(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -
 def compare(name: str, row: Pack, output: Output, reference: Output, least: float) -> float:
     """The least cosine of a golden row against its reference. Raises RowError (NUMBERS) below ``least``."""
     check_vectors(name, row, output.vectors)
-    cosine = least_cosine(texts_of(row, output.vectors), texts_of(row, reference.vectors))
+    cosine = least_likeness(row.kind, texts_of(row, output.vectors), texts_of(row, reference.vectors))
     if not cosine >= least:
         text = f"{name} answered golden texts at cosine {cosine:.6f} to what is right; {least:g} is asked for"
         raise RowError(Failure.NUMBERS, text)

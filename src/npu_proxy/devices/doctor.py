@@ -217,7 +217,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
     """The model of the settings, its int8 copy, and what was tuned for it."""
     try:
         name, folder = Store(settings.store).resolve(settings.model[0])
-        spec = read_spec(folder, name=name, pooling=settings.pooling)
+        spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
     except ModelNotFoundError as error:
         yield Finding(topic="model", level="note", text=str(error), cure=f"npu-proxy pull {settings.model[0]}")
         return

@@ -25,7 +25,7 @@ from npu_proxy.devices.shapes import dynamic_shapes
 from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.models.fingerprint import file_sha256
-from npu_proxy.types import ModelSpec, Output, Pack, Pooling, Shaped
+from npu_proxy.types import Kind, ModelSpec, Output, Pack, Pooling, Shaped
 
 _KNOWN = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -37,6 +37,8 @@ def with_onnx(spec: ModelSpec, file: str) -> ModelSpec:
         raise ModelError(f"{spec.name} has no file `{file}`; set `onnx_file` to one of its own, such as `onnx/model.onnx`")
     if spec.dense:
         raise ModelError(f"{spec.name} has Dense modules behind its encoder; device `onnx` does not compute them")
+    if spec.kind not in (Kind.DENSE, Kind.SCORES) or spec.pooling is Pooling.NONE:
+        raise ModelError(f"{spec.name} gives {spec.kind} answers; device `onnx` computes vectors and scores only")
     digest = hashlib.sha256(f"onnx {spec.fingerprint} {file_sha256(path)}".encode())
     for part in sorted(path.parent.glob(f"{path.name}_data*")):
         digest.update(file_sha256(part).encode())
@@ -67,9 +69,12 @@ class OnnxDevice:
         self.providers: list[str] = self._session.get_providers()
         self._inputs = [wanted.name for wanted in self._session.get_inputs()]
         unknown = [name for name in self._inputs if name not in _KNOWN]
-        tokens = [output.name for output in self._session.get_outputs() if len(output.shape) == 3]
+        self._scores = spec.kind is Kind.SCORES
+        wanted = 2 if self._scores else 3
+        tokens = [output.name for output in self._session.get_outputs() if len(output.shape) == wanted]
         if unknown or not tokens:
-            raise ModelError(f"{file.name}: inputs {self._inputs}; needs only {', '.join(_KNOWN)}, and token vectors as an output")
+            answer = "scores" if self._scores else "token vectors"
+            raise ModelError(f"{file.name}: inputs {self._inputs}; needs only {', '.join(_KNOWN)}, and {answer} as an output")
         self._output = tokens[0]
         self._pooling = spec.pooling
         self._width = spec.width
@@ -84,8 +89,8 @@ class OnnxDevice:
 
     def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """Vectors [bins, segments, width] float32. Raises RowError."""
-        ids, mask = _lines(pack)
-        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        ids, mask, types = _lines(pack)
+        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         if not self._busy.acquire(timeout=ROOM_SECONDS):
             raise RowError(Failure.BUSY, f"onnx had no room for a row within {ROOM_SECONDS:g} seconds")
         start = time.perf_counter()
@@ -98,7 +103,7 @@ class OnnxDevice:
         vectors = np.zeros([pack.shape.bins, pack.shape.segments, self._width], np.float32)
         for line, slot in enumerate(pack.slots):
             count = int(mask[line].sum())
-            vectors[slot.bin, slot.segment] = _pool(self._pooling, hidden[line, :count])
+            vectors[slot.bin, slot.segment] = hidden[line] if self._scores else _pool(self._pooling, hidden[line, :count])
         return Output(vectors, self.name, time.perf_counter() - start)
 
     def reports(self) -> Sequence[Report]:
@@ -115,15 +120,17 @@ class OnnxDevice:
         """Nothing is held outside this object."""
 
 
-def _lines(pack: Pack) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ids and mask [texts, longest] int64 of a row's texts, one a line."""
+def _lines(pack: Pack) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ids, mask and types [texts, longest] int64 of a row's texts, one a line."""
     counts = [job.encoding.tokens for job in pack.jobs]
     ids = np.zeros([len(counts), max(counts)], np.int64)
-    mask = np.zeros_like(ids)
+    mask, types = np.zeros_like(ids), np.zeros_like(ids)
     for line, (job, count) in enumerate(zip(pack.jobs, counts, strict=True)):
         ids[line, :count] = job.encoding.ids
         mask[line, :count] = 1
-    return ids, mask
+        if job.encoding.types is not None:
+            types[line, :count] = job.encoding.types
+    return ids, mask, types
 
 
 def _pool(pooling: Pooling, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -143,3 +150,5 @@ def _pool(pooling: Pooling, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.f
         case Pooling.WEIGHTED_MEAN:
             weights = np.arange(1, count + 1, dtype=np.float32)
             return (weights @ hidden) / weights.sum()
+        case Pooling.SPLADE | Pooling.NONE:
+            raise AssertionError(f"{pooling} is refused before")

@@ -19,6 +19,9 @@ SHORTEST_IN_FULL_ROW = 64
 """On the CPU shorter bins are for a few short texts alone: in a full row they would leave too much of themselves empty."""
 
 
+MOST_SEGMENTS = 64
+"""Texts of a bin at most: of a long bin each would cost a row of its pooling matrix."""
+
 SHORT_BIN = 128
 """The short bins of compiled rows."""
 
@@ -75,6 +78,11 @@ def _doubling(first: int, last: int) -> list[int]:
 
 def _shapes(bins: Iterable[tuple[int, int]], cost: Cost, *, packed: bool) -> list[RowShape]:
     return [
-        RowShape(bins=count, positions=length, segments=max(1, length // 8) if packed else 1, work=cost.work(count, length))
+        RowShape(
+            bins=count,
+            positions=length,
+            segments=max(1, min(length // 8, MOST_SEGMENTS)) if packed else 1,
+            work=cost.work(count, length),
+        )
         for count, length in dict.fromkeys(bins)
     ]

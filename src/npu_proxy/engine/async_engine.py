@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.engine.engine import BATCH_SIZE, Engine, Options, request_of
+from npu_proxy.engine.verbs import Label, Ranked
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedRequest, EmbedResult, TextInput
+from npu_proxy.types import EmbedRequest, EmbedResult, SparseVector, TextInput, Vector
 
 Array = npt.NDArray[Any]
 
@@ -71,6 +72,26 @@ class AsyncEngine:
             close = getattr(results, "close", None)
             if close:
                 await asyncio.to_thread(close)
+
+    async def rerank(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
+    ) -> list[Ranked]:
+        """As Engine.rerank."""
+        return await asyncio.to_thread(self.engine.rerank, query, documents, top_n=top_n, raw=raw, **options)
+
+    async def classify(
+        self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
+    ) -> list[list[Label]]:
+        """As Engine.classify."""
+        return await asyncio.to_thread(self.engine.classify, texts, top_n=top_n, raw=raw, **options)
+
+    async def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[SparseVector]:
+        """As Engine.embed_sparse."""
+        return await asyncio.to_thread(self.engine.embed_sparse, texts, **options)
+
+    async def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[Vector]:
+        """As Engine.embed_tokens."""
+        return await asyncio.to_thread(self.engine.embed_tokens, texts, **options)
 
     async def embed_query(self, text: str) -> list[float]:
         """As Engine.embed_query."""

@@ -13,7 +13,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,38 @@ from npu_proxy.engine.finish import check_output, finish
 from npu_proxy.engine.golden import GoldenRows
 from npu_proxy.engine.pipeline import Limits, Pipeline, Stats
 from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.engine.verbs import (
+    Label,
+    Ranked,
+    check_classifier,
+    labels,
+    probabilities,
+    rank_requests,
+    ranking,
+    similarity,
+    sparse_of,
+    tokens_of,
+)
 from npu_proxy.errors import DeadlineError, EmptyInputError, InputError, OverloadedError, StoppedError
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
-from npu_proxy.types import DType, EmbedRequest, EmbedResult, Lane, ModelSpec, TextInput, Ticket, Truncate
+from npu_proxy.types import (
+    Chunking,
+    DType,
+    EmbedRequest,
+    EmbedResult,
+    Kind,
+    Lane,
+    ModelSpec,
+    Pair,
+    Similarity,
+    SparseVector,
+    TextInput,
+    Ticket,
+    Truncate,
+    Vector,
+)
 
 Array = npt.NDArray[Any]
 State = Literal["new", "running", "stopping", "stopped"]
@@ -42,9 +69,13 @@ class Options(TypedDict, total=False):
 
     input_type: str | None
     prompt_name: str | None
+    prompt: str | None
+    instruction: str | None
     dimensions: int | None
     normalize: bool
-    truncate: Truncate | Literal["error", "end", "start"]
+    truncate: Truncate | Literal["error", "end", "start", "chunk"]
+    chunking: Chunking
+    max_tokens: int | None
     dtype: DType | str
     timeout: float | None
     """Seconds until DeadlineError; None takes the setting `timeout` (`bulk_timeout` a batch when streaming)."""
@@ -65,7 +96,7 @@ def load(settings: Settings, stopping: threading.Event) -> Parts:
     Raises ModelError, ModelNotFoundError, DeviceError, and UnavailableError when none of the devices can serve.
     """
     name, folder = Store(settings.store).resolve(settings.model[0])
-    spec = read_spec(folder, name=name, pooling=settings.pooling)
+    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
     settings = settled(settings, spec)
     spec = served_spec(settings, spec)
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
@@ -162,7 +193,7 @@ class Engine:
             max_items=own.max_queue_items,
             max_tokens=own.max_queue_tokens,
         )
-        self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec.pooling, limits, self._cache)
+        self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec, limits, self._cache)
 
     def stop(self, drain: float | None = None) -> None:
         """Finish open requests for up to ``drain`` seconds (the setting's by default), fail the rest, end all threads."""
@@ -223,8 +254,8 @@ class Engine:
         """
         parts, pipeline = self._running()
         _check_texts(request.texts)
-        check_output(request, parts.spec.width)
-        prompt = parts.encoder.prompt(request)
+        check_output(request, parts.spec)
+        manner = parts.encoder.manner(request)
         future: Future[EmbedResult] = Future()
 
         def done(ticket: Ticket) -> None:
@@ -232,7 +263,7 @@ class Engine:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                result = finish(ticket, width=parts.spec.width, fingerprint=parts.spec.fingerprint)
+                result = finish(ticket, parts.spec)
             except Exception as error:  # whatever it is belongs to this caller, not to the stage that answered last
                 future.set_exception(error)
             else:
@@ -242,14 +273,13 @@ class Engine:
         if deadline is None:
             deadline = now + self.settings.timeout if request.deadline is None else request.deadline
         ticket = Ticket(request, deadline, now, done, future.cancelled)
-        if self._cache is not None and self._keys is not None:
-            limit = min(request.max_tokens or parts.spec.max_length, parts.spec.max_length)
-            ticket.keys = self._keys.of(request.texts, prompt, request.truncate, limit)
+        if self._cache is not None and self._keys is not None and not request.chunking.spans:
+            ticket.keys = self._keys.of(request.texts, manner.key)
             ticket.recall(enumerate(self._cache.recall(ticket.keys)))
             if not ticket.open:
                 return future
         few = ticket.open <= self.settings.interactive_texts
-        pipeline.submit(ticket, prompt, request.lane or (Lane.INTERACTIVE if few else Lane.BULK))
+        pipeline.submit(ticket, manner, request.lane or (Lane.INTERACTIVE if few else Lane.BULK))
         future.add_done_callback(lambda done: ticket.fail_all(_CANCELLED) if done.cancelled() else None)
         return future
 
@@ -306,6 +336,44 @@ class Engine:
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Vectors as lists, with the model's document prompt where it has one (the LangChain signature)."""
         return self.embed(texts, input_type="document").tolist() if texts else []
+
+    def rerank(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
+    ) -> list[Ranked]:
+        """Documents by how well they answer a query, the best first; for cross-encoders and late-interaction models.
+
+        raw: logits in place of scores from 0 to 1. truncate=`chunk` takes a long document's best part.
+        """
+        asked = request_of([query], options, self.settings.bulk_timeout)
+        spec = self.spec
+        wanted = rank_requests(
+            spec, query, documents, truncate=asked.truncate, max_tokens=asked.max_tokens, deadline=asked.deadline
+        )
+        futures = [self.submit(request) for request in wanted]
+        return ranking(spec, [self._wait(future) for future in futures], top_n=top_n, raw=raw)
+
+    def classify(
+        self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
+    ) -> list[list[Label]]:
+        """Of each text (or Pair) the labels of a classifier by falling score. raw: logits in place of probabilities."""
+        check_classifier(self.spec)
+        request = request_of(texts, options, self.settings.bulk_timeout)
+        result = self._wait(self.submit(replace(request, want=Kind.SCORES)))
+        return labels(self.spec, probabilities(self.spec, result, raw=raw), top_n)
+
+    def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[SparseVector]:
+        """Weights of vocabulary entries, a text (SPLADE, or the lexical weights of bge-m3)."""
+        request = request_of(texts, options, self.settings.bulk_timeout)
+        return sparse_of(self._wait(self.submit(replace(request, want=Kind.SPARSE))))
+
+    def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[Vector]:
+        """A vector a token, [tokens, width] a text: late interaction, or a dense model with the setting `pooling` at `none`."""
+        request = request_of(texts, options, self.settings.bulk_timeout)
+        return tokens_of(self._wait(self.submit(replace(request, want=Kind.TOKENS))))
+
+    def similarity(self, one: Array, other: Array, how: Similarity | None = None) -> Array:
+        """How alike vectors [n, width] and [m, width] are, [n, m], as the model's files say, or as ``how`` does."""
+        return similarity(one, other, how or self.spec.similarity)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -365,6 +433,10 @@ def request_of(texts: Sequence[TextInput], options: Options, timeout: float) -> 
             texts=texts,
             input_type=options.get("input_type"),
             prompt_name=options.get("prompt_name"),
+            prompt=options.get("prompt"),
+            instruction=options.get("instruction"),
+            chunking=options.get("chunking", Chunking()),
+            max_tokens=options.get("max_tokens"),
             dimensions=options.get("dimensions"),
             normalize=options.get("normalize", True),
             truncate=Truncate(options.get("truncate", Truncate.END)),
@@ -379,7 +451,10 @@ def _check_texts(texts: Sequence[TextInput]) -> None:
     if not texts:
         raise EmptyInputError("there is no text to embed", param="input")
     for index, text in enumerate(texts):
-        if not isinstance(text, str | list | tuple | np.ndarray):
+        if isinstance(text, Pair):
+            if not all(isinstance(side, str) for side in cast("tuple[object, object]", text)):
+                raise InputError(f"pair {index} must be of two strings", param="input")
+        elif not isinstance(text, str | list | tuple | np.ndarray):
             raise InputError(f"text {index} is a {type(text).__name__}; expected a string or a list of token ids", param="input")
 
 

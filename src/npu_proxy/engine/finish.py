@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.errors import InputError
-from npu_proxy.types import DType, EmbedRequest, EmbedResult, Ticket, Timings, Vector
+from npu_proxy.errors import InputError, UnsupportedError
+from npu_proxy.types import (
+    Chunk,
+    DType,
+    Embedded,
+    EmbedRequest,
+    EmbedResult,
+    Encoding,
+    Kind,
+    ModelSpec,
+    Span,
+    SparseVector,
+    Ticket,
+    Timings,
+    Vector,
+)
 
 Array = npt.NDArray[Any]
 
@@ -69,9 +83,18 @@ def cast(vectors: npt.NDArray[np.float32], dtype: DType) -> Array | list[str]:
     return [to_base64(vector) for vector in vectors] if dtype is DType.BASE64 else _CASTS[dtype](vectors)
 
 
-def check_output(request: EmbedRequest, width: int) -> None:
-    """Refuse dimensions and types that cannot be; raises InputError naming the field."""
-    wanted = request.dimensions
+def check_output(request: EmbedRequest, spec: ModelSpec) -> None:
+    """Refuse what the model does not give, and dimensions and types that cannot be; raises InputError naming the field."""
+    want = request.want
+    if want not in spec.kind.gives:
+        raise UnsupportedError(_instead(spec, want), param="model")
+    wanted, width = request.dimensions, spec.width
+    if want in (Kind.SPARSE, Kind.SCORES):
+        if wanted is not None or request.dtype is not DType.FLOAT32:
+            raise InputError(f"{want} answers are float32 and have no dimensions to choose", param="dimensions")
+        return
+    if want is Kind.TOKENS and request.dtype not in (DType.FLOAT32, DType.FLOAT16):
+        raise InputError(f"vectors of tokens are float32 or float16, not {request.dtype}", param="dtype")
     if wanted is not None and not 1 <= wanted <= width:
         raise InputError(f"dimensions must be between 1 and {width} for this model, not {wanted}", param="dimensions")
     bits = wanted or width
@@ -81,19 +104,125 @@ def check_output(request: EmbedRequest, width: int) -> None:
         raise InputError(f"{request.dtype} has a fixed scale for unit vectors; it needs normalize=true", param="normalize")
 
 
-def finish(ticket: Ticket, *, width: int, fingerprint: str) -> EmbedResult:
-    """The result of a ticket whose every text has a vector or an error."""
+_GIVES = {
+    Kind.DENSE: "gives a vector a text",
+    Kind.SPARSE: "gives sparse vectors",
+    Kind.TOKENS: "gives a vector a token",
+    Kind.SCORES: "scores texts (it ranks or classifies)",
+    Kind.MULTI: "gives dense, sparse and token vectors",
+}
+_WANTS = {Kind.DENSE: "dense vectors", Kind.SPARSE: "sparse vectors", Kind.TOKENS: "vectors of tokens", Kind.SCORES: "scores"}
+_CURES = {
+    Kind.TOKENS: " (with the setting `pooling` at `none` a dense model gives them)",
+    Kind.SPARSE: " (bge-m3 gives them with the setting `pooling` at `none`)",
+}
+
+
+def _instead(spec: ModelSpec, want: Kind) -> str:
+    cure = _CURES.get(want, "") if spec.kind is Kind.DENSE else ""
+    return f"{spec.name} {_GIVES[spec.kind]}; it has no head for {_WANTS.get(want, want)}{cure}"
+
+
+# -- one text ------------------------------------------------------------------------------------------------------------
+
+
+def answer_of(spec: ModelSpec, encoding: Encoding, raw: npt.NDArray[np.float32], special: frozenset[int]) -> Vector:
+    """What is kept of a device's answer to a text (Embedded.vector). raw: [1, width], or [tokens, width] for token answers.
+
+    special: ids of the tokenizer's special tokens, which have no lexical weight.
+    """
+    match spec.kind:
+        case Kind.DENSE | Kind.SCORES:
+            return raw[0].copy()
+        case Kind.SPARSE:
+            (indices,) = np.nonzero(raw[0])
+            return np.stack([indices.astype(np.float32), raw[0][indices]], axis=1)
+        case Kind.TOKENS:
+            sides = spec.sides
+            if sides is None or not sides.skip or not (encoding.document or sides.skip_queries):
+                return raw.copy()
+            return raw[~np.isin(encoding.ids, list(sides.skip))]
+        case Kind.MULTI:
+            weights = np.where(np.isin(encoding.ids, list(special)), 0, raw[:, 0])
+            return np.concatenate([encoding.ids[:, None], weights[:, None], raw[:, 1:]], axis=1, dtype=np.float32)
+
+
+def _wanted(want: Kind, kind: Kind, vector: Vector) -> Vector:
+    """Of what is kept of a text, what a request wants: [width], [entries, 2] or [tokens, width]."""
+    if kind is not Kind.MULTI:
+        return vector
+    if want is Kind.DENSE:
+        return vector[0, 2:]
+    if want is Kind.TOKENS:
+        return vector[1:, 2:]
+    ids, weights = vector[:, 0], vector[:, 1]
+    entries = np.unique(ids[weights > 0])
+    most = np.array([weights[ids == one].max() for one in entries], np.float32)
+    return np.stack([entries, most], axis=1) if len(entries) else np.zeros([0, 2], np.float32)
+
+
+def combine(spec: ModelSpec, parts: Sequence[Embedded], spans: Sequence[Span], *, pair: bool) -> Embedded:
+    """The answer to a text that was read in chunks.
+
+    Vectors: the mean of the chunks' unit vectors, weighted by their tokens. Sparse: the largest weight. Tokens: all of them.
+    Scores: of a pair those of the best chunk, of a text the mean of logits, weighted likewise.
+    """
+    tokens = np.array([part.tokens for part in parts], np.float32)
+    share = (tokens / tokens.sum())[:, None]
+    vectors = [part.vector for part in parts]
+    match spec.kind:
+        case Kind.DENSE:
+            vector = (normalize(np.stack(vectors)) * share).sum(axis=0, dtype=np.float32)
+        case Kind.SPARSE:
+            vector = _largest(np.concatenate(vectors))
+        case Kind.TOKENS:
+            vector = np.concatenate(vectors)
+        case Kind.SCORES if pair:
+            logits = np.stack(vectors)
+            vector = vectors[int(np.argmax(relevance(logits)))]
+        case Kind.SCORES:
+            vector = (np.stack(vectors) * share).sum(axis=0, dtype=np.float32)
+        case Kind.MULTI:
+            first = np.stack([one[0] for one in vectors])
+            dense = np.concatenate([first[0, :2], (normalize(first[:, 2:]) * share).sum(axis=0, dtype=np.float32)])
+            vector = np.concatenate([dense[None], *[one[1:] for one in vectors]])
+    chunks = [Chunk(start, stop, part.tokens, part.vector) for part, (start, stop) in zip(parts, spans, strict=True)]
+    devices = ",".join(dict.fromkeys(part.device for part in parts))
+    return Embedded(vector, int(tokens.sum()), truncated=False, device=devices, chunks=chunks)
+
+
+def relevance(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """One number a pair [n] of logits [n, labels]: the only one, or of two how far the second is above the first."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+
+def _largest(entries: Vector) -> Vector:
+    order = np.lexsort([-entries[:, 1], entries[:, 0]])
+    entries = entries[order]
+    first = np.r_[True, entries[1:, 0] != entries[:-1, 0]] if len(entries) else np.zeros(0, bool)
+    return entries[first]
+
+
+# -- a request -----------------------------------------------------------------------------------------------------------
+
+
+def finish(ticket: Ticket, spec: ModelSpec) -> EmbedResult:
+    """The result of a ticket whose every text has an answer or an error."""
     request = ticket.request
-    failed = [answer is None for answer in ticket.answers]
-    vectors = np.stack([np.zeros(width, np.float32) if answer is None else answer.vector for answer in ticket.answers])
-    vectors = vectors[:, : request.dimensions]
-    if request.normalize:
-        vectors = normalize(vectors)
-    if any(failed) and request.dtype in (DType.FLOAT32, DType.FLOAT16):
-        vectors[failed] = np.nan
-    embeddings = cast(vectors, request.dtype)
-    if isinstance(embeddings, list):
-        embeddings = ["" if bad else text for text, bad in zip(embeddings, failed, strict=True)]
+    want = request.want
+    kept = [None if answer is None else _wanted(want, spec.kind, answer.vector) for answer in ticket.answers]
+    embeddings: Array | list[str] | list[SparseVector] | list[Vector]
+    match want:
+        case Kind.SPARSE:
+            empty = np.zeros([0, 2], np.float32)
+            found = [empty if one is None else one for one in kept]
+            embeddings = [SparseVector(one[:, 0].astype(np.int32), one[:, 1].copy()) for one in found]
+        case Kind.TOKENS:
+            nothing = np.zeros([0, request.dimensions or spec.width], np.float32)
+            found = [nothing if one is None else one[:, : request.dimensions] for one in kept]
+            embeddings = [_CASTS[request.dtype](normalize(one) if request.normalize else one) for one in found]
+        case _:
+            embeddings = _stacked(kept, request, spec.width, normalized=request.normalize and want is Kind.DENSE)
     seen = [answer or encoding for answer, encoding in zip(ticket.answers, ticket.encodings, strict=True)]
     return EmbedResult(
         embeddings=embeddings,
@@ -103,11 +232,25 @@ def finish(ticket: Ticket, *, width: int, fingerprint: str) -> EmbedResult:
         devices=[answer.device if answer else "" for answer in ticket.answers],
         cached=ticket.cached,
         fallback="; ".join(sorted(ticket.fallbacks)),
-        fingerprint=fingerprint,
+        fingerprint=spec.fingerprint,
         timings=Timings(
             total=time.monotonic() - ticket.submitted_at,
             tokenized=ticket.tokenize_seconds,
             queued=ticket.queued_seconds,
             infer=ticket.infer_seconds,
         ),
+        chunks=[answer.chunks if answer else () for answer in ticket.answers] if request.chunking.spans else (),
     )
+
+
+def _stacked(kept: Sequence[Vector | None], request: EmbedRequest, width: int, *, normalized: bool) -> Array | list[str]:
+    failed = [one is None for one in kept]
+    vectors = np.stack([np.zeros(width, np.float32) if one is None else one for one in kept])[:, : request.dimensions]
+    if normalized:
+        vectors = normalize(vectors)
+    if any(failed) and request.dtype in (DType.FLOAT32, DType.FLOAT16):
+        vectors[failed] = np.nan
+    embeddings = cast(vectors, request.dtype)
+    if isinstance(embeddings, list):
+        return ["" if bad else text for text, bad in zip(embeddings, failed, strict=True)]
+    return embeddings

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
-from npu_proxy.engine.packing import fill_bins, pack
+from npu_proxy.engine.packing import fill_bins, pack, room
 from npu_proxy.engine.tokenize import TextEncoder
-from npu_proxy.graph.heads import fill_pool
-from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Encoding, Job, Lane, ModelSpec, Pack, Truncate
+from npu_proxy.graph.packed import RowFormat, RowShape
+from npu_proxy.types import Encoding, Job, Lane, ModelSpec, Pack
 
 _LONG = (
     "The segment of a row that belongs to one text must not see the segment of another, whatever lies between them: "
@@ -36,24 +32,20 @@ class GoldenRows:
     """A row of golden texts for a shape: as many of them as fit, the longest always in."""
 
     def __init__(self, encoder: TextEncoder, spec: ModelSpec) -> None:
-        encodings = encoder.encode(GOLDEN_TEXTS, "", Truncate.END)
-        self._encodings = [encoding for encoding in encodings if isinstance(encoding, Encoding)]
-        self._pooling = spec.pooling
+        self._encodings = encoder.plain(GOLDEN_TEXTS)
+        self._layout = RowFormat.of(spec)
+        self._kind = spec.kind
 
     def __call__(self, shape: RowShape) -> Pack:
         """The row; its jobs belong to nobody."""
         fitting = [_cut(encoding, shape.positions) for encoding in self._encodings]
         fitting.sort(key=lambda encoding: -encoding.tokens)
         jobs = [Job(encoding=encoding, lane=Lane.BULK, queued_at=0.0, waiters=[]) for encoding in fitting * shape.bins]
-        plan = fill_bins(_lengths(jobs), shape)
-        return pack(jobs, plan, partial(fill_pool, self._pooling), by_index=self._pooling.by_index)
+        plan = fill_bins([room(job.encoding.tokens, self._layout.align) for job in jobs], shape)
+        return pack(jobs, plan, self._layout, self._kind)
 
 
 def _cut(encoding: Encoding, positions: int) -> Encoding:
     """The text within ``positions`` tokens, its last token (which may be special) kept."""
     ids = encoding.ids
     return encoding if len(ids) <= positions else Encoding(ids=ids[[*range(positions - 1), -1]], truncated=True)
-
-
-def _lengths(jobs: Sequence[Job]) -> list[int]:
-    return [job.encoding.tokens for job in jobs]

@@ -7,17 +7,14 @@ so nothing is passed over for ever; the rest is chosen to fill: bin by bin, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from npu_proxy.types import Job, Pack, Shaped, Slot
-
-PoolFiller = Callable[[npt.NDArray[Any], int, int, int], None]
-"""graph.heads.fill_pool with the pooling bound: (pool of one bin, segment, start, count)."""
+from npu_proxy.graph.heads import fill_pool
+from npu_proxy.graph.packed import UNSEEN, RowFormat
+from npu_proxy.types import Job, Kind, Pack, Shaped, Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +72,37 @@ def fill_bins(lengths: Sequence[int], shape: Shaped) -> Plan:
     return Plan(shape, bins)
 
 
-def pack(jobs: Sequence[Job], plan: Plan, fill_pool: PoolFiller, *, by_index: bool) -> Pack:
+def room(tokens: int, align: int) -> int:
+    """Positions that a text of so many tokens takes, where texts begin at multiples of ``align``."""
+    return -(-tokens // align) * align
+
+
+def pack(jobs: Sequence[Job], plan: Plan, layout: RowFormat, kind: Kind = Kind.DENSE) -> Pack:
     """The arrays of a planned row; ``jobs`` are those the plan's indices count. Padding has segment -1."""
     shape = plan.shape
-    row = [shape.bins, shape.positions]
-    ids, positions = np.zeros(row, np.int32), np.zeros(row, np.int32)
-    segments = np.full(row, -1, np.int32)
-    pool = np.zeros([shape.bins, shape.segments], np.int32) if by_index else np.zeros([row[0], shape.segments, row[1]], np.float32)
+    arrays = layout.inputs(shape.bins, shape.positions, shape.segments)
+    inputs = {name: np.zeros(dimensions, of) for name, (dimensions, of) in arrays.items()}
+    ids, positions, segments = inputs["input_ids"], inputs["position_ids"], inputs["segment_ids"]
+    pool, types = inputs.get("pool"), inputs.get("type_ids")
+    segments.fill(-1)
     chosen: list[Job] = []
     slots: list[Slot] = []
     for bin, indices in enumerate(plan.bins):
         start = 0
         for segment, index in enumerate(indices):
-            count = jobs[index].encoding.tokens
+            encoding = jobs[index].encoding
+            count = encoding.tokens
             span = slice(start, start + count)
-            ids[bin, span] = jobs[index].encoding.ids
+            ids[bin, span] = encoding.ids
             positions[bin, span] = np.arange(count)
             segments[bin, span] = segment
-            fill_pool(pool[bin], segment, start, count)
+            if encoding.seen >= 0:
+                segments[bin, start + encoding.seen : start + count] += UNSEEN
+            if types is not None and encoding.types is not None:
+                types[bin, span] = encoding.types
+            if pool is not None:
+                fill_pool(layout.pooling, pool[bin], segment, start, count, encoding.prompt)
             chosen.append(jobs[index])
-            slots.append(Slot(bin, segment))
-            start += count
-    inputs = {"input_ids": ids, "position_ids": positions, "segment_ids": segments, "pool": pool}
-    return Pack(chosen, slots, shape, inputs)
+            slots.append(Slot(bin, segment, start))
+            start += room(count, layout.align)
+    return Pack(chosen, slots, shape, inputs, kind)

@@ -15,18 +15,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
 from npu_proxy.cache.vectors import VectorCache
-from npu_proxy.devices.base import Device
+from npu_proxy.devices.base import Device, own
+from npu_proxy.engine.finish import answer_of, combine
 from npu_proxy.engine.packing import Plan, pack
 from npu_proxy.engine.queue import Depth, JobQueue, Speed, expected_wait
-from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.engine.tokenize import Manner, TextEncoder
 from npu_proxy.errors import DeadlineError, DeviceError, NpuProxyError, OverloadedError, StoppedError
-from npu_proxy.graph.heads import fill_pool
-from npu_proxy.types import Embedded, Encoding, Job, Lane, Output, Pack, Pooling, Ticket, Vector
+from npu_proxy.graph.packed import RowFormat
+from npu_proxy.types import Chunked, Embedded, Encoding, Job, Lane, ModelSpec, Output, Pack, Pair, Ticket, Vector
 
 log = logging.getLogger("npu_proxy.engine")
 
@@ -91,7 +91,7 @@ class _Chunk:
     """Some texts of a ticket, on their way to the tokenizer."""
 
     ticket: Ticket
-    prompt: str
+    manner: Manner
     lane: Lane
     indices: Sequence[int]
 
@@ -100,13 +100,13 @@ class Pipeline:
     """Takes tickets, answers each of their texts exactly once. Thread-safe."""
 
     def __init__(
-        self, encoder: TextEncoder, device: Device, pooling: Pooling, limits: Limits, cache: VectorCache | None = None
+        self, encoder: TextEncoder, device: Device, spec: ModelSpec, limits: Limits, cache: VectorCache | None = None
     ) -> None:
         self._encoder = encoder
         self._cache = cache
         self._device = device
-        self._by_index = pooling.by_index
-        self._fill_pool = partial(fill_pool, pooling)
+        self._spec = spec
+        self._layout = RowFormat.of(spec)
         self._limits = limits
         self._lock = threading.Lock()
         self._texts_came = threading.Condition(self._lock)
@@ -117,7 +117,7 @@ class Pipeline:
         self._speed = Speed()
         self._last_row = 0.0
         self._rows = 0
-        self._jobs = JobQueue(aging=limits.aging, window=limits.window)
+        self._jobs = JobQueue(aging=limits.aging, window=limits.window, align=self._layout.align)
         self._tickets: dict[int, Ticket] = {}
         self._open_texts = 0
         self._deadlines: list[tuple[float, int]] = []
@@ -134,7 +134,7 @@ class Pipeline:
 
     # -- the door ------------------------------------------------------------------------------------------------
 
-    def submit(self, ticket: Ticket, prompt: str, lane: Lane) -> None:
+    def submit(self, ticket: Ticket, manner: Manner, lane: Lane) -> None:
         """Take a ticket in. Raises OverloadedError past the queue's limits, StoppedError when not running."""
         left = [index for index, answer in enumerate(ticket.answers) if answer is None]
         count = len(left)
@@ -154,7 +154,7 @@ class Pipeline:
             if self._deadlines[0][1] == ticket.number:
                 self._done.put(None)  # the finish stage waits for a later one
             for start in range(0, count, _CHUNK):
-                self._chunks[lane].append(_Chunk(ticket, prompt, lane, left[start : start + _CHUNK]))
+                self._chunks[lane].append(_Chunk(ticket, manner, lane, left[start : start + _CHUNK]))
             self._texts_came.notify()
 
     def _admit(self, count: int, lane: Lane, seconds: float) -> None:
@@ -253,13 +253,13 @@ class Pipeline:
                 return
             chunk = lane.popleft()
             self._tokenizing += 1
-        encodings: Sequence[Encoding | NpuProxyError] = ()
+        encodings: Sequence[Encoding | Chunked | NpuProxyError] = ()
         try:
             ticket, start = chunk.ticket, time.monotonic()
             if ticket.open and not ticket.abandoned():
                 chunk = self._without_cached(chunk)
                 texts = [ticket.request.texts[index] for index in chunk.indices]
-                encodings = self._encoder.encode(texts, chunk.prompt, ticket.request.truncate, ticket.request.max_tokens)
+                encodings = self._encoder.encode(texts, chunk.manner)
                 ticket.tokenize_seconds += time.monotonic() - start
             elif ticket.abandoned():
                 with self._lock:
@@ -283,7 +283,7 @@ class Pipeline:
         counters = self._counters
         return counters.infer_seconds / counters.texts / self._device.streams if counters.texts else 0.0
 
-    def _enqueue(self, chunk: _Chunk, encodings: Sequence[Encoding | NpuProxyError]) -> None:
+    def _enqueue(self, chunk: _Chunk, encodings: Sequence[Encoding | Chunked | NpuProxyError]) -> None:
         ticket, now = chunk.ticket, time.monotonic()
         with self._lock:
             self._tokenizing -= 1
@@ -291,10 +291,37 @@ class Pipeline:
                 if isinstance(encoding, Encoding):
                     ticket.encodings[index] = encoding
                     self._jobs.add(encoding, ticket, index, chunk.lane, now)
+                elif isinstance(encoding, Chunked):
+                    parts = self._parts(ticket, index, encoding)
+                    for number, part in enumerate(encoding.encodings):
+                        self._jobs.add(part, parts, number, chunk.lane, now)
             self._jobs_came.notify_all()
         for index, encoding in zip(chunk.indices, encodings, strict=False):
-            if not isinstance(encoding, Encoding):
+            if isinstance(encoding, NpuProxyError):
                 ticket.fail(index, encoding)
+
+    def _parts(self, ticket: Ticket, index: int, chunked: Chunked) -> Ticket:
+        """A ticket for the chunks of one text, whose answers become that text's."""
+
+        def done(parts: Ticket) -> None:
+            for error in filter(None, parts.errors):
+                ticket.fail(index, error)
+                return
+            answers = [answer for answer in parts.answers if answer is not None]
+            pair = isinstance(ticket.request.texts[index], Pair)
+            ticket.fallbacks |= parts.fallbacks
+            ticket.queued_seconds = max(ticket.queued_seconds, parts.queued_seconds)
+            ticket.infer_seconds += parts.infer_seconds
+            self._settle(ticket, index, combine(self._spec, answers, chunked.spans, pair=pair))
+
+        request = replace(ticket.request, texts=[""] * len(chunked.encodings))
+        return Ticket(request, ticket.deadline, ticket.submitted_at, done, abandoned=lambda: not ticket.open or ticket.abandoned())
+
+    def _settle(self, ticket: Ticket, index: int, answer: Embedded) -> None:
+        """Give a text its answer, and remember it."""
+        if self._cache is not None and ticket.keys:
+            self._cache.keep(ticket.keys[index], answer)
+        ticket.answer(index, answer)
 
     def _infer(self) -> None:
         taken = self._take()
@@ -311,7 +338,7 @@ class Pipeline:
         row = Pack([jobs[index] for bin in plan.bins for index in bin], (), plan.shape, {})
         answer: Output | NpuProxyError
         try:
-            row = pack(jobs, plan, self._fill_pool, by_index=self._by_index)
+            row = pack(jobs, plan, self._layout, self._spec.kind)
             answer = self._device.infer(row)
         except BaseException as error:  # these jobs fail, the stage goes on
             answer = _wrapped(error, "the device failed")
@@ -368,7 +395,7 @@ class Pipeline:
         now = time.monotonic()
         for number, (job, who) in enumerate(zip(row.jobs, waiters, strict=True)):
             try:
-                outcome = answer if isinstance(answer, NpuProxyError) else _vector(answer, row, number)
+                outcome = answer if isinstance(answer, NpuProxyError) else self._answer_of(answer, row, number)
             except Exception as error:  # this text fails, its row goes on
                 outcome = _wrapped(error, "finishing failed")
             for ticket, index in who:
@@ -382,9 +409,14 @@ class Pipeline:
                 ticket.infer_seconds += answer.seconds * job.encoding.tokens / max(1, row.tokens)
                 known = ticket.encodings[index]
                 embedded = Embedded(outcome, job.encoding.tokens, bool(known and known.truncated), answer.device)
-                if self._cache is not None and ticket.keys:
-                    self._cache.keep(ticket.keys[index], embedded)
-                ticket.answer(index, embedded)
+                self._settle(ticket, index, embedded)
+
+    def _answer_of(self, answer: Output, row: Pack, number: int) -> Vector | DeviceError:
+        """What is kept of the answer to a row's job, or the DeviceError that its numbers are not finite."""
+        raw = own(row, number, answer.vectors)
+        if not np.isfinite(raw).all():
+            return DeviceError(f"device {answer.device} answered with numbers that are not finite")
+        return answer_of(self._spec, row.jobs[number].encoding, raw, self._encoder.special_ids)
 
     def _count(self, row: Pack, answer: Output) -> None:
         counters = self._counters
@@ -424,15 +456,6 @@ class Pipeline:
                     f"no answer within {seconds:.3g} seconds" if seconds > 0 else "the time was over before the texts were queued"
                 )
                 ticket.fail_all(DeadlineError(f"{late}; raise the timeout, or send fewer texts at once"))
-
-
-def _vector(answer: Output, row: Pack, number: int) -> Vector | DeviceError:
-    """The vector [width] of a row's job, or the DeviceError that its numbers are not finite."""
-    slot = row.slots[number]
-    vector = answer.vectors[slot.bin, slot.segment].copy()
-    if not np.isfinite(vector).all():
-        return DeviceError(f"device {answer.device} answered with numbers that are not finite")
-    return vector
 
 
 def _wrapped(error: BaseException, what: str) -> NpuProxyError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from npu_proxy.engine.packing import Plan, plan_row
+from npu_proxy.engine.packing import Plan, plan_row, room
 from npu_proxy.types import Encoding, Job, Lane, Shaped, Ticket
 
 
@@ -75,9 +75,13 @@ def expected_wait(
 class JobQueue:
     """Two lanes of jobs in order of arrival; equal texts in flight share one job. Not thread-safe."""
 
-    def __init__(self, *, aging: float, window: int) -> None:
-        """``aging``: seconds, see leading_lane. ``window``: how many jobs in order of arrival packing may choose from."""
+    def __init__(self, *, aging: float, window: int, align: int = 1) -> None:
+        """``aging``: seconds, see leading_lane. ``window``: how many jobs in order of arrival packing may choose from.
+
+        align: texts begin at multiples of so many positions.
+        """
         self._aging = aging
+        self._align = align
         self._window = window
         self._lanes: dict[Lane, dict[Job, None]] = {Lane.INTERACTIVE: {}, Lane.BULK: {}}
         self._in_flight: dict[bytes, Job] = {}
@@ -94,7 +98,7 @@ class JobQueue:
 
     def add(self, encoding: Encoding, ticket: Ticket, index: int, lane: Lane, now: float) -> Job:
         """Queue a text, or join the job that embeds the same ids already (and lift it into the faster lane)."""
-        key = encoding.ids.tobytes()
+        key = encoding.key
         job = self._in_flight.get(key)
         if job is None:
             job = Job(encoding=encoding, lane=lane, queued_at=now, waiters=[(ticket, index)])
@@ -124,7 +128,7 @@ class JobQueue:
         candidates = self._candidates(now)
         if not candidates:
             return None
-        plan = plan_row([job.encoding.tokens for job in candidates], shapes)
+        plan = plan_row([room(job.encoding.tokens, self._align) for job in candidates], shapes)
         for index in chain.from_iterable(plan.bins):
             self._start(candidates[index])
         if candidates[0].lane is Lane.BULK:
@@ -133,7 +137,7 @@ class JobQueue:
 
     def finish(self, job: Job) -> Sequence[tuple[Ticket, int]]:
         """The job has its answer: forget it, and say who waits. Later equal texts start a new job."""
-        key = job.encoding.ids.tobytes()
+        key = job.encoding.key
         if self._in_flight.get(key) is job:
             del self._in_flight[key]
         return tuple(job.waiters)

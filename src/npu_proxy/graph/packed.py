@@ -1,4 +1,4 @@
-"""Rows: what every family shares. Inputs of a row, the mask that keeps texts apart, and small wrappers over opset calls.
+"""Rows: what every family shares. Inputs of a row, the masks that keep texts apart, and which rows a layer is computed for.
 
 A row is ``bins`` bins of ``positions`` positions. Texts lie behind each other inside a bin; attention never leaves a
 bin, and inside it the segment mask keeps texts apart, so a text's vector cannot depend on its neighbours. Everything
@@ -16,11 +16,17 @@ import numpy.typing as npt
 import openvino as ov
 from openvino import opset15 as op
 
+from npu_proxy.types import Kind, ModelSpec, Pooling
+
 Weights = Mapping[str, npt.NDArray[Any]]
 Node = Any  # ov.Node and ov.Output are interchangeable as operands; the bindings carry no useful types for them
 
 MASKED = -30000.0  # finite in fp16; exp() of it is an exact zero in fp16 and fp32
 """Added to the attention score of a position that belongs to another text."""
+UNSEEN = 1 << 14
+"""Added to the segment number of tokens that see their text and that nobody sees (a query's expansion)."""
+BLOCK = 8
+"""Positions that a text begins at a multiple of, where the maximum over a text is taken (graph.heads.splade)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,54 @@ class RowShape:
 
     def __str__(self) -> str:
         return f"{self.bins}x{self.positions}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """Which arrays go into a row of a model, and what comes out: the one place that says so.
+
+    types: whether tokens have a type. unseen: whether there may be tokens that others do not attend to. per_token: whether
+    every token has an answer. width: numbers in an answer.
+    """
+
+    pooling: Pooling
+    types: bool = False
+    unseen: bool = False
+    per_token: bool = False
+    width: int = 1
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> RowFormat:
+        """The format of a model's rows."""
+        return cls(
+            pooling=spec.pooling,
+            types=spec.types,
+            unseen=spec.sides is not None and spec.sides.expand,
+            per_token=spec.pooling is Pooling.NONE,
+            width=spec.width + (spec.kind is Kind.MULTI),
+        )
+
+    @property
+    def align(self) -> int:
+        """Texts begin at multiples of so many positions."""
+        return BLOCK if self.pooling is Pooling.SPLADE else 1
+
+    def inputs(self, bins: int, positions: int, segments: int) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Dimensions and type of each input, by its name in the graph."""
+        arrays: dict[str, tuple[tuple[int, ...], type]] = dict.fromkeys(
+            ("input_ids", "position_ids", "segment_ids"), ((bins, positions), np.int32)
+        )
+        if self.types:
+            arrays["type_ids"] = ((bins, positions), np.int32)
+        if self.pooling.prunes or self.pooling is Pooling.SPLADE:
+            arrays["pool"] = ((bins, segments), np.int32)
+        elif self.pooling is not Pooling.NONE:
+            arrays["pool"] = ((bins, segments, positions), np.float32)
+        return arrays
+
+    def output(self, bins: int, positions: int, segments: int) -> tuple[int, int, int]:
+        """Dimensions of the float32 output."""
+        return (bins, positions if self.per_token else segments, self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,44 +139,108 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows that a layer is computed for: every token, or the one a text that pooling reads.
+
+    grid: the shape [bins, n] as an operand. segments, positions: [bins, n] of those rows. index: where they lie in their
+    bins, [bins, n], None for every token. flat: how many rows, -1 where dynamic.
+    """
+
+    grid: Node
+    segments: Node
+    positions: Node
+    index: Node | None
+    flat: int
+
+    def take(self, x: Node, grid: Node, width: int) -> Node:
+        """Those rows of ``x`` [tokens, width], whose shape is ``grid``."""
+        if self.index is None:
+            return x
+        return flat_rows(op.gather(in_grid(x, grid, width), self.index, integers(1), 1), -1, width)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowInputs:
     """The inputs of a row, integers as int32, and its measures inside the graph.
 
-    ids, positions: [tokens], flat. segments: [bins, positions]; -1 is padding.
-    pool: what graph.heads reads: [bins, segments, positions] float32 token weights, or [bins, segments] int32 positions.
-    grid, pooled_grid: the shapes [bins, positions] and [bins, segments], as operands.
-    tokens: positions in the row, -1 where dynamic. parameters: what the model is made with.
+    ids, positions, types: [tokens], flat; types is None where there are none. segments: [bins, positions] as keys of
+    attention have them; -1 is padding. pool: what graph.heads reads, None where nothing is pooled.
+    every: all tokens as rows. last: the rows of the last layer, fewer where pooling reads one a text.
+    parameters: what the model is made with.
     """
 
+    format: RowFormat
     ids: Node
     positions: Node
+    types: Node | None
     segments: Node
-    pool: Node
-    grid: Node
-    pooled_grid: Node
-    tokens: int
+    pool: Node | None
+    every: Rows
+    last: Rows
     parameters: Sequence[Node]
 
+    def rows(self, *, last: bool) -> Rows:
+        """What a layer is computed for."""
+        return self.last if last else self.every
 
-def row_inputs(form: Form, *, pool_by_index: bool) -> RowInputs:
+
+def row_inputs(form: Form, layout: RowFormat) -> RowInputs:
     """Declare the inputs of a row; their names are the keys of ``Pack.inputs``."""
-    grid = [form.bins, form.positions]
-    pool_shape = [form.bins, form.segments, *([] if pool_by_index else [form.positions])]
-    ids = _parameter("input_ids", np.int32, grid)
-    positions = _parameter("position_ids", np.int32, grid)
-    segments = _parameter("segment_ids", np.int32, grid)
-    pool = _parameter("pool", np.int32 if pool_by_index else np.float32, pool_shape)
+    arrays = layout.inputs(form.bins, form.positions, form.segments)
+    given = {name: _parameter(name, kind, shape) for name, (shape, kind) in arrays.items()}
     flat = op.constant(np.array([form.tokens], np.int64))
+    segments, places, pool = given["segment_ids"], given["position_ids"], given.get("pool")
+    seeing = segments
+    if layout.unseen:
+        most = op.constant(np.int32(UNSEEN))
+        seeing = op.select(op.greater_equal(segments, most), op.subtract(segments, most), segments)
+    every = Rows(
+        grid=_measures(segments, form.bins, form.positions), segments=seeing, positions=places, index=None, flat=form.tokens
+    )
+    last = every
+    if layout.pooling.prunes:
+        # GatherElements, because OpenVINO 2026.4's CPU plugin gathers wrongly, or reads beyond its memory, in batches of
+        # small rows on AVX-512 (data [1, 64], indices [1, 8]).
+        last = Rows(
+            grid=_measures(pool, form.bins, form.segments),
+            segments=op.gather_elements(seeing, pool, 1),
+            positions=op.gather_elements(places, pool, 1),
+            index=pool,
+            flat=-1,
+        )
     return RowInputs(
-        ids=op.reshape(ids, flat, False),
-        positions=op.reshape(positions, flat, False),
+        format=layout,
+        ids=op.reshape(given["input_ids"], flat, False),
+        positions=op.reshape(places, flat, False),
+        types=op.reshape(given["type_ids"], flat, False) if layout.types else None,
         segments=segments,
         pool=pool,
-        grid=_measures(segments, grid),
-        pooled_grid=_measures(pool, pool_shape[:2]),
-        tokens=form.tokens,
-        parameters=[ids, positions, segments, pool],
+        every=every,
+        last=last,
+        parameters=list(given.values()),
     )
+
+
+def attention_mask(inputs: RowInputs, rows: Rows, *, causal: bool = False, window: int | None = None) -> Node:
+    """Additive attention mask [bins, 1, rows, positions]: a row sees its own text.
+
+    causal: and nothing behind it. window: and nothing that is more positions away.
+    Padding (segment -1) attends to padding, so that no softmax row is empty.
+    """
+    same = op.equal(op.unsqueeze(rows.segments, integers(2)), op.unsqueeze(inputs.segments, integers(1)))
+    if causal or window is not None:
+        away = distances(inputs, rows)
+        if causal:
+            same = op.logical_and(same, op.less_equal(away, op.constant(np.int32(0))))
+        if window is not None:
+            same = op.logical_and(same, op.less_equal(op.absolute(away), op.constant(np.int32(window))))
+    return op.unsqueeze(op.select(same, constant(np.float32(0)), constant(np.float32(MASKED))), integers(1))
+
+
+def distances(inputs: RowInputs, rows: Rows) -> Node:
+    """Position of each key less that of each row, [bins, rows, positions] int32; within a text, else without meaning."""
+    keys = op.unsqueeze(inputs.every.positions, integers(1))
+    return op.subtract(keys, op.unsqueeze(rows.positions, integers(2)))
 
 
 def _parameter(name: str, kind: type, shape: Sequence[int]) -> Node:
@@ -131,21 +249,11 @@ def _parameter(name: str, kind: type, shape: Sequence[int]) -> Node:
     return node
 
 
-def _measures(node: Node, shape: Sequence[int]) -> Node:
+def _measures(node: Node, *shape: int) -> Node:
     """The first two dimensions of a node: a constant where they are known."""
     if min(shape) > 0:
         return op.constant(np.array(shape, np.int64))
     return op.gather(op.shape_of(node), op.constant(np.array([0, 1], np.int64)), integers(0))
-
-
-def segment_mask(queries: Node, keys: Node) -> Node:
-    """Additive attention mask [bins, 1, q, k] from segment numbers [bins, q] and [bins, k].
-
-    Padding (-1) attends to padding, so that no softmax row is empty.
-    """
-    same = op.equal(op.unsqueeze(queries, integers(2)), op.unsqueeze(keys, integers(1)))
-    mask = op.select(same, constant(np.float32(0)), constant(np.float32(MASKED)))
-    return op.unsqueeze(mask, integers(1))
 
 
 def in_grid(x: Node, grid: Node, *last: int) -> Node:
@@ -167,72 +275,3 @@ def constant(array: npt.ArrayLike) -> Node:
 def integers(*values: int) -> Node:
     """A rank-0 (one value) or rank-1 int64 constant for axes and shapes."""
     return op.constant(np.array(values if len(values) > 1 else sum(values), np.int64))
-
-
-def linear(x: Node, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None) -> Node:
-    """``x @ weight.T + bias`` with the weight as checkpoints store it, [out, in]."""
-    product = op.matmul(x, constant(weight), False, True)
-    return product if bias is None else op.add(product, constant(bias))
-
-
-def layer_norm(x: Node, weight: npt.NDArray[Any], bias: npt.NDArray[Any], epsilon: float) -> Node:
-    """Layer normalization over the last axis."""
-    normed = op.mvn(x, op.constant(np.array([-1], np.int64)), True, epsilon, "INSIDE_SQRT")
-    return op.add(op.multiply(normed, constant(weight)), constant(bias))
-
-
-def split_heads(x: Node, grid: Node, heads: int, head_width: int) -> Node:
-    """[tokens, heads * head_width] -> [bins, heads, n, head_width] for a grid [bins, n]."""
-    return op.transpose(in_grid(x, grid, heads, head_width), integers(0, 2, 1, 3))
-
-
-def merge_heads(x: Node, rows: int, width: int) -> Node:
-    """[bins, heads, n, head_width] -> [rows, width]."""
-    return flat_rows(op.transpose(x, integers(0, 2, 1, 3)), rows, width)
-
-
-def attend(query: Node, key: Node, value: Node, mask: Node, head_width: int, style: Style) -> Node:
-    """Attention over [bins, heads, n, head_width] -> the same shape."""
-    scale = constant(np.float32(head_width**-0.5))
-    if not style.open_attention:
-        return op.scaled_dot_product_attention(query, key, value, mask, scale, causal=False)
-    scores = op.add(op.matmul(op.multiply(query, scale), key, False, True), mask)
-    return op.matmul(op.softmax(scores, 3), value, False, False)
-
-
-# erf(z) = z P(z^2) / Q(z^2) on |z| <= 4 to 2e-7, beyond it 1 to float32; coefficients as in Eigen (MPL 2.0) and XLA.
-_ERF_P = (
-    -2.72614225801306e-10,
-    2.77068142495902e-08,
-    -2.10102402082508e-06,
-    -5.69250639462346e-05,
-    -7.34990630326855e-04,
-    -2.95459980854025e-03,
-    -1.60960333262415e-02,
-)
-_ERF_Q = (
-    -1.45660718464996e-05,
-    -2.13374055278905e-04,
-    -1.68282697438203e-03,
-    -7.37332916720468e-03,
-    -1.42647390514189e-02,
-)
-
-
-def gelu(x: Node, style: Style) -> Node:
-    """GELU with the exact error function (Hendrycks and Gimpel 2016), x Phi(x)."""
-    if not style.rational_gelu:
-        return op.gelu(x, "erf")
-    z = op.clamp(op.multiply(x, constant(np.float32(0.5**0.5))), -4.0, 4.0)
-    square = op.multiply(z, z)
-    erf = op.divide(op.multiply(z, _polynomial(square, _ERF_P)), _polynomial(square, _ERF_Q))
-    half = op.multiply(x, constant(np.float32(0.5)))
-    return op.add(op.multiply(half, erf), half)
-
-
-def _polynomial(x: Node, coefficients: Sequence[float]) -> Node:
-    """Horner's rule, highest power first."""
-    result = constant(np.float32(coefficients[0]))
-    for coefficient in coefficients[1:]:
-        result = op.add(op.multiply(result, x), constant(np.float32(coefficient)))
-    return result

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from npu_proxy.types import ModelSpec
+from npu_proxy.types import Kind, ModelSpec
 
 MANIFEST = ".manifest.json"
 """The store's list of a model's files; models/store.py writes it."""
@@ -36,9 +36,22 @@ def fingerprint(spec: ModelSpec, *, precision: str = "fp32") -> str:
         "prompts": dict(spec.prompts),
         "default_prompt": spec.default_prompt,
         "precision": precision,
+        # Only what is not as it is for most models, whose fingerprints stay what they were.
+        **{key: value for key, value in _special(spec).items() if value},
     }
     digest.update(json.dumps(meaning, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _special(spec: ModelSpec) -> dict[str, object]:
+    sides = spec.sides
+    return {
+        "kind": "" if spec.kind is Kind.DENSE else spec.kind,
+        "prompt_left_out": not spec.include_prompt,
+        "types": spec.types,
+        "plain_tokens": not spec.special_tokens,
+        "sides": sides and [sides.query_length, sides.document_length, sides.expanded, sides.attend, sorted(sides.skip)],
+    }
 
 
 def file_sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ import openvino as ov
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.build import build, family
-from npu_proxy.graph.packed import Form, Style
+from npu_proxy.graph.packed import Form, RowFormat, Style
 from npu_proxy.models.weights import Tensors
 from npu_proxy.types import ModelSpec
 
@@ -17,7 +17,7 @@ class Graphs:
     def __init__(self, spec: ModelSpec) -> None:
         """Open the weights; nothing is read yet. Raises ModelError."""
         self._spec = spec
-        self._weights = None if spec.graph else Tensors(spec.weight_files, family(spec).canonical_name)
+        self._weights = None if spec.graph else Tensors(spec.weight_files, family(spec.family, spec.config).canonical_name)
 
     def __call__(self, form: Form, style: Style) -> ov.Model:
         """The graph for rows of a form. An int8 graph has the style it was made with. Raises ModelError."""
@@ -27,7 +27,8 @@ class Graphs:
         try:
             model = ov.Core().read_model(self._spec.graph)
             if min(form.bins, form.positions, form.segments) > 0:
-                model.reshape(_shapes(model, form))
+                arrays = RowFormat.of(self._spec).inputs(form.bins, form.positions, form.segments)
+                model.reshape({name: ov.PartialShape(list(dimensions)) for name, (dimensions, _) in arrays.items()})
         except RuntimeError as error:
             raise ModelError(f"the {self._spec.precision} graph {self._spec.graph} cannot be read: {error}") from error
         return model
@@ -36,11 +37,3 @@ class Graphs:
         """Give back the memory of weights read so far."""
         if self._weights is not None:
             self._weights.release()
-
-
-def _shapes(model: ov.Model, form: Form) -> dict[str, ov.PartialShape]:
-    """The static shapes of a row's inputs (graph.packed.row_inputs)."""
-    whole = (form.bins, form.segments, form.positions)
-    pool = model.input("pool").get_partial_shape().rank.get_length()
-    grid = ov.PartialShape([form.bins, form.positions])
-    return {"input_ids": grid, "position_ids": grid, "segment_ids": grid, "pool": ov.PartialShape(list(whole[:pool]))}

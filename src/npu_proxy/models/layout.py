@@ -6,174 +6,223 @@ nothing is guessed, because a wrong pooling gives wrong vectors without an error
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.heads import ACTIVATIONS
+from npu_proxy.graph.build import Family, family
+from npu_proxy.models.catalog import INSTRUCTIONS
 from npu_proxy.models.fingerprint import fingerprint
-from npu_proxy.models.weights import Tensors
-from npu_proxy.types import Dense, ModelSpec, Pooling
+from npu_proxy.models.jsons import Json, existing, inside, read, read_object, where
+from npu_proxy.models.late import Late, pylate, sides_of, stanford
+from npu_proxy.models.modules import Stack, read_dense, skipped
+from npu_proxy.models.weights import Tensors, weight_files
+from npu_proxy.types import Activation, Kind, ModelSpec, Pooling, Similarity
 
-Json = Mapping[str, Any]
-
-_POOLING_FLAGS = {
-    "pooling_mode_cls_token": Pooling.CLS,
-    "pooling_mode_mean_tokens": Pooling.MEAN,
-    "pooling_mode_max_tokens": Pooling.MAX,
-    "pooling_mode_mean_sqrt_len_tokens": Pooling.MEAN_SQRT_LENGTH,
-    "pooling_mode_weightedmean_tokens": Pooling.WEIGHTED_MEAN,
-    "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
-}
+_FIRST = ("Transformer", "MLMTransformer", "StaticEmbedding")
+_STATIC_TOKENS = 512
+"""Tokens of a text that static models read; their own code stops there as well."""
+_BGE_M3 = ("sparse_linear.pt", "colbert_linear.pt")
 
 
-def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None = None) -> ModelSpec:
+def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None = None, max_length: int = 0) -> ModelSpec:
     """Read the model in ``folder``.
 
-    pooling: required for a folder without modules.json, refused where it contradicts one.
+    pooling: required for a folder that does not say it, refused where it contradicts one; `none` gives token vectors.
+    max_length: tokens of a text where that is less than the model's own limit, 0 for that.
     Raises ModelError for whatever is missing, contradictory or not supported, naming the file.
     """
     if not folder.is_dir():
         raise ModelError(f"model folder `{folder}` does not exist")
-    config = _read_object(folder / "config.json")
+    pooling = None if pooling is None else Pooling(pooling)
     modules = _modules(folder)
-    transformer = _transformer_folder(folder, modules)
-    if transformer != folder:
-        config = _read_object(transformer / "config.json")
-    limits = _read_object(transformer / "sentence_bert_config.json", optional=True)
-    prompts = _read_object(folder / "config_sentence_transformers.json", optional=True)
-    stack = _stack(folder, modules, pooling, hidden=_number(config, "hidden_size", transformer))
+    transformer = inside(folder, str(modules[0]["path"])) if modules else folder
+    limits = read_object(transformer / "sentence_bert_config.json", optional=True)
+    about = read_object(folder / "config_sentence_transformers.json", optional=True)
+    raw = _config(folder, transformer, modules)
+    model_type = str(raw.get("model_type") or _missing(transformer / "config.json", "model_type"))
+    found = family(model_type, raw)
+    config = found.standard(raw)
+    kind = _kind(raw, limits, about, modules, pooling)
+    prompts = cast("dict[str, str]", {key: text or "" for key, text in (about.get("prompts") or {}).items()})
     spec = ModelSpec(
         name=name or folder.resolve().name,
         folder=folder,
-        family=str(config.get("model_type") or _missing(transformer / "config.json", "model_type")),
-        config=config,
-        weight_files=_weight_files(transformer),
-        tokenizer_file=_existing(transformer / "tokenizer.json", "npu-proxy reads the fast tokenizer only"),
-        pooling=stack.pooling,
-        dense=stack.dense,
-        width=stack.width,
+        family=model_type,
+        config=raw,
+        weight_files=weight_files(transformer),
+        tokenizer_file=existing(transformer / "tokenizer.json", "npu-proxy reads the fast tokenizer only"),
+        pooling=Pooling.MEAN,
+        dense=(),
+        width=0,
         max_length=_max_length(config, limits, transformer),
         vocabulary=_number(config, "vocab_size", transformer),
-        normalizes=stack.normalizes,
+        normalizes=False,
         lower_case=bool(limits.get("do_lower_case", False)),
-        prompts=cast("dict[str, str]", prompts.get("prompts") or {}),
-        default_prompt=prompts.get("default_prompt_name"),
+        prompts=prompts,
+        default_prompt=about.get("default_prompt_name"),
         fingerprint="",
+        kind=kind,
+        similarity=cast("Similarity", about.get("similarity_fn_name") or "cosine"),
+        special_tokens=model_type != "model2vec",
     )
     if spec.default_prompt is not None and spec.default_prompt not in spec.prompts:
         raise ModelError(f"config_sentence_transformers.json: default_prompt_name `{spec.default_prompt}` is not among the prompts")
+    spec = replace(spec, instruction=_instruction(spec))
+    spec = _with_head(spec, config, found, modules, about, limits, pooling)
+    if max_length and max_length < spec.max_length:
+        spec = replace(spec, max_length=max_length)
     return replace(spec, fingerprint=fingerprint(spec))
 
 
-class _Stack:
-    """What stands behind the transformer, read module by module."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self.pooling: Pooling = Pooling.MEAN
-        self.dense: list[Dense] = []
-        self.normalizes = False
-        self.pooled = False
-
-    def add_pooling(self, folder: Path) -> None:
-        file = folder / "config.json"
-        config = _read_object(file)
-        if self.pooled:
-            raise ModelError(f"{_where(file)}: a second Pooling module; one is supported")
-        if "pooling_mode" in config:  # sentence-transformers 5 and later
-            named = config["pooling_mode"]
-            chosen = [Pooling(mode) for mode in ([named] if isinstance(named, str) else named) if mode in set(Pooling)]
-        else:
-            chosen = [pooling for flag, pooling in _POOLING_FLAGS.items() if config.get(flag)]
-        if len(chosen) != 1:
-            found = " and ".join(chosen) if chosen else "none known"
-            raise ModelError(f"{_where(file)}: exactly one pooling mode is needed, found {found}")
-        width = config.get("word_embedding_dimension", config.get("embedding_dimension", self.width))
-        if width != self.width:
-            raise ModelError(f"{_where(file)}: pools {width} numbers a token, the transformer makes {self.width}")
-        if config.get("include_prompt") is False:
-            raise ModelError(f"{_where(file)}: include_prompt=false is not supported yet")
-        self.pooling, self.pooled = chosen[0], True
-
-    def add_dense(self, folder: Path) -> None:
-        file = folder / "config.json"
-        config = _read_object(file)
-        activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-        if activation not in ACTIVATIONS:
-            raise ModelError(f"{_where(file)}: activation `{activation}` is not supported; known: {', '.join(ACTIVATIONS)}")
-        tensors = Tensors([_safetensors(folder)])
-        weight = np.asarray(tensors["linear.weight"], np.float32)
-        bias = np.asarray(tensors["linear.bias"], np.float32) if "linear.bias" in tensors else None
-        if weight.shape != (config.get("out_features"), config.get("in_features")) or weight.shape[1] != self.width:
-            raise ModelError(f"{_where(file)}: the weight is {weight.shape}, the config and the module before it say otherwise")
-        self.dense.append(Dense(weight=weight, bias=bias, activation=activation))
-        self.width = weight.shape[0]
-
-    def add_normalize(self, folder: Path) -> None:
-        self.normalizes = True
+def _kind(raw: Json, limits: Json, about: Json, modules: Sequence[Json], pooling: Pooling | None) -> Kind:
+    """What the files say that the model gives."""
+    types = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
+    architecture = str((raw.get("architectures") or [""])[0])
+    if "LogitScore" in types:
+        raise ModelError("modules.json: rerankers that answer yes or no through a chat template (LogitScore) are not supported")
+    if limits.get("transformer_task") == "sequence-classification" or (
+        not modules and architecture.endswith("ForSequenceClassification") and pooling is None
+    ):
+        return Kind.SCORES
+    late = (
+        "MultiVectorMask" in types or about.get("model_type") in ("ColBERT", "MultiVectorEncoder") or architecture == "HF_ColBERT"
+    )
+    if late or any("pylate" in str(module["type"]) for module in modules):
+        return Kind.TOKENS
+    if "SpladePooling" in types or pooling is Pooling.SPLADE:
+        return Kind.SPARSE
+    return Kind.TOKENS if pooling is Pooling.NONE else Kind.DENSE
 
 
-_MODULES: dict[str, Callable[[_Stack, Path], None]] = {
-    "Pooling": _Stack.add_pooling,
-    "Dense": _Stack.add_dense,
-    "Normalize": _Stack.add_normalize,
-}
+def _with_head(
+    spec: ModelSpec, config: Json, found: Family, modules: Sequence[Json], about: Json, limits: Json, pooling: Pooling | None
+) -> ModelSpec:
+    """The spec with what stands on the transformer."""
+    if spec.kind is Kind.SCORES:
+        return _classifier(spec, config, found, about)
+    hidden = _number(config, "hidden_size", spec.folder)
+    stack = Stack(hidden, spec.vocabulary)
+    late: Late | None = None
+    if (spec.kind is Kind.TOKENS and (spec.folder / "artifact.metadata").exists()) or _architecture(spec) == "HF_ColBERT":
+        stack.dense = [read_dense(Tensors(spec.weight_files), "linear.")]
+        stack.width = stack.dense[0].weight.shape[0]
+        late = stanford(spec.folder)
+    elif modules:
+        stack.add(modules[1:], spec.folder)
+        late = pylate(about, limits, stack.skip) if spec.kind is Kind.TOKENS and stack.pooling in (None, Pooling.NONE) else None
+    chosen = _chosen(spec, stack, pooling, static=not spec.special_tokens, given=bool(modules))
+    spec = replace(
+        spec,
+        pooling=chosen,
+        dense=stack.dense,
+        width=spec.vocabulary if chosen is Pooling.SPLADE else stack.width,
+        normalizes=stack.normalizes,
+        include_prompt=stack.include_prompt,
+        similarity="dot" if spec.kind is Kind.SPARSE and not about.get("similarity_fn_name") else spec.similarity,
+    )
+    if late is not None:
+        sides = sides_of(late, spec.max_length, spec.tokenizer_file)
+        sides = replace(sides, skip=skipped(late.mask, spec.tokenizer_file))
+        return replace(spec, kind=Kind.TOKENS, pooling=Pooling.NONE, sides=sides, prompts={**spec.prompts, **late.prompts})
+    if spec.kind is Kind.TOKENS and all((spec.folder / file).is_file() for file in _BGE_M3):
+        lexical, projection = (read_dense(Tensors([spec.folder / file]), "") for file in _BGE_M3)
+        if projection.weight.shape != (hidden, hidden) or lexical.weight.shape != (1, hidden):
+            raise ModelError(f"{_BGE_M3[1]}: the projection is {projection.weight.shape}; only {hidden} to {hidden} is supported")
+        return replace(spec, kind=Kind.MULTI, dense=[lexical, projection], width=hidden)
+    if spec.kind is Kind.TOKENS:  # a dense model before pooling
+        return replace(spec, dense=(), width=hidden)
+    return spec
 
 
-def _stack(folder: Path, modules: Sequence[Json], pooling: Pooling | None, *, hidden: int) -> _Stack:
-    stack = _Stack(hidden)
-    if not modules:
-        if pooling is None:
-            raise ModelError(
-                f"{folder.name}: there is no modules.json, so nothing says how the model pools; "
-                f"set `pooling` to one of {', '.join(Pooling)} (the model's card names it)"
-            )
-        stack.pooling = pooling
-        return stack
-    for module in modules[1:]:
-        kind = str(module["type"]).rsplit(".", 1)[-1]
-        if kind not in _MODULES:
-            raise ModelError(f"modules.json: module type `{module['type']}` is not supported; known: {', '.join(_MODULES)}")
-        _MODULES[kind](stack, _inside(folder, str(module["path"])))
-    if not stack.pooled:
-        raise ModelError("modules.json: there is no Pooling module")
-    if pooling is not None and pooling is not stack.pooling:
-        raise ModelError(f"modules.json says pooling `{stack.pooling}`, the setting `pooling` says `{pooling}`; leave it unset")
-    return stack
+def _chosen(spec: ModelSpec, stack: Stack, pooling: Pooling | None, *, static: bool, given: bool) -> Pooling:
+    """The pooling that the files say, or the setting where they do not. Raises ModelError."""
+    if static:
+        return Pooling.MEAN
+    said = Pooling.NONE if spec.kind is Kind.TOKENS else stack.pooling
+    if said is None and pooling is None:
+        if given:
+            raise ModelError("modules.json: there is no Pooling module")
+        raise ModelError(
+            f"{spec.folder.name}: there is no modules.json, so nothing says how the model pools; "
+            f"set `pooling` to one of {', '.join(Pooling)} (the model's card names it)"
+        )
+    if said is not None and pooling not in (None, said):
+        raise ModelError(f"modules.json says pooling `{said}`, the setting `pooling` says `{pooling}`; leave it unset")
+    return said or pooling or Pooling.MEAN
+
+
+def _classifier(spec: ModelSpec, config: Json, found: Family, about: Json) -> ModelSpec:
+    """A cross-encoder or classifier: labels, and what turns logits into scores."""
+    names = cast("Mapping[str, str]", config.get("id2label") or {})
+    count = len(names) or int(config.get("num_labels") or 2)
+    labels = [str(names.get(str(number), f"LABEL_{number}")) for number in range(count)]
+    own = cast("Json", config.get("sentence_transformers") or {})
+    stored = about.get("activation_fn") or own.get("activation_fn") or config.get("sbert_ce_default_activation_function")
+    problem = config.get("problem_type")
+    activation: Activation = "sigmoid" if count == 1 or problem == "multi_label_classification" else "softmax"
+    if problem == "regression" and not stored and count > 1:
+        activation = "identity"
+    return replace(
+        spec,
+        pooling=found.scores_pooling(config),
+        width=count,
+        labels=labels,
+        activation=activation,
+        types=int(config.get("type_vocab_size") or 0) > 1,
+    )
+
+
+def _instruction(spec: ModelSpec) -> str:
+    """How a task becomes a prompt: as the catalog has it, or as a prompt of the model's own shows."""
+    known = INSTRUCTIONS.get(spec.name.lower())
+    if known:
+        return known
+    for prompt in spec.prompts.values():
+        head, mark, rest = prompt.partition("\n")
+        if head.startswith("Instruct: ") and mark and rest.startswith("Query:"):
+            return "Instruct: {task}\n" + rest
+        if head.startswith("task: ") and "|" in head and prompt.endswith("query: "):  # EmbeddingGemma
+            return "task: {task} | query: "
+    return ""
+
+
+def _config(folder: Path, transformer: Path, modules: Sequence[Json]) -> Json:
+    """config.json; for static models, which may have none, what it would say."""
+    static = bool(modules) and str(modules[0]["type"]).endswith(".StaticEmbedding")
+    file = transformer / "config.json"
+    raw = read_object(file, optional=static)
+    if static or raw.get("model_type") == "model2vec":
+        tensors = Tensors(weight_files(transformer))
+        table = tensors["embedding.weight" if "embedding.weight" in tensors else "embeddings"]
+        vocabulary = len(tensors["mapping"]) if "mapping" in tensors else len(table)
+        return {
+            **raw,
+            "model_type": "model2vec",
+            "hidden_size": table.shape[1],
+            "vocab_size": vocabulary,
+            "max_position_embeddings": _STATIC_TOKENS,
+        }
+    return raw or read_object(folder / "config.json")
 
 
 def _modules(folder: Path) -> Sequence[Json]:
     file = folder / "modules.json"
     if not file.exists():
         return ()
-    modules = _read(file)
+    modules = read(file)
     if not isinstance(modules, list) or not modules:
         raise ModelError("modules.json: a list of modules is expected")
     listed = cast("list[Any]", modules)
     for module in listed:
         if not isinstance(module, dict) or not {"type", "path"} <= set(cast("Json", module)):
             raise ModelError("modules.json: each module needs `type` and `path`")
-    if not str(listed[0]["type"]).endswith(".Transformer"):
-        raise ModelError(f"modules.json: the first module is `{listed[0]['type']}`, only Transformer is supported")
-    return sorted(listed, key=lambda module: module.get("idx", listed.index(module)))
-
-
-def _transformer_folder(folder: Path, modules: Sequence[Json]) -> Path:
-    return _inside(folder, str(modules[0]["path"])) if modules else folder
-
-
-def _inside(folder: Path, path: str) -> Path:
-    """A module's folder, which must lie in the model's own."""
-    inner = folder / path
-    if not inner.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"modules.json: path `{path}` leads out of the model's folder")
-    return inner
+    listed = [module for _, module in sorted(enumerate(listed), key=lambda one: one[1].get("idx", one[0]))]
+    if str(listed[0]["type"]).rsplit(".", 1)[-1] not in _FIRST:
+        raise ModelError(f"modules.json: the first module is `{listed[0]['type']}`, only {' or '.join(_FIRST)} is supported")
+    return listed
 
 
 def _max_length(config: Json, limits: Json, folder: Path) -> int:
@@ -181,49 +230,12 @@ def _max_length(config: Json, limits: Json, folder: Path) -> int:
     positions = _number(config, "max_position_embeddings", folder)
     stated = limits.get("max_seq_length")
     if stated is None:
-        stated = _read_object(folder / "tokenizer_config.json", optional=True).get("model_max_length", positions)
+        stated = read_object(folder / "tokenizer_config.json", optional=True).get("model_max_length", positions)
     return max(1, min(int(stated), positions))
 
 
-def _weight_files(folder: Path) -> Sequence[Path]:
-    """model.safetensors, or the shards its index names."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted({str(shard) for shard in _read_object(index)["weight_map"].values()})
-        return [_existing(_inside(folder, shard)) for shard in shards]
-    return [_safetensors(folder)]
-
-
-def _safetensors(folder: Path) -> Path:
-    file = folder / "model.safetensors"
-    if not file.exists() and any(folder.glob("*.bin")):
-        raise ModelError(
-            f"{folder.name}: only pickled weights (.bin) are there; reading a pickle runs code, so npu-proxy refuses. "
-            "Take a revision with model.safetensors, or convert with safetensors' own tool"
-        )
-    return _existing(file)
-
-
-def _existing(file: Path, hint: str = "") -> Path:
-    if not file.is_file():
-        raise ModelError(f"{_where(file)} is missing" + (f"; {hint}" if hint else ""))
-    return file
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(_existing(file).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{_where(file)} is no valid JSON: {error}") from error
-
-
-def _read_object(file: Path, *, optional: bool = False) -> Json:
-    if optional and not file.exists():
-        return {}
-    content = _read(file)
-    if not isinstance(content, dict):
-        raise ModelError(f"{_where(file)}: a JSON object is expected")
-    return cast("Json", content)
+def _architecture(spec: ModelSpec) -> str:
+    return str((spec.config.get("architectures") or [""])[0])
 
 
 def _number(config: Json, key: str, folder: Path) -> int:
@@ -232,9 +244,4 @@ def _number(config: Json, key: str, folder: Path) -> int:
 
 
 def _missing(file: Path, key: str) -> Any:
-    raise ModelError(f"{_where(file)}: `{key}` is missing")
-
-
-def _where(file: Path) -> str:
-    """A file by its folder and name, enough to find it and no more."""
-    return f"{file.parent.name}/{file.name}"
+    raise ModelError(f"{where(file)}: `{key}` is missing")

@@ -1,7 +1,8 @@
 """Tensors of safetensors files, memory-mapped: nothing is read before a graph needs it, and nothing is copied.
 
-The format is eight bytes of header length, a JSON header, and raw little-endian tensors; safetensors' own reader checks
-it first (offsets within the file, no overlaps), because the map is handed to native code.
+Torch's own .bin and .pt files are read whole (models/pickled.py). The format of safetensors is eight bytes of header
+length, a JSON header, and raw little-endian tensors; safetensors' own reader checks it first (offsets within the file, no
+overlaps), because the map is handed to native code.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from npu_proxy.errors import ModelError
+from npu_proxy.models.jsons import inside, read_object, where
+from npu_proxy.models.pickled import read_pickled
 
 Array = npt.NDArray[Any]
 
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
+
+
+class MissingError(ModelError, KeyError):
+    """There is no tensor of that name. A KeyError as well, which is what a mapping's ``get`` expects."""
+
+    __str__ = ModelError.__str__
 
 
 class Tensors(Mapping[str, Array]):
@@ -33,7 +42,11 @@ class Tensors(Mapping[str, Array]):
     def __init__(self, files: Sequence[Path], rename: Callable[[str], str] = str) -> None:
         self._maps: list[mmap.mmap] = []
         self._places: dict[str, tuple[mmap.mmap, int, str, list[int]]] = {}
+        self._read: dict[str, Array] = {}
         for file in files:
+            if file.suffix in (".bin", ".pt"):
+                self._read |= {rename(name): tensor for name, tensor in read_pickled(file).items()}
+                continue
             try:
                 self._open(file, rename)
             except (SafetensorError, OSError, ValueError) as error:
@@ -54,8 +67,10 @@ class Tensors(Mapping[str, Array]):
             self._places[rename(name)] = (mapped, 8 + size + entry["data_offsets"][0], entry["dtype"], entry["shape"])
 
     def __getitem__(self, name: str) -> Array:
+        if name in self._read:
+            return self._read[name]
         if name not in self._places:
-            raise ModelError(f"the weights have no tensor `{name}`")
+            raise MissingError(f"the weights have no tensor `{name}`")
         mapped, start, kind, shape = self._places[name]
         if kind not in _KINDS:
             raise ModelError(f"tensor `{name}` has the type {kind}; known: {', '.join(_KINDS)}")
@@ -72,10 +87,26 @@ class Tensors(Mapping[str, Array]):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._places or name in self._read
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        yield from self._places
+        yield from self._read
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._places) + len(self._read)
+
+
+def weight_files(folder: Path) -> Sequence[Path]:
+    """model.safetensors or the shards its index names; without them, torch's own. Raises ModelError."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            files = [inside(folder, shard) for shard in sorted({str(one) for one in read_object(index)["weight_map"].values()})]
+            missing = next((file for file in files if not file.is_file()), None)
+            if missing is not None:
+                raise ModelError(f"{where(missing)} is missing")
+            return files
+        if whole.is_file():
+            return [whole]
+    raise ModelError(f"{where(folder / 'model.safetensors')} is missing")

@@ -201,7 +201,7 @@ def _served(settings: Settings, model: str) -> tuple[Settings, ModelSpec]:
 
     settings = _with_model(settings, model)
     name, folder = Store(settings.store).resolve(settings.model[0])
-    spec = read_spec(folder, name=name, pooling=settings.pooling)
+    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
     settings = settled(settings, spec)
     return settings, served_spec(settings, spec)
 
@@ -241,7 +241,7 @@ def forget(settings: Settings, folder: Path) -> None:
     from npu_proxy.models.layout import read_spec
 
     try:
-        fingerprint = read_spec(folder, pooling=settings.pooling).fingerprint
+        fingerprint = read_spec(folder, pooling=settings.pooling, max_length=settings.max_length).fingerprint
     except ModelError:
         return
     for one in (fingerprint, *(report.fingerprint for report in quantized.reports(settings.store) if report.of == fingerprint)):

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,14 @@ from npu_proxy.engine.golden import GOLDEN_TEXTS
 from npu_proxy.engine.packing import pack, plan_row
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import InputError, ModelError, SettingsError
-from npu_proxy.graph.heads import fill_pool
-from npu_proxy.graph.packed import NATIVE, Form
+from npu_proxy.graph.packed import NATIVE, Form, RowFormat
 from npu_proxy.models import quantized
 from npu_proxy.models.graphs import Graphs
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import Report
 from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
-from npu_proxy.types import Encoding, Job, Lane, ModelSpec, Pack, Truncate
+from npu_proxy.types import Job, Lane, ModelSpec, Pack
 
 Say = Callable[[str], None]
 _WINDOW = 512
@@ -116,7 +114,7 @@ def quantize(settings: Settings, pairs: Pairs, texts: Sequence[str] = (), *, mos
     most_loss: points of Spearman x100 that it may cost. Raises ModelError when it costs more, SettingsError without NNCF.
     """
     name, folder = Store(settings.store).resolve(settings.model[0])
-    spec = read_spec(folder, name=name, pooling=settings.pooling)
+    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
     if not texts:
         half = pairs.every(0, 2)
         texts, pairs = [*half.one, *half.other], pairs.every(1, 2)
@@ -160,12 +158,11 @@ def quantize(settings: Settings, pairs: Pairs, texts: Sequence[str] = (), *, mos
 
 def calibration_rows(spec: ModelSpec, encoder: TextEncoder, texts: Sequence[str]) -> Iterator[Pack]:
     """The texts in rows as the engine packs them: of many bin lengths, with padding at their ends."""
-    encodings = encoder.encode(texts, "", Truncate.END)
-    jobs = [Job(encoding=one, lane=Lane.BULK, queued_at=0.0, waiters=[]) for one in encodings if isinstance(one, Encoding)]
+    jobs = [Job(encoding=one, lane=Lane.BULK, queued_at=0.0, waiters=[]) for one in encoder.plain(texts)]
     shapes = dynamic_shapes(spec.max_length, ROW_TOKENS, packed=True)
     while jobs:
         plan = plan_row([job.encoding.tokens for job in jobs[:_WINDOW]], shapes)
-        yield pack(jobs, plan, partial(fill_pool, spec.pooling), by_index=spec.pooling.by_index)
+        yield pack(jobs, plan, RowFormat.of(spec), spec.kind)
         taken = {index for bin in plan.bins for index in bin}
         jobs = [job for index, job in enumerate(jobs) if index not in taken]
 

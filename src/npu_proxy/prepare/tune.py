@@ -95,7 +95,7 @@ def tune(settings: Settings, texts: Sequence[str] = (), *, rounds: int = 3, say:
     if rounds < 1:
         raise InputError(f"`rounds` is {rounds}; it must be at least 1", param="rounds")
     name, folder = Store(settings.store).resolve(settings.model[0])
-    spec = read_spec(folder, name=name, pooling=settings.pooling)
+    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
     texts = list(texts) or sample_texts(400)
     contenders = [_Contender(choice) for choice in candidates(settings, spec)]
     say(f"{name} on {machine()}: {len(contenders)} candidates, {len(texts)} texts, {rounds} rounds")

@@ -52,7 +52,7 @@ from npu_proxy.server.registry import Registry
 from npu_proxy.server.shelf import ModelShelf
 from npu_proxy.server.tracing import Tracer, open_tracer
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedRequest
+from npu_proxy.types import EmbedRequest, EmbedResult
 
 DIALECTS: tuple[Dialect, ...] = (openai.DIALECT, ollama.DIALECT, tei.DIALECT, infinity.DIALECT, cohere.DIALECT, vllm.DIALECT)
 """The APIs on the port; a further one is one file and its name here. A body on a path of several goes to the first that wants it"""
@@ -172,16 +172,21 @@ def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
             use.keep_alive = endpoint.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
             ask = endpoint.to_request(body, served)
-            if not isinstance(ask, EmbedRequest):
+            asks = [ask] if isinstance(ask, EmbedRequest) else ask if isinstance(ask, list) else []
+            if not asks or not all(isinstance(one, EmbedRequest) for one in asks):
                 return Answer(ask)
             most = settings.max_client_batch
-            if len(ask.texts) > endpoint.sides * most:
-                raise InputError(f"the request has {len(ask.texts)} texts; at most {most} are allowed (`max_client_batch`)")
-            future = use.loaded.engine.submit(ask, start + exchange.seconds)
-            # What the cache knows is there at once.
-            result = future.result() if future.done() else await unless_gone(exchange.request, asyncio.wrap_future(future))
-            exchange.result = result
-            content = endpoint.to_response(result.raise_first(), body, served)
+            for one in asks:
+                if len(one.texts) > endpoint.sides * most:
+                    raise InputError(f"the request has {len(one.texts)} texts; at most {most} are allowed (`max_client_batch`)")
+            results: list[EmbedResult] = []
+            for future in [use.loaded.engine.submit(one, start + exchange.seconds) for one in asks]:
+                # What the cache knows is there at once.
+                done = future.result() if future.done() else await unless_gone(exchange.request, asyncio.wrap_future(future))
+                results.append(done.raise_first())
+            exchange.result = result = results[-1]
+            ask = asks[-1]
+            content = endpoint.to_response(results if len(results) > 1 else result, body, served)
         return Answer(
             content,
             headers={**dialect.headers(result, ask), **headers_of(result)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import Any, Literal
 
@@ -9,7 +10,9 @@ import msgspec
 
 from npu_proxy.engine.finish import cast
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
-from npu_proxy.server.dialect import Action, Dialect, Endpoint, Served, floats, no_head
+from npu_proxy.server.dialect import Dialect, Endpoint, Served, floats
+from npu_proxy.server.openai import Usage
+from npu_proxy.server.ranks import ranks, to_rank, tokens_used
 from npu_proxy.types import DType, EmbedRequest, EmbedResult, Truncate
 
 Kind = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -17,8 +20,7 @@ InputType = Literal["search_document", "search_query", "classification", "cluste
 Cut = Literal["NONE", "START", "END"]
 
 _TRUNCATE = {"NONE": Truncate.ERROR, "START": Truncate.START, "END": Truncate.END}
-_MEANING = {"search_document": "document", "search_query": "query"}
-"""The others have no counterpart among the prompts of open models."""
+_MEANING = {"search_document": "document", "search_query": "query", "classification": "classification", "clustering": "clustering"}
 
 
 class Content(msgspec.Struct, kw_only=True):
@@ -64,6 +66,45 @@ class RerankBody(msgspec.Struct, kw_only=True):
     max_chunks_per_doc: int | None = None
     max_tokens_per_doc: int | None = None
     truncate_prompt_tokens: int | None = None
+
+
+class RankedText(msgspec.Struct, kw_only=True):
+    """A document as the answer shows it."""
+
+    text: str
+
+
+class RankItem(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A document's place among those of the request, and its score."""
+
+    index: int
+    relevance_score: float
+    document: RankedText | None = None
+
+
+class SearchUnits(msgspec.Struct, kw_only=True):
+    """A search of up to a hundred documents each."""
+
+    search_units: int
+
+
+class RankMeta(msgspec.Struct, kw_only=True):
+    """What stands below every ranking."""
+
+    api_version: Version
+    billed_units: SearchUnits
+
+
+class Ranking(msgspec.Struct, kw_only=True):
+    """Answer of /v1/rerank, /v2/rerank and /v3/rerank: what Cohere, Jina, vLLM and the Model Server give, together."""
+
+    id: str
+    object: Literal["rerank"] = "rerank"
+    model: str
+    created: int
+    results: list[RankItem]
+    usage: Usage
+    meta: RankMeta
 
 
 class Version(msgspec.Struct, kw_only=True):
@@ -153,6 +194,45 @@ def to_v2(result: EmbedResult, body: BodyV2, _: Served) -> AnswerV2:
     return AnswerV2(embeddings=_by_type(result, body.embedding_types or ["float"]), **_common(result, body, "2"))
 
 
+def to_rank_request(body: RerankBody, served: Served) -> list[EmbedRequest]:
+    """The query with each document."""
+    limit = body.max_tokens_per_doc or body.truncate_prompt_tokens
+    documents = [_document(one, body.rank_fields) for one in body.documents]
+    return to_rank(served, body.query, documents, body.top_n or None, max_tokens=limit if limit and limit > 0 else None)
+
+
+def to_ranking(results: EmbedResult | list[EmbedResult], body: RerankBody, served: Served) -> Ranking:
+    """By falling score, with the documents where the body asks for them."""
+    documents = [_document(one, body.rank_fields) for one in body.documents]
+    used = tokens_used(results)
+    return Ranking(
+        id=str(uuid.uuid4()),
+        model=served.asked,
+        created=int(time.time()),
+        results=[
+            RankItem(
+                index=one.index,
+                relevance_score=one.score,
+                document=RankedText(text=documents[one.index]) if body.return_documents else None,
+            )
+            for one in ranks(served, results, body.top_n or None)
+        ],
+        usage=Usage(prompt_tokens=used, total_tokens=used),
+        meta=RankMeta(api_version=Version(version="2"), billed_units=SearchUnits(search_units=-(-len(documents) // 100))),
+    )
+
+
+def _document(given: str | dict[str, str], fields: list[str] | None) -> str:
+    """A document's text: a string, its field `text`, or the fields that `rank_fields` names. Raises InputError."""
+    if isinstance(given, str):
+        return given
+    names = fields or ["text"]
+    found = [given[name] for name in names if name in given]
+    if not found:
+        raise InputError(f"a document has none of the fields {', '.join(names)}", param="documents")
+    return "\n".join(found)
+
+
 def to_error(error: NpuProxyError, _: int) -> Error:
     """A message."""
     return Error(message=str(error))
@@ -193,7 +273,14 @@ DIALECT = Dialect(
         ),
         Endpoint(path="/v2/embed", summary="Embed texts", body=BodyV2, response=AnswerV2, to_request=to_request, to_response=to_v2),
         *(
-            Action(path=path, summary="Rank documents (needs a reranker)", body=RerankBody, response=None, answer=no_head)
+            Endpoint(
+                path=path,
+                summary="Rank documents (needs a reranker)",
+                body=RerankBody,
+                response=Ranking,
+                to_request=to_rank_request,
+                to_response=to_ranking,
+            )
             for path in ("/v1/rerank", "/v2/rerank")
         ),
     ],

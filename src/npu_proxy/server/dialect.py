@@ -47,12 +47,6 @@ class NoBodyError(InputError):
     kind = "no_body"
 
 
-class UnsupportedError(InputError):
-    """The loaded model is of another kind than the route is for."""
-
-    kind = "unsupported"
-
-
 class ForbiddenError(InputError):
     """The route is switched off."""
 
@@ -157,8 +151,9 @@ class Shelf(Protocol):
 
 
 ToRequest = Callable[[Any, Served], Any]
-"""Body to EmbedRequest; whatever else it returns is the answer."""
-ToResponse = Callable[[EmbedResult, Any, Served], Any]
+"""Body to EmbedRequest, or to a list of them where several make an answer; whatever else it returns is the answer."""
+ToResponse = Callable[[Any, Any, Served], Any]
+"""EmbedResult (or a list of them), body and model to the answer."""
 
 
 class Fields(msgspec.Struct):
@@ -268,11 +263,6 @@ def header_text(text: str) -> str:
 def floats(result: EmbedResult) -> npt.NDArray[np.float32]:
     """The vectors [n, width] of a request for float32."""
     return np.asarray(result.embeddings, np.float32)
-
-
-def no_head(_: Any, served: Served) -> Any:
-    """For routes that need a head the model does not have. Raises UnsupportedError."""
-    raise UnsupportedError(f"{served.spec.name} is an embedding model; it has no head for this route", param="model")
 
 
 def text_inputs(given: str | Sequence[str | int | list[int]], served: Served, param: str) -> list[TextInput]:

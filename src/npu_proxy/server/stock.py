@@ -62,7 +62,7 @@ class Stock:
         if known is not None and known[0] == changed:
             return known[1]
         try:
-            spec = read_spec(stored.folder, name=stored.name, pooling=self.settings.pooling)
+            spec = read_spec(stored.folder, name=stored.name, pooling=self.settings.pooling, max_length=self.settings.max_length)
         except (ModelError, OSError) as error:
             log.info("%s cannot be served: %s", stored.name, error)
         self._specs[stored.folder] = (changed, spec)

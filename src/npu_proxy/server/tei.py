@@ -6,9 +6,11 @@ from typing import Literal
 
 import msgspec
 
+from npu_proxy.engine.verbs import sparse_of, tokens_of
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
-from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, Shelf, floats, header_text, no_head
-from npu_proxy.types import EmbedRequest, EmbedResult, TextInput, Truncate
+from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, Shelf, floats, header_text
+from npu_proxy.server.ranks import classes, ranks, to_classes, to_rank
+from npu_proxy.types import EmbedRequest, EmbedResult, Kind, ModelSpec, Pair, TextInput, Truncate
 from npu_proxy.version import __version__
 
 Direction = Literal["left", "right", "Left", "Right"]
@@ -109,6 +111,49 @@ class RerankBody(msgspec.Struct, kw_only=True):
     truncation_direction: Direction | None = None
 
 
+class Entry(msgspec.Struct, kw_only=True):
+    """An entry of the vocabulary and its weight."""
+
+    index: int
+    value: float
+
+
+class Prediction(msgspec.Struct, kw_only=True):
+    """A label and its score."""
+
+    score: float
+    label: str
+
+
+class Rank(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A text's place among those of the request, and its score."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class Pooled(msgspec.Struct, kw_only=True):
+    """How a model embeds."""
+
+    pooling: str
+
+
+class Labels(msgspec.Struct, kw_only=True):
+    """Labels by number and numbers by label."""
+
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
+class ModelType(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One of them: what the model is, by which clients know the routes to call."""
+
+    embedding: Pooled | None = None
+    reranker: Labels | None = None
+    classifier: Labels | None = None
+
+
 class Info(msgspec.Struct, kw_only=True):
     """Answer of GET /info."""
 
@@ -116,7 +161,7 @@ class Info(msgspec.Struct, kw_only=True):
     model_sha: str | None
     model_dtype: str
     served_model_name: str
-    model_type: dict[str, dict[str, str]]
+    model_type: ModelType
     max_concurrent_requests: int
     max_input_length: int
     max_batch_tokens: int
@@ -236,7 +281,7 @@ def info(shelf: Shelf, _: str) -> Info:
         model_sha=spec.fingerprint,
         model_dtype={"fp32": "float32", "fp16": "float16", "int8": "int8"}[spec.precision],
         served_model_name=names[0] if names else spec.name,
-        model_type={"embedding": {"pooling": pooling}},
+        model_type=_model_type(spec, pooling),
         max_concurrent_requests=settings.max_queue_items,
         max_input_length=spec.max_length,
         max_batch_tokens=settings.max_queue_tokens,
@@ -246,6 +291,83 @@ def info(shelf: Shelf, _: str) -> Info:
         tokenization_workers=1,
         version=__version__,
     )
+
+
+def _model_type(spec: ModelSpec, pooling: str) -> ModelType:
+    """What clients look at to know which routes to call."""
+    if spec.kind is not Kind.SCORES:
+        return ModelType(embedding=Pooled(pooling=pooling))
+    names = {str(number): label for number, label in enumerate(spec.labels)}
+    numbers = {label: number for number, label in enumerate(spec.labels)}
+    labels = Labels(id2label=names, label2id=numbers)
+    return ModelType(reranker=labels) if len(spec.labels) == 1 else ModelType(classifier=labels)
+
+
+def to_sparse_request(body: AllBody, served: Served) -> EmbedRequest:
+    """Texts or token ids, for weights of the vocabulary."""
+    return _all(body, served, Kind.SPARSE)
+
+
+def to_sparse(result: EmbedResult, _: AllBody, __: Served) -> list[list[Entry]]:
+    """The weights that are not 0, of each text."""
+    return [[Entry(index=int(index), value=float(value)) for index, value in zip(*one, strict=True)] for one in sparse_of(result)]
+
+
+def to_all_request(body: AllBody, served: Served) -> EmbedRequest:
+    """Texts or token ids, for a vector a token."""
+    return _all(body, served, Kind.TOKENS)
+
+
+def to_all(result: EmbedResult, _: AllBody, __: Served) -> list[Vectors]:
+    """The vectors of each text's tokens."""
+    return [one.tolist() for one in tokens_of(result)]
+
+
+def _all(body: AllBody, served: Served, want: Kind) -> EmbedRequest:
+    truncate = _truncate(body.truncate, body.truncation_direction)
+    texts = _inputs(body.inputs, served)
+    return EmbedRequest(texts=texts, want=want, truncate=truncate, prompt_name=body.prompt_name, normalize=False)
+
+
+def to_predict_request(body: PredictBody, served: Served) -> EmbedRequest:
+    """Texts and pairs. Raises InputError for a list that is neither."""
+    truncate = _truncate(body.truncate, body.truncation_direction)
+    return to_classes(served, _predicted(body)[0], truncate)
+
+
+def to_predictions(result: EmbedResult, body: PredictBody, served: Served) -> list[Prediction] | list[list[Prediction]]:
+    """Labels by falling score; a list of them where the body had a list."""
+    found = classes(served, result, raw=bool(body.raw_scores))
+    shown = [[Prediction(score=one.score, label=one.label) for one in text] for text in found]
+    return shown[0] if _predicted(body)[1] else shown
+
+
+def _predicted(body: PredictBody) -> tuple[list[TextInput], bool]:
+    """What is predicted, and whether it is a single one. `["a", "b"]` is one pair."""
+    given = body.inputs
+    if isinstance(given, str):
+        return [given], True
+    if len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], str):
+        return [Pair(given[0], given[1])], True
+    texts: list[TextInput] = []
+    for one in given:
+        if not isinstance(one, list) or len(one) not in (1, 2):
+            raise InputError("`inputs` is a text, a pair, or a list of lists of one or two texts", param="inputs")
+        texts.append(one[0] if len(one) == 1 else Pair(one[0], one[1]))
+    if not texts:
+        raise EmptyInputError("`inputs` cannot be empty", param="inputs")
+    return texts, False
+
+
+def to_ranks_request(body: RerankBody, served: Served) -> list[EmbedRequest]:
+    """The query with each text."""
+    return to_rank(served, body.query, body.texts, None, truncate=_truncate(body.truncate, body.truncation_direction))
+
+
+def to_ranks(results: EmbedResult | list[EmbedResult], body: RerankBody, served: Served) -> list[Rank]:
+    """By falling score."""
+    found = ranks(served, results, raw=bool(body.raw_scores))
+    return [Rank(index=one.index, score=one.score, text=body.texts[one.index] if body.return_text else None) for one in found]
 
 
 def to_error(error: NpuProxyError, status: int) -> Error:
@@ -319,17 +441,37 @@ DIALECT = Dialect(
             when=lambda fields: not fields.has("prompt") and not fields.has("text"),
         ),
         Action(path="/decode", summary="Text of token ids", body=DecodeBody, response=list[str], answer=decode),
-        *(
-            Action(path=path, summary="For models with another head", body=AllBody, response=None, answer=no_head)
-            for path in ("/embed_sparse", "/embed_all")
+        Endpoint(
+            path="/embed_sparse",
+            summary="Weights of vocabulary entries (needs a sparse model)",
+            body=AllBody,
+            response=list[list[Entry]],
+            to_request=to_sparse_request,
+            to_response=to_sparse,
         ),
-        Action(path="/predict", summary="Classify (needs a classifier)", body=PredictBody, response=None, answer=no_head),
-        Action(
+        Endpoint(
+            path="/embed_all",
+            summary="A vector a token (needs late interaction, or pooling none)",
+            body=AllBody,
+            response=list[Vectors],
+            to_request=to_all_request,
+            to_response=to_all,
+        ),
+        Endpoint(
+            path="/predict",
+            summary="Classify (needs a classifier)",
+            body=PredictBody,
+            response=list[Prediction | list[Prediction]],
+            to_request=to_predict_request,
+            to_response=to_predictions,
+        ),
+        Endpoint(
             path="/rerank",
             summary="Rank texts (needs a reranker)",
             body=RerankBody,
-            response=None,
-            answer=no_head,
+            response=list[Rank],
+            to_request=to_ranks_request,
+            to_response=to_ranks,
             when=lambda fields: fields.has("texts") or not fields.has("documents"),
         ),
         Query(path="/info", summary="Model and limits", response=Info, answer=info),

@@ -8,12 +8,34 @@ from typing import Any, Literal
 
 import msgspec
 
+from npu_proxy.engine.finish import relevance
+from npu_proxy.engine.verbs import check_classifier, probabilities, sigmoid
 from npu_proxy.errors import EmptyInputError, InputError
-from npu_proxy.server.cohere import RerankBody
-from npu_proxy.server.dialect import Action, Dialect, Endpoint, Fields, Served, floats, no_head, text_inputs
+from npu_proxy.server.cohere import Ranking, RerankBody, to_rank_request, to_ranking
+from npu_proxy.server.dialect import Action, Dialect, Endpoint, Fields, Served, floats, text_inputs
 from npu_proxy.server.infinity import Error, to_error
 from npu_proxy.server.openai import Usage
-from npu_proxy.types import DType, EmbedRequest, EmbedResult
+from npu_proxy.types import DType, EmbedRequest, EmbedResult, Kind, Pair
+
+
+class Classified(msgspec.Struct, kw_only=True):
+    """The likeliest label of a text, and the share of every label."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classification(msgspec.Struct, kw_only=True):
+    """Answer of POST /classify as vLLM has it."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
 
 
 class PoolingBody(msgspec.Struct, kw_only=True):
@@ -146,18 +168,42 @@ def from_pooling(result: EmbedResult, _: PoolingBody, served: Served) -> Pooling
     return Pooling(data=[Pooled(index=index, data=vector) for index, vector in enumerate(vectors)], **_common(result, served))
 
 
-def to_score(body: ScoreBody, _: Served) -> EmbedRequest:
-    """The left texts, then the right ones. Raises InputError where they do not pair."""
+def to_score(body: ScoreBody, served: Served) -> EmbedRequest:
+    """The left texts, then the right ones; for a cross-encoder each pair. Raises InputError where they do not pair."""
     left, right = _sides(body)
-    return EmbedRequest(texts=[*left, *right], max_tokens=_limit(body.truncate_prompt_tokens))
+    limit = _limit(body.truncate_prompt_tokens)
+    if served.spec.kind is Kind.SCORES:
+        pairs = [Pair(left[index if len(left) > 1 else 0], one) for index, one in enumerate(right)]
+        return EmbedRequest(texts=pairs, want=Kind.SCORES, max_tokens=limit)
+    return EmbedRequest(texts=[*left, *right], max_tokens=limit)
 
 
 def from_score(result: EmbedResult, body: ScoreBody, served: Served) -> Scores:
-    """A cosine a pair."""
+    """A cosine a pair, or what the cross-encoder says."""
+    if served.spec.kind is Kind.SCORES:
+        found = sigmoid(relevance(floats(result)))
+        return Scores(data=[Score(index=index, score=float(one)) for index, one in enumerate(found)], **_common(result, served))
     left = len(_sides(body)[0])
     vectors = floats(result)
     cosines = (vectors[:left] * vectors[left:]).sum(axis=1)  # one on the left goes with each on the right
     return Scores(data=[Score(index=index, score=float(one)) for index, one in enumerate(cosines)], **_common(result, served))
+
+
+def to_classify(body: ClassifyBody, served: Served) -> EmbedRequest:
+    """Texts or token ids. Raises UnsupportedError for a model without labels."""
+    check_classifier(served.spec)
+    return EmbedRequest(texts=text_inputs(body.input, served, "input"), want=Kind.SCORES)
+
+
+def from_classify(result: EmbedResult, _: ClassifyBody, served: Served) -> Classification:
+    """The shares of all labels, in the model's order."""
+    labels = served.spec.labels
+    rows = probabilities(served.spec, result)
+    data = [
+        Classified(index=index, label=labels[int(row.argmax())], probs=row.tolist(), num_classes=len(labels))
+        for index, row in enumerate(rows)
+    ]
+    return Classification(data=data, **_common(result, served))
 
 
 def tokenize(body: TokenizeBody, served: Served) -> Tokens:
@@ -247,8 +293,22 @@ DIALECT = Dialect(
             for path in ("/tokenize", "/v3/tokenize")
         ),
         Action(path="/detokenize", summary="Text of token ids", body=DetokenizeBody, response=Prompt, answer=detokenize),
-        Action(path="/classify", summary="Classify (needs a classifier)", body=ClassifyBody, response=None, answer=no_head),
-        Action(path="/v3/rerank", summary="Rank documents (needs a reranker)", body=RerankBody, response=None, answer=no_head),
+        Endpoint(
+            path="/classify",
+            summary="Classify (needs a classifier)",
+            body=ClassifyBody,
+            response=Classification,
+            to_request=to_classify,
+            to_response=from_classify,
+        ),
+        Endpoint(
+            path="/v3/rerank",
+            summary="Rank documents (needs a reranker)",
+            body=RerankBody,
+            response=Ranking,
+            to_request=to_rank_request,
+            to_response=to_ranking,
+        ),
     ],
     error=Error,
     to_error=to_error,

@@ -1,0 +1,178 @@
+"""What rerank, classify and the other verbs ask of an engine, and what they make of its answer. Pure functions.
+
+Both engines and every dialect use these, so that a rank is the same number wherever it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from npu_proxy.engine.finish import normalize, relevance
+from npu_proxy.errors import EmptyInputError, InputError, UnsupportedError
+from npu_proxy.types import EmbedRequest, EmbedResult, Kind, ModelSpec, Pair, Similarity, SparseVector, Truncate, Vector
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document's place among those that were given, and its score."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A label of a classifier and its score."""
+
+    label: str
+    score: float
+
+
+# -- rerank --------------------------------------------------------------------------------------------------------------
+
+
+def rank_requests(
+    spec: ModelSpec,
+    query: str,
+    documents: Sequence[str],
+    *,
+    truncate: Truncate = Truncate.END,
+    max_tokens: int | None = None,
+    deadline: float | None = None,
+) -> list[EmbedRequest]:
+    """What to submit so that ``ranking`` can rank: pairs for a cross-encoder, the two sides for late interaction.
+
+    Raises InputError for empty input, UnsupportedError for a model that does not rank.
+    """
+    if not query:
+        raise EmptyInputError("the query is empty", param="query")
+    if not documents:
+        raise EmptyInputError("there is no document to rank", param="documents")
+    if spec.kind is Kind.SCORES:
+        if len(spec.labels) > 2:
+            labels = ", ".join(spec.labels[:5])
+            raise UnsupportedError(
+                f"{spec.name} is a classifier of {len(spec.labels)} labels ({labels}), it does not rank", param="model"
+            )
+        pairs = [Pair(query, document) for document in documents]
+        return [EmbedRequest(texts=pairs, want=Kind.SCORES, truncate=truncate, max_tokens=max_tokens, deadline=deadline)]
+    if Kind.TOKENS in spec.kind.gives:
+        sides: list[tuple[str, Sequence[str]]] = [("query", [query]), ("document", documents)]
+        return [
+            EmbedRequest(
+                texts=texts,
+                want=Kind.TOKENS,
+                input_type=side,
+                truncate=Truncate.END if side == "query" and truncate is Truncate.CHUNK else truncate,
+                max_tokens=max_tokens,
+                deadline=deadline,
+            )
+            for side, texts in sides
+        ]
+    raise UnsupportedError(f"{spec.name} has no head for ranking; that needs a cross-encoder or late interaction", param="model")
+
+
+def ranking(spec: ModelSpec, results: Sequence[EmbedResult], *, top_n: int | None = None, raw: bool = False) -> list[Ranked]:
+    """Documents by falling score; of equal ones the first first.
+
+    A cross-encoder's score is the sigmoid of its logit (of two labels, the share of the second), or with ``raw`` the logit; late
+    interaction's is the sum over the query's tokens of the best cosine (MaxSim, Khattab and Zaharia 2020).
+    """
+    if top_n is not None and top_n < 1:
+        raise InputError(f"top_n must be at least 1, not {top_n}", param="top_n")
+    for result in results:
+        result.raise_first()
+    if spec.kind is Kind.SCORES:
+        logits = relevance(np.asarray(results[0].embeddings, np.float32))
+        scores = logits if raw else sigmoid(logits)
+    else:
+        query, *documents = (np.asarray(one, np.float32) for result in results for one in result.embeddings)
+        scores = np.array([max_sim(query, document) for document in documents], np.float32)
+    order = np.argsort(-scores, kind="stable")[:top_n]
+    return [Ranked(int(index), float(scores[index])) for index in order]
+
+
+def max_sim(query: Array, document: Array) -> float:
+    """Sum over the query's tokens [q, width] of the largest product with a token of the document [d, width]."""
+    return float((query @ document.T).max(axis=1).sum()) if len(document) else float("-1e9")
+
+
+def sigmoid(logits: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow."""
+    return (0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))).astype(np.float32)
+
+
+# -- classify ------------------------------------------------------------------------------------------------------------
+
+
+def check_classifier(spec: ModelSpec) -> None:
+    """Raise UnsupportedError for a model without labels."""
+    if spec.kind is not Kind.SCORES:
+        raise UnsupportedError(
+            f"{spec.name} has no head for classifying; that needs a model for sequence classification", param="model"
+        )
+
+
+def probabilities(spec: ModelSpec, result: EmbedResult, *, raw: bool = False) -> Array:
+    """Scores [n, labels]: softmax, or sigmoid where several labels may hold at once; logits with ``raw``."""
+    logits = np.asarray(result.raise_first().embeddings, np.float32)
+    if raw or spec.activation == "identity":
+        return logits
+    if spec.activation == "sigmoid":
+        return sigmoid(logits)
+    grown = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64))
+    return (grown / grown.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def labels(spec: ModelSpec, scores: Array, top_n: int | None = None) -> list[list[Label]]:
+    """Of each text the labels by falling score."""
+    if top_n is not None and top_n < 1:
+        raise InputError(f"top_n must be at least 1, not {top_n}", param="top_n")
+    orders = np.argsort(-scores, axis=1, kind="stable")[:, :top_n]
+    return [
+        [Label(spec.labels[int(index)], float(row[index])) for index in order] for row, order in zip(scores, orders, strict=True)
+    ]
+
+
+# -- similarity ----------------------------------------------------------------------------------------------------------
+
+
+def similarity(one: Array, other: Array, how: Similarity = "cosine") -> Array:
+    """How alike vectors [n, width] and [m, width] are, [n, m]; distances are negative, so that larger is always closer.
+
+    The definitions are those of sentence-transformers.
+    """
+    one, other = np.atleast_2d(np.asarray(one, np.float32)), np.atleast_2d(np.asarray(other, np.float32))
+    match how:
+        case "cosine":
+            return normalize(one) @ normalize(other).T
+        case "dot":
+            return one @ other.T
+        case "euclidean":
+            return -np.sqrt(np.stack([((row - other).astype(np.float64) ** 2).sum(axis=1) for row in one])).astype(np.float32)
+        case "manhattan":
+            return -np.stack([np.abs(row - other).sum(axis=1) for row in one])
+        case _:
+            raise InputError(f"similarity must be cosine, dot, euclidean or manhattan, not `{how}`", param="similarity")
+
+
+def sparse_dot(one: SparseVector, other: SparseVector) -> float:
+    """Product of two sparse vectors."""
+    _, left, right = np.intersect1d(one.indices, other.indices, assume_unique=True, return_indices=True)
+    return float(one.values[left] @ other.values[right])
+
+
+def sparse_of(result: EmbedResult) -> list[SparseVector]:
+    """The sparse answers of a request."""
+    return [one for one in result.raise_first().embeddings if isinstance(one, SparseVector)]
+
+
+def tokens_of(result: EmbedResult) -> list[Vector]:
+    """The token answers of a request."""
+    return [np.asarray(one) for one in result.raise_first().embeddings]

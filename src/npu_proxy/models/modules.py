@@ -1,0 +1,127 @@
+"""What stands behind the transformer in a sentence-transformers folder, read module by module. A module type is one row.
+
+Source: the folders that sentence-transformers 2 to 6 and PyLate write.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from npu_proxy.errors import ModelError
+from npu_proxy.graph.heads import ACTIVATIONS
+from npu_proxy.models.jsons import Json, inside, read_object, where
+from npu_proxy.models.weights import Tensors, weight_files
+from npu_proxy.types import Dense, Kind, Pooling
+
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": Pooling.CLS,
+    "pooling_mode_mean_tokens": Pooling.MEAN,
+    "pooling_mode_max_tokens": Pooling.MAX,
+    "pooling_mode_mean_sqrt_len_tokens": Pooling.MEAN_SQRT_LENGTH,
+    "pooling_mode_weightedmean_tokens": Pooling.WEIGHTED_MEAN,
+    "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
+}
+_STORED = tuple(_POOLING_FLAGS.values())
+
+
+class Stack:
+    """The modules behind a transformer whose token vectors have ``width`` numbers."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        self.width = width
+        self.pooling: Pooling | None = None
+        self.dense: list[Dense] = []
+        self.normalizes = False
+        self.include_prompt = True
+        self.skip: Json = {}
+        """config.json of a MultiVectorMask."""
+        self.kind = Kind.DENSE
+        self._vocabulary = vocabulary
+
+    def add(self, modules: Sequence[Json], folder: Path) -> None:
+        """Read the modules in their order. Raises ModelError for one that is not known."""
+        for module in modules:
+            kind = str(module["type"]).rsplit(".", 1)[-1]
+            if kind not in _MODULES:
+                raise ModelError(f"modules.json: module type `{module['type']}` is not supported; known: {', '.join(_MODULES)}")
+            _MODULES[kind](self, inside(folder, str(module["path"])))
+
+    def add_pooling(self, folder: Path) -> None:
+        file = folder / "config.json"
+        config = read_object(file)
+        if self.pooling is not None:
+            raise ModelError(f"{where(file)}: a second Pooling module; one is supported")
+        if "pooling_mode" in config:  # sentence-transformers 5 and later
+            named = config["pooling_mode"]
+            chosen = [Pooling(mode) for mode in ([named] if isinstance(named, str) else named) if mode in _STORED]
+        else:
+            chosen = [pooling for flag, pooling in _POOLING_FLAGS.items() if config.get(flag)]
+        if len(chosen) != 1:
+            found = " and ".join(chosen) if chosen else "none known"
+            raise ModelError(f"{where(file)}: exactly one pooling mode is needed, found {found}")
+        width = config.get("word_embedding_dimension", config.get("embedding_dimension", self.width))
+        if width != self.width:
+            raise ModelError(f"{where(file)}: pools {width} numbers a token, the transformer makes {self.width}")
+        self.include_prompt = config.get("include_prompt") is not False
+        self.pooling = chosen[0]
+
+    def add_splade(self, folder: Path) -> None:
+        file = folder / "config.json"
+        config = read_object(file)
+        strategy, activation = config.get("pooling_strategy", "max"), config.get("activation_function", "relu")
+        if strategy != "max" or activation != "relu":
+            raise ModelError(f"{where(file)}: SPLADE with {strategy} of {activation} is not supported, only max of relu")
+        self.kind, self.pooling, self.width = Kind.SPARSE, Pooling.SPLADE, self._vocabulary
+
+    def add_dense(self, folder: Path) -> None:
+        file = folder / "config.json"
+        config = read_object(file)
+        activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        if activation not in ACTIVATIONS:
+            raise ModelError(f"{where(file)}: activation `{activation}` is not supported; known: {', '.join(ACTIVATIONS)}")
+        if config.get("use_residual"):
+            raise ModelError(f"{where(file)}: use_residual is not supported")
+        made = read_dense(Tensors(weight_files(folder)), "linear.", activation)
+        if made.weight.shape != (config.get("out_features"), config.get("in_features")) or made.weight.shape[1] != self.width:
+            raise ModelError(f"{where(file)}: the weight is {made.weight.shape}, the config and the module before it say otherwise")
+        self.dense.append(made)
+        self.width = made.weight.shape[0]
+
+    def add_normalize(self, folder: Path) -> None:
+        self.normalizes = True
+
+    def add_mask(self, folder: Path) -> None:
+        config = read_object(folder / "config.json", optional=True)
+        if config.get("keep_only_token_ids"):
+            raise ModelError(f"{where(folder / 'config.json')}: keep_only_token_ids is not supported")
+        self.kind, self.pooling, self.skip = Kind.TOKENS, Pooling.NONE, config
+
+
+_MODULES: dict[str, Callable[[Stack, Path], None]] = {
+    "Pooling": Stack.add_pooling,
+    "SpladePooling": Stack.add_splade,
+    "Dense": Stack.add_dense,
+    "Normalize": Stack.add_normalize,
+    "MultiVectorMask": Stack.add_mask,
+}
+
+
+def read_dense(tensors: Tensors, prefix: str, activation: str = "torch.nn.modules.linear.Identity") -> Dense:
+    """The linear layer ``{prefix}weight``, ``{prefix}bias`` of some tensors. Raises ModelError."""
+    weight = np.asarray(tensors[f"{prefix}weight"], np.float32)
+    bias = np.asarray(tensors[f"{prefix}bias"], np.float32) if f"{prefix}bias" in tensors else None
+    return Dense(weight=weight, bias=bias, activation=activation)
+
+
+def skipped(mask: Json, tokenizer_file: Path) -> frozenset[int]:
+    """Ids of the words of a MultiVectorMask that get no vector: those that are entries of the vocabulary."""
+    words: Any = mask.get("skiplist_words", list(string.punctuation))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    ids = (tokenizer.token_to_id(str(word)) for word in words)
+    return frozenset(number for number in ids if number is not None)

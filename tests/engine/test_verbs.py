@@ -1,0 +1,163 @@
+"""Rerank, classify, similarity and long texts: as functions, through an engine, and by a real model."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from conftest import GOLDEN
+from npu_proxy import Chunking, EmbedRequest, Engine, InputError, Kind, Pair, Settings, UnsupportedError
+from npu_proxy.engine.verbs import max_sim, sigmoid, similarity
+from npu_proxy.types import Truncate
+
+CPU = Settings(device="cpu")
+QUERY, DOCUMENTS = "the cat", ["the cat sleeps", "sea sea sea", "x", "the red cat eats fast"]
+
+
+def engine(name: str, **settings: object) -> Engine:
+    return Engine(GOLDEN / name, settings=Settings(device="cpu", **settings))
+
+
+def test_a_cross_encoder_ranks_by_its_logits() -> None:
+    with engine("bert_rerank") as ranker:
+        pairs = [Pair(QUERY, document) for document in DOCUMENTS]
+        logits = np.asarray(ranker.submit(EmbedRequest(texts=pairs, want=Kind.SCORES)).result().embeddings)[:, 0]
+        raw = ranker.rerank(QUERY, DOCUMENTS, raw=True)
+        assert [one.index for one in raw] == np.argsort(-logits).tolist()
+        np.testing.assert_allclose([one.score for one in raw], np.sort(logits)[::-1], atol=1e-6)
+        best = ranker.rerank(QUERY, DOCUMENTS, top_n=2)
+        assert [one.index for one in best] == [one.index for one in raw[:2]]
+        np.testing.assert_allclose([one.score for one in best], 1 / (1 + np.exp(-np.sort(logits)[::-1][:2])), atol=1e-6)
+        for wrong in (
+            {"query": "", "documents": ["a"]},
+            {"query": "a", "documents": []},
+            {"query": "a", "documents": ["b"], "top_n": 0},
+        ):
+            with pytest.raises(InputError):
+                ranker.rerank(**wrong)
+        with pytest.raises(UnsupportedError, match="no head for dense vectors"):
+            ranker.embed(["a"])
+
+
+def test_late_interaction_ranks_by_the_best_token() -> None:
+    folder = GOLDEN / "colbert"
+    texts, answers = json.loads((folder / "texts.json").read_text()), np.load(folder / "answers.npz")
+    wanted = [float((answers["query0"] @ answers[str(index)].T).max(axis=1).sum()) for index in range(len(texts))]
+    with engine("colbert") as ranker:
+        found = ranker.rerank(texts[0], texts)
+        assert [one.index for one in found] == np.argsort(-np.array(wanted), kind="stable").tolist()
+        np.testing.assert_allclose([one.score for one in found], np.sort(wanted)[::-1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "several"), [("roberta_labels", False), ("distilbert_labels", True)])
+def test_a_classifier_gives_labels_by_falling_score(name: str, several: bool) -> None:
+    stored = json.loads((GOLDEN / name / "texts.json").read_text())
+    logits = np.load(GOLDEN / name / "answers.npz")["single0"]
+    with engine(name) as classifier:
+        (found,) = classifier.classify(stored["texts"][:1])
+        (raw,) = classifier.classify(stored["texts"][:1], raw=True, top_n=1)
+    order = np.argsort(-logits)
+    assert [one.label for one in found] == [f"LABEL_{index}" for index in order]
+    scores = 1 / (1 + np.exp(-logits)) if several else np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose([one.score for one in found], scores[order], atol=1e-5)
+    assert [one.label for one in raw] == [found[0].label]
+    assert raw[0].score == pytest.approx(logits.max(), abs=1e-4)
+
+
+def test_what_a_model_does_not_give_is_refused_with_the_cure() -> None:
+    with engine("mean") as dense:
+        for call in (
+            lambda: dense.rerank("a", ["b"]),
+            lambda: dense.classify(["a"]),
+            lambda: dense.embed_sparse(["a"]),
+            lambda: dense.embed_tokens(["a"]),
+        ):
+            with pytest.raises(UnsupportedError, match="has no head for"):
+                call()
+        result = dense.submit(EmbedRequest(texts=["a", Pair("a", "b")])).result()
+        assert isinstance(result.errors[1], UnsupportedError)
+        assert result.errors[0] is None
+
+
+@given(arrays.arrays(np.float32, (3, 5), elements=st.floats(-9, 9, width=32)))
+def test_similarities_are_those_of_their_definitions(vectors: np.ndarray) -> None:
+    exact = vectors.astype(np.float64)
+    away = exact[:, None] - exact[None]
+    np.testing.assert_allclose(similarity(vectors, vectors, "dot"), exact @ exact.T, atol=1e-3)
+    np.testing.assert_allclose(similarity(vectors, vectors, "euclidean"), -np.sqrt((away**2).sum(-1)), atol=1e-4)
+    np.testing.assert_allclose(similarity(vectors, vectors, "manhattan"), -np.abs(away).sum(-1), atol=1e-4)
+    assert (np.abs(similarity(vectors, vectors, "cosine")) <= 1 + 1e-5).all()
+
+
+def test_numbers_at_the_ends() -> None:
+    np.testing.assert_array_equal(sigmoid(np.array([-1e30, 0, 1e30], np.float32)), [0, 0.5, 1])
+    assert max_sim(np.ones([2, 4], np.float32), np.zeros([0, 4], np.float32)) < -1e8
+
+
+# -- long texts ----------------------------------------------------------------------------------------------------------
+
+LONG = "the cat sleeps in the red house. " * 30
+
+
+def test_a_long_text_is_the_mean_of_its_chunks_by_length() -> None:
+    with engine("mean") as dense:
+        request = EmbedRequest(texts=[LONG, "the cat"], truncate=Truncate.CHUNK, chunking=Chunking(overlap=5, spans=True))
+        result = dense.submit(request).result().raise_first()
+        assert list(result.truncated) == [False, False]
+        chunks = result.chunks[0]
+        assert len(chunks) > 3
+        own = dense.embed([LONG[one.start : one.stop] for one in chunks])
+        tokens = np.array([one.tokens for one in chunks], np.float64)[:, None]
+        mean = (own * tokens).sum(axis=0)
+        np.testing.assert_allclose(result.embeddings[0], mean / np.linalg.norm(mean), atol=1e-5)
+        np.testing.assert_allclose(result.embeddings[1], dense.embed(["the cat"])[0], atol=1e-6)
+        assert result.tokens[0] == tokens.sum()
+        assert [one.stop for one in result.chunks[1]] == [7]
+        kept = dense.embed([LONG], truncate="chunk", chunking=Chunking(overlap=5))[0]
+        np.testing.assert_allclose(kept, result.embeddings[0], atol=1e-6)
+        with pytest.raises(InputError, match="overlap"):
+            dense.embed([LONG], truncate="chunk", chunking=Chunking(overlap=500))
+
+
+def test_a_ranker_takes_the_best_chunk() -> None:
+    with engine("bert_rerank") as ranker:
+        request = EmbedRequest(
+            texts=[Pair(QUERY, LONG + "sea moon star " * 9)],
+            want=Kind.SCORES,
+            truncate=Truncate.CHUNK,
+            chunking=Chunking(spans=True),
+        )
+        result = ranker.submit(request).result().raise_first()
+        best = max(float(one.vector[0]) for one in result.chunks[0])
+        assert float(result.embeddings[0][0]) == best
+        assert len(result.chunks[0]) > 3
+        found = ranker.rerank(QUERY, [LONG], truncate="chunk", raw=True)
+        cut = ranker.rerank(QUERY, [LONG], raw=True)
+        assert found[0].score >= cut[0].score - 1e-4
+
+
+def test_prompts_by_type_by_text_and_by_instruction() -> None:
+    with engine("mean") as dense:
+        named = dense.embed(["cat"], prompt_name="query")
+        np.testing.assert_array_equal(dense.embed(["cat"], prompt="one two "), named)
+        np.testing.assert_array_equal(dense.embed(["cat"], input_type="query"), named)
+        np.testing.assert_array_equal(dense.embed(["one two cat"]), named)
+        np.testing.assert_array_equal(dense.embed(["cat"], input_type="clustering"), dense.embed(["cat"]))
+        with pytest.raises(InputError, match="takes no instructions"):
+            dense.embed(["cat"], instruction="find")
+        with pytest.raises(InputError, match="both say"):
+            dense.embed(["cat"], prompt="a", prompt_name="query")
+
+
+def test_token_and_sparse_answers_come_back_from_the_cache() -> None:
+    for name in ("colbert", "bert_splade"):
+        with engine(name) as late:
+            kind = late.spec.kind
+            ask = late.embed_tokens if kind is Kind.TOKENS else late.embed_sparse
+            first, again = ask(["the cat sleeps", "x"]), ask(["the cat sleeps", "x"])
+            for one, other in zip(first, again, strict=True):
+                np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+            assert late.stats().counters.texts == 2
