@@ -1,6 +1,7 @@
 """npu-proxy: embeds text on Intel NPUs, GPUs and CPUs, as a Python library and as a server."""
 
 from npu_proxy.engine.async_engine import AsyncEngine
+from npu_proxy.engine.compact import calibrate, dequantize, quantize_embeddings, rescore
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.verbs import Label, Ranked
 from npu_proxy.errors import (
@@ -56,4 +57,8 @@ __all__ = [
     "UnavailableError",
     "UnsupportedError",
     "__version__",
+    "calibrate",
+    "dequantize",
+    "quantize_embeddings",
+    "rescore",
 ]

@@ -306,7 +306,22 @@ def original(like: Path, label: str, about: dict[str, object]) -> None:
     write(folder / "config.json", {**kept, **about})
 
 
+def small() -> None:
+    """Vectors, and what sentence-transformers makes of them as int8 and as bits."""
+    from sentence_transformers.util import quantize_embeddings
+
+    rng = np.random.default_rng(7)
+    many, few = rng.normal(size=(300, 24)).astype(np.float32), rng.normal(size=(9, 24)).astype(np.float32)
+    many[:, 3] = few[:, 3] = 0
+    made = {
+        name: quantize_embeddings(few, precision=name, **({"calibration_embeddings": many} if "int8" in name else {}))
+        for name in ("int8", "uint8", "binary", "ubinary")
+    }
+    np.savez(HERE.parent / "engine" / "quantized.npz", calibration=many, vectors=few, **made)
+
+
 if __name__ == "__main__":
+    small()
     dense("roberta_mean", "roberta", "mean", 20)
     dense("xlm_roberta_cls", "xlm-roberta", "cls", 21)
     dense("mpnet_mean", "mpnet", "mean", 22)
