@@ -116,8 +116,15 @@ def test_a_long_text_is_the_mean_of_its_chunks_by_length() -> None:
         np.testing.assert_allclose(result.embeddings[1], dense.embed(["the cat"])[0], atol=1e-6)
         assert result.tokens[0] == tokens.sum()
         assert [one.stop for one in result.chunks[1]] == [7]
-        kept = dense.embed([LONG], truncate="chunk", chunking=Chunking(overlap=5))[0]
-        np.testing.assert_allclose(kept, result.embeddings[0], atol=1e-6)
+        assert dense.cache is not None
+        before, rows = dense.cache.counts(), dense.stats().counters.rows
+        for _ in range(2):
+            kept = dense.embed([LONG], truncate="chunk", chunking=Chunking(overlap=5))[0]
+            np.testing.assert_allclose(kept, result.embeddings[0], atol=1e-6)
+        after = dense.cache.counts()
+        assert after.entries == before.entries + 1  # the whole text's vector, not those of its chunks
+        assert after.hits["memory"] == before.hits["memory"] + 1
+        assert dense.stats().counters.rows > rows
         with pytest.raises(InputError, match="overlap"):
             dense.embed([LONG], truncate="chunk", chunking=Chunking(overlap=500))
 

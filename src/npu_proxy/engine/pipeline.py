@@ -320,7 +320,7 @@ class Pipeline:
     def _settle(self, ticket: Ticket, index: int, answer: Embedded) -> None:
         """Give a text its answer, and remember it."""
         if self._cache is not None and ticket.keys:
-            self._cache.keep(ticket.keys[index], answer)
+            self._cache.keep(ticket.keys[index], replace(answer, chunks=()) if answer.chunks else answer)
         ticket.answer(index, answer)
 
     def _infer(self) -> None:
