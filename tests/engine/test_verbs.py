@@ -1,6 +1,8 @@
 """Rerank, classify, similarity and long texts: as functions, through an engine, and by a real model."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,3 +170,21 @@ def test_token_and_sparse_answers_come_back_from_the_cache() -> None:
             for one, other in zip(first, again, strict=True):
                 np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
             assert late.stats().counters.texts == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "task", "whole"),
+    [
+        ("Instruct: two three\nQuery:", "red house", "Instruct: red house\nQuery:"),
+        ("task: two three | query: ", "red house", "task: red house | query: "),
+    ],
+)
+def test_an_instruction_goes_where_the_models_own_prompt_has_its_task(tmp_path: Path, prompt: str, task: str, whole: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "qwen3_last", folder)
+    file = folder / "config_sentence_transformers.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prompts": {"query": prompt, "document": ""}}))
+    with Engine(folder, "cpu") as decoder:
+        told = decoder.embed(["the cat"], instruction=task)
+        np.testing.assert_array_equal(told, decoder.embed([f"{whole}the cat"]))
+        assert (told != decoder.embed(["the cat"], input_type="query")).any()
