@@ -1,12 +1,13 @@
 """ONNX Runtime gives the vectors of the same model, under a fingerprint of its own, and refuses what it cannot do."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import golden, smallest_cosine
-from npu_proxy import Engine, ModelError, Settings
+from conftest import GOLDEN, golden, smallest_cosine
+from npu_proxy import EmbedRequest, Engine, Kind, ModelError, Pair, Settings
 
 
 @pytest.mark.parametrize("name", ["mean", "cls"])
@@ -22,6 +23,19 @@ def test_the_vectors_are_those_of_the_model(name: str) -> None:
         report = engine.device.reports()[0]
         assert (report.name, report.state) == ("onnx", "serving")
         assert "CPUExecutionProvider" in report.reason
+
+
+def test_scores_of_pairs_are_those_of_the_model() -> None:
+    folder = GOLDEN / "bert_rerank"
+    stored = json.loads((folder / "texts.json").read_text())
+    answers = np.load(folder / "answers.npz")
+    with Engine(folder, device="onnx") as engine:
+        for texts, key in (([Pair(*pair) for pair in stored["pairs"]], ""), (stored["texts"], "single")):
+            found = engine.submit(EmbedRequest(texts=texts, want=Kind.SCORES)).result().raise_first().embeddings
+            np.testing.assert_allclose(found, [answers[f"{key}{index}"] for index in range(len(texts))], atol=2e-5)
+        assert engine.rerank("the cat", ["sea", "the cat sleeps"])
+    with pytest.raises(ModelError, match="sparse answers"):
+        Engine(GOLDEN / "bert_splade", device="onnx", settings=Settings(onnx_file="config.json")).start()
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

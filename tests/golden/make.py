@@ -141,8 +141,8 @@ def make(
     print(name, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) // 1000, "KB")
 
 
-def export(model: BertModel, file: Path) -> None:
-    """The encoder as repositories carry it: three integer inputs, token vectors out, free batch and length."""
+def export(model: torch.nn.Module, file: Path, output: str = "last_hidden_state") -> None:
+    """The model as repositories carry it: three integer inputs, token vectors or logits out, free batch and length."""
 
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -150,7 +150,7 @@ def export(model: BertModel, file: Path) -> None:
             self.model = model
 
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> torch.Tensor:
-            return self.model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+            return self.model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)[output]
 
     file.parent.mkdir()
     names = ["input_ids", "attention_mask", "token_type_ids"]
@@ -160,7 +160,7 @@ def export(model: BertModel, file: Path) -> None:
         Encoder().eval(),
         (ids, mask, types),
         input_names=names,
-        output_names=["last_hidden_state"],
+        output_names=[output],
         dynamic_shapes=(free, free, free),
         dynamo=True,
     )

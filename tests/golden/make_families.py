@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make import TEXTS, tokenizer, write
+from make import TEXTS, export, tokenizer, write
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -207,6 +207,8 @@ def scores(label: str, name: str, count: int, seed: int, **more: object) -> None
     raw = torch.nn.Identity()
     logits = [np.atleast_1d(model.predict([pair], activation_fn=raw)[0]) for pair in PAIRS]
     classifier = AutoModelForSequenceClassification.from_pretrained(source).eval()
+    if label == "bert_rerank":
+        export(classifier, folder / "onnx" / "model.onnx", "logits")
     encode = spell(name)
     singles = []
     with torch.no_grad():
