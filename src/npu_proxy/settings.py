@@ -176,6 +176,9 @@ class Settings:
     """Token-id input over HTTP: ids of the model's own vocabulary; of cl100k_base, which OpenAI's models use and
     langchain-openai sends; auto: cl100k_base where an id is beyond the model's vocabulary; or refused."""
 
+    classify_dialect: Literal["auto", "infinity", "vllm"] = "auto"
+    """Whose form `/classify` has. auto: a list of texts is Infinity's, a text or token ids are vLLM's."""
+
     served_model_name: tuple[str, ...] = ()
     """Further names by which clients may ask, such as `text-embedding-3-small`, for the first model; NAME=MODEL for another."""
 

@@ -13,9 +13,9 @@ from npu_proxy.types import EmbedRequest, Kind
 QUERY, DOCUMENTS = "the cat", ["sea sea", "the cat sleeps", "x"]
 
 
-def calls(name: str, *requests: tuple[str, object]) -> list[httpx.Response]:
+def calls(name: str, *requests: tuple[str, object], **more: object) -> list[httpx.Response]:
     async def run() -> list[httpx.Response]:
-        settings = Settings(model=str(GOLDEN / name), device="cpu", load_on_demand=False)
+        settings = Settings(model=str(GOLDEN / name), device="cpu", load_on_demand=False, **more)
         engine = Engine(settings=settings).start()
         transport = httpx.ASGITransport(app_of(engine, settings))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
@@ -104,6 +104,16 @@ def test_every_dialect_classifies() -> None:
     assert len(pair.json()) == 3
     assert several.json() == [single.json(), pair.json()]
     assert (wrong.status_code, wrong.json()["error_type"]) == (424, "Backend")
+
+
+@pytest.mark.parametrize("dialect", ["infinity", "vllm"])
+def test_a_setting_says_whose_form_classify_has(dialect: str) -> None:
+    one, several = calls(
+        "roberta_labels", ("/classify", {"input": "a"}), ("/classify", {"input": ["a", "b"]}), classify_dialect=dialect
+    )
+    assert one.status_code == (422 if dialect == "infinity" else 200)
+    first = several.json()["data"][0]
+    assert isinstance(first, list) == (dialect == "infinity")
 
 
 def test_sparse_weights_over_http() -> None:

@@ -108,6 +108,8 @@ def create_app(
     owners: dict[str, Dialect] = {}
     for (path, method), group in groupby(by_path, key=lambda pair: (pair[1].path, pair[1].method)):
         same = list(group)
+        if path == "/classify" and settings.classify_dialect != "auto":
+            same = [pair for pair in same if pair[0].name.lower().startswith(settings.classify_dialect)]
         owners.setdefault(path, same[0][0])
         # Clients send a trailing slash or none, and a redirect loses the body of some.
         spellings = [path] if path.endswith(":path}") else [path, path + "/"]
