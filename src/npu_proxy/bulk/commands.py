@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def rerank(
     model
         A cross-encoder or a late-interaction model: a name from `npu-proxy list`, or a folder.
     input
-        File of documents, one a line; `-` is standard input.
+        File of documents, one a line. Without it and without arguments, standard input.
     top_n
         Show so many.
     raw
@@ -45,7 +46,7 @@ def rerank(
     """
     from npu_proxy.engine.engine import Engine
 
-    given = [*documents, *_lines(input)]
+    given = _given(documents, input)
     with Engine(model, settings=settings) as engine:
         for one in engine.rerank(query, given, top_n=top_n, raw=raw, truncate="chunk"):
             if json:
@@ -72,7 +73,7 @@ def classify(
     model
         A model for sequence classification: a name from `npu-proxy list`, or a folder.
     input
-        File of texts, one a line; `-` is standard input.
+        File of texts, one a line. Without it and without arguments, standard input.
     top_n
         Labels a text, the likeliest first.
     raw
@@ -82,9 +83,11 @@ def classify(
     """
     from npu_proxy.engine.engine import Engine
 
-    given = [*texts, *_lines(input)]
+    given = _given(texts, input)
     if not given:
-        raise InputError("there is no text; give texts as arguments, or a file with --input", param="input")
+        raise InputError(
+            "there is no text; give texts as arguments, a file with --input, or lines on standard input", param="input"
+        )
     with Engine(model, settings=settings) as engine:
         for text, found in zip(given, engine.classify(given, top_n=top_n, raw=raw), strict=True):
             if json:
@@ -189,15 +192,15 @@ def licence(spec: ModelSpec) -> str:
     return "see LICENSE" if any(spec.folder.glob("LICENSE*")) else "unknown"
 
 
-def _lines(file: Path | None) -> list[str]:
-    """The lines of a file that say something. Raises InputError."""
-    if file is None:
-        return []
+def _given(arguments: Sequence[str], file: Path | None) -> list[str]:
+    """The arguments and the lines of a file that say something; without either, those of standard input. Raises InputError."""
+    if file is None and arguments:
+        return list(arguments)
     try:
-        content = sys.stdin.read(_TEXT_BYTES) if str(file) == "-" else file.read_text(encoding="utf-8")
+        content = sys.stdin.read(_TEXT_BYTES) if file is None else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}", param="input") from error
-    return [line for line in content.splitlines() if line.strip()]
+        raise InputError(f"{file or 'standard input'} cannot be read: {error}", param="input") from error
+    return [*arguments, *(line for line in content.splitlines() if line.strip())]
 
 
 def _print(content: dict[str, object]) -> None:
