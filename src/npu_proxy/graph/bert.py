@@ -7,6 +7,7 @@ little (roberta.py, distilbert.py, mpnet.py) bring their names and configs into 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from openvino import opset15 as op
@@ -14,15 +15,13 @@ from openvino import opset15 as op
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.layers import (
     ACTIVATIONS,
-    attend,
+    Heads,
     check_activation,
     dense,
-    kernels,
+    joint,
     layer_norm,
     linear,
-    merge_heads,
-    project,
-    split_heads,
+    self_attention,
 )
 from npu_proxy.graph.packed import Node, RowInputs, Rows, Style, Weights, attention_mask, constant, integers
 from npu_proxy.types import Pooling
@@ -67,15 +66,16 @@ def encode(
     config: see ``standard``. weights: tensors by canonical names. first_position: row of the position table where a text
     begins. bias: what is added to the attention scores of rows, [bins, heads, rows, positions].
     """
+
+    @cache
+    def mask_of(rows: Rows) -> Node:
+        mask = attention_mask(inputs, rows)
+        return mask if bias is None else op.add(mask, bias(rows))
+
     x = _embed(config, weights, inputs, first_position)
-    masks: dict[bool, Node] = {}
     for number in range(layers := config["num_hidden_layers"]):
-        last = number == layers - 1
-        rows = inputs.rows(last=last)
-        if last not in masks:
-            mask = attention_mask(inputs, rows)
-            masks[last] = mask if bias is None else op.add(mask, bias(rows))
-        x = _layer(config, weights, f"encoder.layer.{number}.", x, inputs, rows, masks[last], style)
+        rows = inputs.rows(last=number == layers - 1)
+        x = _layer(config, weights, f"encoder.layer.{number}.", x, inputs, rows, mask_of(rows), style)
     return x
 
 
@@ -109,7 +109,7 @@ def _embed(config: Config, weights: Weights, inputs: RowInputs, first_position: 
     words = op.gather(constant(weights["embeddings.word_embeddings.weight"]), inputs.ids, integers(0))
     table = weights["embeddings.position_embeddings.weight"][first_position:]
     typed = "embeddings.token_type_embeddings.weight"
-    types = weights.get(typed, None)
+    types = weights.get(typed)
     if types is not None and inputs.types is None:
         table = table + types[0]  # every token of a single text has type 0: its vector is added here once
     x = op.add(words, op.gather(constant(table), inputs.positions, integers(0)))
@@ -120,22 +120,16 @@ def _embed(config: Config, weights: Weights, inputs: RowInputs, first_position: 
 
 def _layer(config: Config, weights: Weights, layer: str, x: Node, inputs: RowInputs, rows: Rows, mask: Node, style: Style) -> Node:
     """One encoder layer over the tokens ``x`` [tokens, width] for ``rows``; ``layer`` is its name prefix."""
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    head_width = width // heads
-    names = [f"{layer}attention.self.{part}" for part in ("query", "key", "value")]
-    query, key, value = project(x, rows, inputs, kernels(weights, names))
-    attended = attend(
-        split_heads(query, rows.grid, heads, head_width),
-        split_heads(key, inputs.every.grid, heads, head_width),
-        split_heads(value, inputs.every.grid, heads, head_width),
-        mask,
-        head_width**-0.5,
-        style,
-    )
-    mixed = dense(weights, f"{layer}attention.output.dense", merge_heads(attended, rows.flat, width))
-    residual = op.add(mixed, rows.take(x, inputs.every.grid, width))
-    x = layer_norm(weights, f"{layer}attention.output.LayerNorm", residual, epsilon(config))
+    width, count = config["hidden_size"], config["num_attention_heads"]
+    parts = joint(weights, [f"{layer}attention.self.{part}" for part in ("query", "key", "value")])
+    attended = self_attention(x, rows, inputs, parts, Heads.of(count, width // count), mask, style)
+    return finish_layer(config, weights, layer, attended, rows.take(x, inputs.every.grid, width), style)
+
+
+def finish_layer(config: Config, weights: Weights, layer: str, attended: Node, before: Node, style: Style) -> Node:
+    """What follows attention: output, feed-forward, and the norms behind both. before: what went into the layer, [rows, width]."""
+    mixed = dense(weights, f"{layer}attention.output.dense", attended)
+    x = layer_norm(weights, f"{layer}attention.output.LayerNorm", op.add(mixed, before), epsilon(config))
     inner = ACTIVATIONS[config.get("hidden_act", "gelu")](dense(weights, f"{layer}intermediate.dense", x), style)
-    return layer_norm(
-        weights, f"{layer}output.LayerNorm", op.add(dense(weights, f"{layer}output.dense", inner), x), epsilon(config)
-    )
+    outer = op.add(dense(weights, f"{layer}output.dense", inner), x)
+    return layer_norm(weights, f"{layer}output.LayerNorm", outer, epsilon(config))

@@ -5,27 +5,26 @@ Source: He et al. 2021; transformers' ``deberta_v2`` for tensor names and for th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 from openvino import opset15 as op
 
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.bert import Config, epsilon, scores_pooling, vocabulary
+from npu_proxy.graph.bert import Config, epsilon, finish_layer, scores_pooling, vocabulary
 from npu_proxy.graph.layers import (
     ACTIVATIONS,
+    Heads,
     attend,
     check_activation,
     dense,
-    kernels,
+    joint,
     layer_norm,
     linear,
     merge_heads,
     project,
-    split_heads,
 )
 from npu_proxy.graph.packed import Node, RowInputs, Rows, Style, Weights, attention_mask, constant, distances, integers
 
@@ -54,27 +53,28 @@ def check(config: Config) -> None:
         raise ModelError("config.json: relative_attention is off; this graph needs relative positions")
 
 
+def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) -> Node:
+    """As bert.encode."""
+    x = _embed(config, weights, inputs)
+    table = _table(config, weights)
+
+    @cache
+    def places_of(rows: Rows) -> Node:
+        return _places(config, inputs, rows, len(table))
+
+    for number in range(layers := config["num_hidden_layers"]):
+        layer, rows = f"encoder.layer.{number}.", inputs.rows(last=number == layers - 1)
+        attended = _attention(config, weights, layer, x, inputs, rows, _Relative(places_of(rows), table), style)
+        x = finish_layer(config, weights, layer, attended, rows.take(x, inputs.every.grid, config["hidden_size"]), style)
+    return x
+
+
 @dataclass(frozen=True)
 class _Relative:
     """Relative positions: the row of the table for each pair [bins, heads, rows, positions], and the table [2 span, width]."""
 
-    places: dict[bool, Node]
+    places: Node
     table: npt.NDArray[np.float32]
-
-
-def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) -> Node:
-    """As bert.encode."""
-    x = _embed(config, weights, inputs)
-    relative = _Relative({}, _table(config, weights))
-    masks: dict[bool, Node] = {}
-    for number in range(layers := config["num_hidden_layers"]):
-        rows = inputs.rows(last=number == layers - 1)
-        every = rows.index is None
-        if every not in masks:
-            masks[every] = attention_mask(inputs, rows)
-            relative.places[every] = _places(config, inputs, rows, relative.table)
-        x = _layer(config, weights, f"encoder.layer.{number}.", x, inputs, rows, masks[every], relative, style)
-    return x
 
 
 def scores(config: Config, weights: Weights, pooled: Node, style: Style) -> Node:
@@ -113,11 +113,11 @@ def _table(config: Config, weights: Weights) -> npt.NDArray[np.float32]:
     return (normed * weights["encoder.LayerNorm.weight"] + weights["encoder.LayerNorm.bias"]).astype(np.float32)
 
 
-def _places(config: Config, inputs: RowInputs, rows: Rows, table: npt.NDArray[Any]) -> Node:
+def _places(config: Config, inputs: RowInputs, rows: Rows, span: int) -> Node:
     buckets, farthest = _span(config)
     reach = int(config["max_length"])
     away = np.arange(-reach, reach + 1)  # of a key from the row; the table counts the other way
-    places = np.clip(_bucket(-away, buckets, farthest) + len(table) // 2, 0, len(table) - 1)
+    places = np.clip(_bucket(-away, buckets, farthest) + span // 2, 0, span - 1)
     lookup = op.constant(places.astype(np.int32))
     index = op.add(op.clamp(distances(inputs, rows), -reach, reach), op.constant(np.int32(reach)))
     found = op.unsqueeze(op.gather(lookup, index, integers(0)), integers(1))
@@ -135,44 +135,27 @@ def _bucket(away: npt.NDArray[np.int64], buckets: int, farthest: int) -> npt.NDA
     return np.where(size <= middle, away, far * np.sign(away)).astype(np.int64)
 
 
-def _layer(
-    config: Config,
-    weights: Weights,
-    layer: str,
-    x: Node,
-    inputs: RowInputs,
-    rows: Rows,
-    mask: Node,
-    relative: _Relative,
-    style: Style,
+def _attention(
+    config: Config, weights: Weights, layer: str, x: Node, inputs: RowInputs, rows: Rows, relative: _Relative, style: Style
 ) -> Node:
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    head_width = config.get("attention_head_size", width // heads)
-    own = f"{layer}attention.self."
-    query, key, value = project(x, rows, inputs, kernels(weights, [f"{own}{part}_proj" for part in ("query", "key", "value")]))
-    query = split_heads(query, rows.grid, heads, head_width)
-    key = split_heads(key, inputs.every.grid, heads, head_width)
-    kinds = _kinds(config)
-    scale = 1 / math.sqrt(head_width * (1 + len(kinds)))
-    places = relative.places[rows.index is None]
-    shared = config.get("share_att_key", False)
+    """Attention of tokens ``x`` [tokens, width] for ``rows``, to content, and to positions as the config says."""
+    own, count, kinds = f"{layer}attention.self.", config["num_attention_heads"], _kinds(config)
+    width = config.get("attention_head_size", config["hidden_size"] // count)
+    heads = Heads(count=count, width=width, scale=(width * (1 + len(kinds))) ** -0.5, shared=count)
+    parts = joint(weights, [f"{own}{part}_proj" for part in ("query", "key", "value")])
+    query, key, value = project(x, rows, inputs, parts, heads)
+    mask, scale = attention_mask(inputs, rows), constant(np.float32(heads.scale))
+    prefix = own if config.get("share_att_key", False) else f"{own}pos_"
     if "c2p" in kinds:
-        by_position = _projected(weights, f"{own}key_proj" if shared else f"{own}pos_key_proj", relative.table, heads)
-        found = op.gather_elements(op.matmul(query, by_position, False, True), places, 3)
-        mask = op.add(mask, op.multiply(found, constant(np.float32(scale))))
+        by_position = _projected(weights, f"{prefix}key_proj", relative.table, count)
+        found = op.gather_elements(op.matmul(query, by_position, False, True), relative.places, 3)
+        mask = op.add(mask, op.multiply(found, scale))
     if "p2c" in kinds:
-        by_position = _projected(weights, f"{own}query_proj" if shared else f"{own}pos_query_proj", relative.table, heads)
-        turned = op.transpose(places, integers(0, 1, 3, 2))
+        by_position = _projected(weights, f"{prefix}query_proj", relative.table, count)
+        turned = op.transpose(relative.places, integers(0, 1, 3, 2))
         found = op.gather_elements(op.matmul(key, by_position, False, True), turned, 3)
-        mask = op.add(mask, op.multiply(op.transpose(found, integers(0, 1, 3, 2)), constant(np.float32(scale))))
-    attended = attend(query, key, split_heads(value, inputs.every.grid, heads, head_width), mask, scale, style)
-    mixed = dense(weights, f"{layer}attention.output.dense", merge_heads(attended, rows.flat, heads * head_width))
-    residual = op.add(mixed, rows.take(x, inputs.every.grid, width))
-    x = layer_norm(weights, f"{layer}attention.output.LayerNorm", residual, epsilon(config))
-    inner = ACTIVATIONS[config.get("hidden_act", "gelu")](dense(weights, f"{layer}intermediate.dense", x), style)
-    return layer_norm(
-        weights, f"{layer}output.LayerNorm", op.add(dense(weights, f"{layer}output.dense", inner), x), epsilon(config)
-    )
+        mask = op.add(mask, op.multiply(op.transpose(found, integers(0, 1, 3, 2)), scale))
+    return merge_heads(attend(query, key, value, mask, heads.scale, style), rows.flat, count * width)
 
 
 def _kinds(config: Config) -> list[str]:

@@ -3,59 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from openvino import opset15 as op
 
 from npu_proxy.graph.bert import Config
-from npu_proxy.graph.layers import (
-    ACTIVATIONS,
-    Rotation,
-    attend,
-    dense,
-    kernels,
-    merge_heads,
-    project,
-    rms_norm,
-    share_heads,
-    split_heads,
-)
+from npu_proxy.graph.layers import ACTIVATIONS, Heads, Rotation, Turn, dense, joint, rms_norm, self_attention
 from npu_proxy.graph.packed import Node, RowInputs, Rows, Style, Weights
 
-Gain = Callable[[str], np.ndarray]
+Gain = Callable[[str], npt.NDArray[np.float32]]
 """The gain [width] of the norm of that name."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a layer's attention sees, and how: mask, rotation, gains of norms, style."""
+
+    mask: Node
+    rotate: Rotation
+    gain: Gain
+    style: Style
+
+
 def attention(
-    config: Config,
-    weights: Weights,
-    layer: str,
-    x: Node,
-    inputs: RowInputs,
-    rows: Rows,
-    mask: Node,
-    rotate: Rotation,
-    scale: float,
-    gain: Gain,
-    style: Style,
+    config: Config, weights: Weights, layer: str, x: Node, inputs: RowInputs, rows: Rows, heads: Heads, seen: Seen
 ) -> Node:
     """Self-attention of normed tokens ``x`` [tokens, width] for ``rows`` -> [rows, width]."""
-    heads, shared, head_width = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    epsilon, own = config["rms_norm_eps"], f"{layer}self_attn."
-    biased = config.get("attention_bias", False)
-    query, key, value = project(x, rows, inputs, kernels(weights, [f"{own}{part}_proj" for part in "qkv"], bias=biased))
-    query = rms_norm(gain(f"{own}q_norm"), split_heads(query, rows.grid, heads, head_width), epsilon)
-    key = rms_norm(gain(f"{own}k_norm"), split_heads(key, inputs.every.grid, shared, head_width), epsilon)
-    value = split_heads(value, inputs.every.grid, shared, head_width)
-    attended = attend(
-        rotate(query, rows),
-        share_heads(rotate(key, inputs.every), heads, shared),
-        share_heads(value, heads, shared),
-        mask,
-        scale,
-        style,
-    )
-    return dense(weights, f"{own}o_proj", merge_heads(attended, rows.flat, heads * head_width), bias=biased)
+    own, biased = f"{layer}self_attn.", config.get("attention_bias", False)
+    parts = joint(weights, [f"{own}{part}_proj" for part in "qkv"], bias=biased)
+
+    def turn(part: str) -> Turn:
+        gain = seen.gain(f"{own}{part}_norm")
+        return lambda x, rows: seen.rotate(rms_norm(gain, x, config["rms_norm_eps"]), rows)
+
+    attended = self_attention(x, rows, inputs, parts, heads, seen.mask, seen.style, turn("q"), turn("k"))
+    return dense(weights, f"{own}o_proj", attended, bias=biased)
+
+
+def heads_of(config: Config, scale: float) -> Heads:
+    """Grouped heads, as config.json has them."""
+    return Heads(count=config["num_attention_heads"], width=config["head_dim"], scale=scale, shared=config["num_key_value_heads"])
 
 
 def feed_forward(config: Config, weights: Weights, layer: str, x: Node, activation: str, style: Style) -> Node:

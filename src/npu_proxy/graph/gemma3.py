@@ -13,7 +13,7 @@ from openvino import opset15 as op
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.bert import Config
-from npu_proxy.graph.decoder import attention, feed_forward
+from npu_proxy.graph.decoder import Seen, attention, feed_forward, heads_of
 from npu_proxy.graph.layers import Rotation, check_activation, linear, rms_norm, rotary
 from npu_proxy.graph.packed import Node, RowInputs, Style, Weights, attention_mask, constant, integers
 from npu_proxy.types import Pooling
@@ -42,13 +42,13 @@ def check(config: Config) -> None:
 
 def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) -> Node:
     """As bert.encode."""
-    width, head_width, epsilon = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
-    scale = config["query_pre_attn_scalar"] ** -0.5
+    width, epsilon = config["hidden_size"], config["rms_norm_eps"]
+    heads = heads_of(config, config["query_pre_attn_scalar"] ** -0.5)
     both_sides = bool(config.get("use_bidirectional_attention"))
     window = int(config.get("sliding_window") or 4096)
     window = window // 2 if both_sides else window - 1
     kinds = _kinds(config)
-    rotations = {kind: _rotation(config, inputs, kind, head_width) for kind in dict.fromkeys(kinds)}
+    rotations = {kind: _rotation(config, kind, heads.width) for kind in dict.fromkeys(kinds)}
 
     def gain(name: str) -> Any:
         return weights[f"{name}.weight"] + np.float32(1)
@@ -58,14 +58,11 @@ def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) ->
 
     words = op.gather(constant(weights["embed_tokens.weight"]), inputs.ids, integers(0))
     x = op.multiply(words, constant(np.float32(width**0.5)))
-    masks: dict[tuple[str, bool], Node] = {}
     for number, kind in enumerate(kinds):
         layer, rows = f"layers.{number}.", inputs.rows(last=number == len(kinds) - 1)
-        key = (kind, rows.index is None)
-        if key not in masks:
-            masks[key] = attention_mask(inputs, rows, causal=not both_sides, window=window if kind == _LOCAL else None)
-        normed = norm(f"{layer}input_layernorm", x)
-        mixed = attention(config, weights, layer, normed, inputs, rows, masks[key], rotations[kind], scale, gain, style)
+        mask = attention_mask(inputs, rows, causal=not both_sides, window=window if kind == _LOCAL else None)
+        seen = Seen(mask=mask, rotate=rotations[kind], gain=gain, style=style)
+        mixed = attention(config, weights, layer, norm(f"{layer}input_layernorm", x), inputs, rows, heads, seen)
         x = op.add(rows.take(x, inputs.every.grid, width), norm(f"{layer}post_attention_layernorm", mixed))
         normed = norm(f"{layer}pre_feedforward_layernorm", x)
         inner = feed_forward(config, weights, layer, normed, config["hidden_activation"], style)
@@ -96,11 +93,11 @@ def _kinds(config: Config) -> Sequence[str]:
     return [_LOCAL if (number + 1) % every else "full_attention" for number in range(config["num_hidden_layers"])]
 
 
-def _rotation(config: Config, inputs: RowInputs, kind: str, width: int) -> Rotation:
+def _rotation(config: Config, kind: str, width: int) -> Rotation:
     parameters: dict[str, Any] = (config.get("rope_parameters") or {}).get(kind) or {}
     if kind == _LOCAL:
         theta = config.get("rope_local_base_freq", 10_000.0)
     else:
         theta = config.get("rope_theta", 1_000_000.0)
         parameters = {**(config.get("rope_scaling") or {}), **parameters}
-    return rotary({"max_length": config["max_length"], "rope_parameters": parameters}, inputs, width=width, theta=theta)
+    return rotary({"max_length": config["max_length"], "rope_parameters": parameters}, width=width, theta=theta)

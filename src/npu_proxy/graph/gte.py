@@ -11,19 +11,16 @@ from npu_proxy.errors import ModelError
 from npu_proxy.graph.bert import Config, scores_pooling
 from npu_proxy.graph.layers import (
     ACTIVATIONS,
-    Kernel,
+    Heads,
     Rotation,
-    attend,
     check_activation,
     dense,
     gelu,
-    kernels,
+    joint,
     layer_norm,
     linear,
-    merge_heads,
-    project,
     rotary,
-    split_heads,
+    self_attention,
 )
 from npu_proxy.graph.packed import Node, RowInputs, Rows, Style, Weights, attention_mask, constant, integers
 
@@ -71,18 +68,16 @@ def check(config: Config) -> None:
 
 def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) -> Node:
     """As bert.encode."""
-    rotate = rotary(config, inputs, width=config["hidden_size"] // config["num_attention_heads"], theta=config["rope_theta"])
+    rotate = rotary(config, width=config["hidden_size"] // config["num_attention_heads"], theta=config["rope_theta"])
     x = op.gather(constant(weights["embeddings.word_embeddings.weight"]), inputs.ids, integers(0))
     typed = "embeddings.token_type_embeddings.weight"
     if config.get("type_vocab_size") and typed in weights:
         types = weights[typed]
         x = op.add(x, constant(types[0]) if inputs.types is None else op.gather(constant(types), inputs.types, integers(0)))
     x = layer_norm(weights, "embeddings.LayerNorm", x, config["layer_norm_eps"])
-    masks: dict[bool, Node] = {}
     for number in range(layers := config["num_hidden_layers"]):
         rows = inputs.rows(last=number == layers - 1)
-        mask = masks.setdefault(rows.index is None, attention_mask(inputs, rows))
-        x = _layer(config, weights, f"layers.{number}.", x, inputs, rows, mask, rotate, style)
+        x = _layer(config, weights, f"layers.{number}.", x, inputs, rows, rotate, style)
     return x
 
 
@@ -99,30 +94,18 @@ def vocabulary(config: Config, weights: Weights, hidden: Node, style: Style) -> 
 
 
 def _layer(
-    config: Config, weights: Weights, layer: str, x: Node, inputs: RowInputs, rows: Rows, mask: Node, rotate: Rotation, style: Style
+    config: Config, weights: Weights, layer: str, x: Node, inputs: RowInputs, rows: Rows, rotate: Rotation, style: Style
 ) -> Node:
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    head_width, attention = width // heads, f"{layer}self_attn."
-    names = [f"{attention}{part}_proj" for part in "qkv"]
-    biased = config["attention_bias"]
-    query, key, value = project(x, rows, inputs, kernels(weights, names, f"{attention}qkv_proj", bias=biased))
-    attended = attend(
-        rotate(split_heads(query, rows.grid, heads, head_width), rows),
-        rotate(split_heads(key, inputs.every.grid, heads, head_width), inputs.every),
-        split_heads(value, inputs.every.grid, heads, head_width),
-        mask,
-        head_width**-0.5,
-        style,
-    )
-    mixed = dense(weights, f"{attention}o_proj", merge_heads(attended, rows.flat, width), bias=biased)
+    width, count = config["hidden_size"], config["num_attention_heads"]
+    attention, biased = f"{layer}self_attn.", config["attention_bias"]
+    parts = joint(weights, [f"{attention}{part}_proj" for part in "qkv"], f"{attention}qkv_proj", bias=biased)
+    mask = attention_mask(inputs, rows)
+    attended = self_attention(x, rows, inputs, parts, Heads.of(count, width // count), mask, style, rotate)
+    mixed = dense(weights, f"{attention}o_proj", attended, bias=biased)
     x = op.add(rows.take(x, inputs.every.grid, width), mixed)
     x = layer_norm(weights, f"{layer}post_attention_layernorm", x, config["layer_norm_eps"])
-    up, gate = (linear(x, *kernel) for kernel in _gated(weights, f"{layer}mlp."))
+    names = [f"{layer}mlp.{part}_proj" for part in ("up", "gate")]
+    up, gate = joint(weights, names, f"{layer}mlp.up_gate_proj", bias=False)(x)
     inner = op.multiply(ACTIVATIONS[config.get("hidden_act", "gelu")](gate, style), up)
     x = op.add(x, dense(weights, f"{layer}mlp.down_proj", inner, bias=config["mlp_bias"]))
     return layer_norm(weights, f"{layer}post_mlp_layernorm", x, config["layer_norm_eps"])
-
-
-def _gated(weights: Weights, prefix: str) -> list[Kernel]:
-    """Up and gate, which the original checkpoints hold as one matrix."""
-    return kernels(weights, [f"{prefix}up_proj", f"{prefix}gate_proj"], f"{prefix}up_gate_proj", bias=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,35 +63,86 @@ def attend(query: Node, key: Node, value: Node, mask: Node, scale: float, style:
     return op.matmul(op.softmax(scores, 3), value, False, False)
 
 
-Kernel = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
-"""Weight [out, in] and bias [out] of a linear layer."""
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """Linear layers of one input, one below the other: weight [sum of sizes, in], bias [sum of sizes] or None."""
+
+    weight: npt.NDArray[Any]
+    bias: npt.NDArray[Any] | None
+    sizes: Sequence[int]
+
+    def part(self, first: int, last: int) -> Joint:
+        """Layers ``first`` to before ``last``; the numbers are shared."""
+        ends = np.cumsum([0, *self.sizes])
+        span = slice(ends[first], ends[last])
+        return Joint(weight=self.weight[span], bias=None if self.bias is None else self.bias[span], sizes=self.sizes[first:last])
+
+    def __call__(self, x: Node) -> Sequence[Node]:
+        """Their answers, by one product."""
+        product = linear(x, self.weight, self.bias)
+        return op.variadic_split(product, integers(-1), op.constant(np.array(self.sizes))).outputs()
 
 
-def project(x: Node, rows: Rows, inputs: RowInputs, kernels: Sequence[Kernel]) -> Sequence[Node]:
-    """Query, key and value of tokens ``x`` [tokens, width]: one product, or one for the rows alone and one for all tokens."""
+def joint(weights: Weights, names: Sequence[str], stored: str = "", *, bias: bool = True) -> Joint:
+    """The layers of those names as one; ``stored`` is the name under which checkpoints may hold them so, which costs no copy."""
+    if stored and f"{stored}.weight" in weights:
+        weight = weights[f"{stored}.weight"]
+        sizes = [len(weight) // len(names)] * len(names)
+        return Joint(weight=weight, bias=weights[f"{stored}.bias"] if bias else None, sizes=sizes)
+    parts = [weights[f"{name}.weight"] for name in names]
+    biases = np.concatenate([weights[f"{name}.bias"] for name in names]) if bias else None
+    return Joint(weight=np.concatenate(parts), bias=biases, sizes=[len(part) for part in parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Heads of attention: how many, how many of keys and values (fewer, where each serves several), their width and scale."""
+
+    count: int
+    width: int
+    scale: float
+    shared: int
+
+    @classmethod
+    def of(cls, count: int, width: int) -> Heads:
+        """As Vaswani et al. 2017 have them."""
+        return cls(count=count, width=width, scale=width**-0.5, shared=count)
+
+
+def project(x: Node, rows: Rows, inputs: RowInputs, parts: Joint, heads: Heads) -> tuple[Node, Node, Node]:
+    """Query of ``rows``, key and value of all tokens ``x`` [tokens, width] -> [bins, heads, n, head width].
+
+    One product, or where the rows are few one for them and one for all tokens.
+    """
     if rows.index is None:
-        sizes = [len(weight) for weight, _ in kernels]
-        return op.variadic_split(linear(x, *_stacked(kernels)), integers(1), op.constant(np.array(sizes))).outputs()
-    query, *others = kernels
-    wanted = rows.take(x, inputs.every.grid, query[0].shape[1])
-    sizes = [len(weight) for weight, _ in others]
-    joint = linear(x, *_stacked(others))
-    return [linear(wanted, *query), *op.variadic_split(joint, integers(1), op.constant(np.array(sizes))).outputs()]
+        query, key, value = parts(x)
+    else:
+        (query,) = parts.part(0, 1)(rows.take(x, inputs.every.grid, parts.weight.shape[1]))
+        key, value = parts.part(1, 3)(x)
+    every = inputs.every.grid
+    return (
+        split_heads(query, rows.grid, heads.count, heads.width),
+        split_heads(key, every, heads.shared, heads.width),
+        split_heads(value, every, heads.shared, heads.width),
+    )
 
 
-def _stacked(kernels: Sequence[Kernel]) -> Kernel:
-    weight = np.concatenate([one for one, _ in kernels])
-    biases = [bias for _, bias in kernels if bias is not None]
-    return weight, np.concatenate(biases) if biases else None
+Turn = Callable[[Node, Rows], Node]
+"""What is done to queries or keys [bins, heads, n, head width] of those rows."""
 
 
-def kernels(weights: Weights, names: Sequence[str], joint: str = "", *, bias: bool = True) -> list[Kernel]:
-    """The layers of those names; where the checkpoint has ``joint``, which holds them one below the other, its parts."""
-    if joint and f"{joint}.weight" in weights:
-        parts = np.split(weights[f"{joint}.weight"], len(names))
-        biases = np.split(weights[f"{joint}.bias"], len(names)) if bias else [None] * len(names)
-        return list(zip(parts, biases, strict=True))
-    return [(weights[f"{name}.weight"], weights[f"{name}.bias"] if bias else None) for name in names]
+def self_attention(
+    x: Node, rows: Rows, inputs: RowInputs, parts: Joint, heads: Heads, mask: Node, style: Style, *turns: Turn
+) -> Node:
+    """Attention of tokens ``x`` [tokens, width] for ``rows`` -> [rows, heads * head width].
+
+    turns: what is done to queries, then to keys; one for both, none where nothing is done.
+    """
+    query, key, value = project(x, rows, inputs, parts, heads)
+    if turns:
+        query, key = turns[0](query, rows), turns[-1](key, inputs.every)
+    key, value = (share_heads(each, heads.count, heads.shared) for each in (key, value))
+    return merge_heads(attend(query, key, value, mask, heads.scale, style), rows.flat, heads.count * heads.width)
 
 
 # -- rotation ----------------------------------------------------------------------------------------------------------
@@ -102,7 +154,7 @@ class Rotation:
     The tables are gathered by position once a graph, not once a layer.
     """
 
-    def __init__(self, inputs: RowInputs, *, width: int, theta: float, limit: int, factor: float = 1.0, ntk: bool = False) -> None:
+    def __init__(self, *, width: int, theta: float, limit: int, factor: float = 1.0, ntk: bool = False) -> None:
         """width: of a head. limit: positions of the longest text. factor: of linear scaling, or of NTK's."""
         base = theta * (factor if ntk else 1.0)
         frequencies = 1.0 / base ** (np.arange(0, width, 2, dtype=np.float64) / width)
@@ -112,33 +164,31 @@ class Rotation:
         angles = np.concatenate([angles, angles], axis=1).astype(np.float64)
         self._tables = [constant(table.astype(np.float32)) for table in (np.cos(angles), np.sin(angles))]
         self._half = width // 2
-        self._made: dict[bool, list[Node]] = {}
-        self._inputs = inputs
+        self._made: dict[Rows, list[Node]] = {}
 
     def __call__(self, x: Node, rows: Rows) -> Node:
         """Rotate [bins, heads, n, width] of those rows."""
-        every = rows.index is None
-        if every not in self._made:
+        if rows not in self._made:
             gathered = [op.gather(table, rows.positions, integers(0)) for table in self._tables]
-            self._made[every] = [op.unsqueeze(one, integers(1)) for one in gathered]  # [bins, 1, n, width]
-        cosine, sine = self._made[every]
+            self._made[rows] = [op.unsqueeze(one, integers(1)) for one in gathered]  # [bins, 1, n, width]
+        cosine, sine = self._made[rows]
         first, second = op.variadic_split(x, integers(-1), op.constant(np.array([self._half, self._half]))).outputs()
         turned = op.concat([op.negative(second), first], -1)
         return op.add(op.multiply(x, cosine), op.multiply(turned, sine))
 
 
-def rotary(config: Mapping[str, Any], inputs: RowInputs, *, width: int, theta: float) -> Rotation:
+def rotary(config: Mapping[str, Any], *, width: int, theta: float) -> Rotation:
     """The rotation that config.json describes, in the words of any version of transformers. Raises ModelError."""
     limit = int(config["max_length"])
     scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
     theta = float(scaling.get("rope_theta", config.get("rope_theta", theta)))
     if kind == "default":
-        return Rotation(inputs, width=width, theta=theta, limit=limit)
+        return Rotation(width=width, theta=theta, limit=limit)
     if kind not in ("linear", "ntk") or scaling.get("mixed_b") is not None:
         raise ModelError(f"config.json: rotary positions of type `{kind}` are not supported; known: default, linear, ntk")
     factor = float(scaling.get("factor", 1.0))
-    return Rotation(inputs, width=width, theta=theta, limit=limit, factor=factor, ntk=kind == "ntk")
+    return Rotation(width=width, theta=theta, limit=limit, factor=factor, ntk=kind == "ntk")
 
 
 # -- activations -------------------------------------------------------------------------------------------------------

@@ -13,17 +13,15 @@ from openvino import opset15 as op
 from npu_proxy.graph.bert import Config
 from npu_proxy.graph.layers import (
     ACTIVATIONS,
+    Heads,
     Rotation,
-    attend,
     check_activation,
     dense,
-    kernels,
+    joint,
     layer_norm,
     linear,
-    merge_heads,
-    project,
     rotary,
-    split_heads,
+    self_attention,
 )
 from npu_proxy.graph.packed import Node, RowInputs, Rows, Style, Weights, attention_mask, constant, integers
 from npu_proxy.types import Pooling
@@ -54,17 +52,13 @@ def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) ->
     """As bert.encode."""
     width, heads = config["hidden_size"], config["num_attention_heads"]
     kinds = _kinds(config)
-    rotations = {kind: _rotation(config, inputs, kind, width // heads) for kind in dict.fromkeys(kinds)}
+    rotations = {kind: _rotation(config, kind, width // heads) for kind in dict.fromkeys(kinds)}
     x = op.gather(constant(weights["embeddings.tok_embeddings.weight"]), inputs.ids, integers(0))
     x = _norm(config, weights, "embeddings.norm", x)
-    masks: dict[tuple[str, bool], Node] = {}
     for number, kind in enumerate(kinds):
         rows = inputs.rows(last=number == len(kinds) - 1)
-        key = (kind, rows.index is None)
-        if key not in masks:
-            window = int(config.get("local_attention", 128)) // 2 if kind == _LOCAL else None
-            masks[key] = attention_mask(inputs, rows, window=window)
-        x = _layer(config, weights, f"layers.{number}.", x, inputs, rows, masks[key], rotations[kind], style)
+        mask = attention_mask(inputs, rows, window=int(config.get("local_attention", 128)) // 2 if kind == _LOCAL else None)
+        x = _layer(config, weights, f"layers.{number}.", x, inputs, rows, mask, rotations[kind], style)
     return _norm(config, weights, "final_norm", x)
 
 
@@ -93,10 +87,10 @@ def _kinds(config: Config) -> Sequence[str]:
     return [_LOCAL if number % every else "full_attention" for number in range(config["num_hidden_layers"])]
 
 
-def _rotation(config: Config, inputs: RowInputs, kind: str, width: int) -> Rotation:
+def _rotation(config: Config, kind: str, width: int) -> Rotation:
     parameters: dict[str, Any] = (config.get("rope_parameters") or {}).get(kind) or {}
     theta = parameters.get("rope_theta") or config.get(_OLD_THETAS[kind]) or _THETAS[kind]
-    return rotary({"max_length": config["max_length"], "rope_parameters": parameters}, inputs, width=width, theta=theta)
+    return rotary({"max_length": config["max_length"], "rope_parameters": parameters}, width=width, theta=theta)
 
 
 def _head(config: Config, weights: Weights, x: Node, style: Style) -> Node:
@@ -107,24 +101,15 @@ def _head(config: Config, weights: Weights, x: Node, style: Style) -> Node:
 def _layer(
     config: Config, weights: Weights, layer: str, x: Node, inputs: RowInputs, rows: Rows, mask: Node, rotate: Rotation, style: Style
 ) -> Node:
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    head_width, biased = width // heads, config.get("attention_bias", False)
+    width, count = config["hidden_size"], config["num_attention_heads"]
+    biased = config.get("attention_bias", False)
     normed = x if layer == "layers.0." else _norm(config, weights, f"{layer}attn_norm", x)
-    query, key, value = project(normed, rows, inputs, kernels(weights, ["q", "k", "v"], f"{layer}attn.Wqkv", bias=biased))
-    attended = attend(
-        rotate(split_heads(query, rows.grid, heads, head_width), rows),
-        rotate(split_heads(key, inputs.every.grid, heads, head_width), inputs.every),
-        split_heads(value, inputs.every.grid, heads, head_width),
-        mask,
-        head_width**-0.5,
-        style,
-    )
-    mixed = dense(weights, f"{layer}attn.Wo", merge_heads(attended, rows.flat, width), bias=biased)
+    parts = joint(weights, ["query", "key", "value"], f"{layer}attn.Wqkv", bias=biased)
+    attended = self_attention(normed, rows, inputs, parts, Heads.of(count, width // count), mask, style, rotate)
+    mixed = dense(weights, f"{layer}attn.Wo", attended, bias=biased)
     x = op.add(rows.take(x, inputs.every.grid, width), mixed)
     biased = config.get("mlp_bias", False)
-    joint = dense(weights, f"{layer}mlp.Wi", _norm(config, weights, f"{layer}mlp_norm", x), bias=biased)
-    half = config["intermediate_size"]
-    given, gate = op.variadic_split(joint, integers(1), op.constant([half, half])).outputs()
+    given, gate = joint(weights, ["given", "gate"], f"{layer}mlp.Wi", bias=biased)(_norm(config, weights, f"{layer}mlp_norm", x))
     inner = op.multiply(ACTIVATIONS[config.get("hidden_activation", "gelu")](given, style), gate)
     return op.add(x, dense(weights, f"{layer}mlp.Wo", inner, bias=biased))
 

@@ -75,7 +75,7 @@ class RowFormat:
             pooling=spec.pooling,
             types=spec.types,
             unseen=spec.sides is not None and spec.sides.expand,
-            per_token=spec.pooling is Pooling.NONE,
+            per_token=spec.kind.per_token,
             width=spec.width + (spec.kind is Kind.MULTI),
         )
 
@@ -138,12 +138,12 @@ class Form:
         return cls(bins=shape.bins, positions=shape.positions, segments=shape.segments, tokens=shape.tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
     """The rows that a layer is computed for: every token, or the one a text that pooling reads.
 
     grid: the shape [bins, n] as an operand. segments, positions: [bins, n] of those rows. index: where they lie in their
-    bins, [bins, n], None for every token. flat: how many rows, -1 where dynamic.
+    bins, [bins, n], None for every token. flat: how many rows, -1 where dynamic. masks: those made so far, which layers share.
     """
 
     grid: Node
@@ -151,6 +151,7 @@ class Rows:
     positions: Node
     index: Node | None
     flat: int
+    masks: dict[tuple[bool, int | None], Node] = field(default_factory=dict[tuple[bool, int | None], Node])
 
     def take(self, x: Node, grid: Node, width: int) -> Node:
         """Those rows of ``x`` [tokens, width], whose shape is ``grid``."""
@@ -227,6 +228,12 @@ def attention_mask(inputs: RowInputs, rows: Rows, *, causal: bool = False, windo
     causal: and nothing behind it. window: and nothing that is more positions away.
     Padding (segment -1) attends to padding, so that no softmax row is empty.
     """
+    if (causal, window) not in rows.masks:
+        rows.masks[causal, window] = _mask(inputs, rows, causal=causal, window=window)
+    return rows.masks[causal, window]
+
+
+def _mask(inputs: RowInputs, rows: Rows, *, causal: bool, window: int | None) -> Node:
     same = op.equal(op.unsqueeze(rows.segments, integers(2)), op.unsqueeze(inputs.segments, integers(1)))
     if causal or window is not None:
         away = distances(inputs, rows)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 from openvino import opset15 as op
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.bert import Config
-from npu_proxy.graph.decoder import attention, feed_forward
+from npu_proxy.graph.decoder import Seen, attention, feed_forward, heads_of
 from npu_proxy.graph.layers import check_activation, linear, rms_norm, rotary
 from npu_proxy.graph.packed import Node, RowInputs, Style, Weights, attention_mask, constant, integers
 from npu_proxy.types import Pooling
@@ -34,19 +36,18 @@ def check(config: Config) -> None:
 
 def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) -> Node:
     """As bert.encode."""
-    width, epsilon = config["head_dim"], config["rms_norm_eps"]
-    rotate = rotary(config, inputs, width=width, theta=config.get("rope_theta", 1000000.0))
+    epsilon, heads = config["rms_norm_eps"], heads_of(config, config["head_dim"] ** -0.5)
+    rotate = rotary(config, width=heads.width, theta=1_000_000.0)
 
-    def gain(name: str):  # noqa: ANN202
+    def gain(name: str) -> npt.NDArray[np.float32]:
         return weights[f"{name}.weight"]
 
     x = op.gather(constant(weights["embed_tokens.weight"]), inputs.ids, integers(0))
-    masks: dict[bool, Node] = {}
     for number in range(layers := config["num_hidden_layers"]):
         layer, rows = f"layers.{number}.", inputs.rows(last=number == layers - 1)
-        mask = masks.setdefault(rows.index is None, attention_mask(inputs, rows, causal=True))
+        seen = Seen(mask=attention_mask(inputs, rows, causal=True), rotate=rotate, gain=gain, style=style)
         normed = rms_norm(gain(f"{layer}input_layernorm"), x, epsilon)
-        mixed = attention(config, weights, layer, normed, inputs, rows, mask, rotate, width**-0.5, gain, style)
+        mixed = attention(config, weights, layer, normed, inputs, rows, heads, seen)
         x = op.add(rows.take(x, inputs.every.grid, config["hidden_size"]), mixed)
         normed = rms_norm(gain(f"{layer}post_attention_layernorm"), x, epsilon)
         x = op.add(x, feed_forward(config, weights, layer, normed, config["hidden_act"], style))
