@@ -33,8 +33,8 @@ from npu_proxy.devices.fallback import Fallback
 from npu_proxy.devices.kinds import TARGETS
 from npu_proxy.devices.openvino import compile_static, open_core
 from npu_proxy.devices.profile import settled
-from npu_proxy.engine.engine import Parts
 from npu_proxy.engine.golden import GoldenRows
+from npu_proxy.engine.parts import Parts
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.models.layout import read_spec

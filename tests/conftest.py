@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from npu_proxy import Engine, Settings
 from npu_proxy.devices import profile
 from npu_proxy.devices.fake import FakeDevice
-from npu_proxy.engine.engine import Parts
+from npu_proxy.engine.parts import Parts
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.graph.packed import RowShape
 from npu_proxy.models.catalog import DEFAULT_MODEL

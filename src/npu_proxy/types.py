@@ -68,6 +68,11 @@ class Kind(StrEnum):
         """What requests may want of such a model, its main answer first."""
         return (Kind.DENSE, Kind.SPARSE, Kind.TOKENS) if self is Kind.MULTI else (self,)
 
+    @property
+    def per_token(self) -> bool:
+        """Whether a device answers every token of a text, not the text."""
+        return self in (Kind.TOKENS, Kind.MULTI)
+
 
 class Pooling(StrEnum):
     """How the token vectors of a text become one vector; the arithmetic is in graph/heads.py."""
@@ -119,7 +124,7 @@ class Sides:
     """How a late-interaction model treats queries and documents differently. Lengths are tokens, special tokens included.
 
     expanded: a query is filled up to so many tokens with mask tokens, which see the query; attend: and are seen.
-    skip: tokens of a document (skip_queries: of a query, too) that get no vector, such as punctuation.
+    skip, query_skip: ids of a document's and of a query's tokens that get no vector, such as punctuation.
     """
 
     query_length: int
@@ -128,7 +133,7 @@ class Sides:
     attend: bool = False
     mask_id: int = 0
     skip: frozenset[int] = frozenset()
-    skip_queries: bool = False
+    query_skip: frozenset[int] = frozenset()
 
     @property
     def expand(self) -> bool:

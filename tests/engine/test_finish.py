@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from npu_proxy.engine.finish import cast, normalize
+from npu_proxy.engine.finish import cast
+from npu_proxy.engine.similarity import normalize
 from npu_proxy.types import DType
 
 vectors = arrays(np.float32, st.tuples(st.integers(1, 5), st.just(16)), elements=st.floats(-1e3, 1e3, width=32))

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import GOLDEN, golden
-from npu_proxy.engine.tokenize import Manner, TextEncoder, chunks, longest_first
+from npu_proxy.engine.frames import chunks, longest_first
+from npu_proxy.engine.manner import Manner
+from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import InputError, TooLongError
 from npu_proxy.models.layout import read_spec
 from npu_proxy.types import Chunked, Chunking, Encoding, Truncate

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as arrays
 
 from conftest import GOLDEN
 from npu_proxy import Chunking, EmbedRequest, Engine, InputError, Kind, Pair, Settings, UnsupportedError
-from npu_proxy.engine.verbs import max_sim, sigmoid, similarity
+from npu_proxy.engine.similarity import max_sim, similarity
+from npu_proxy.engine.verbs import sigmoid
 from npu_proxy.types import Truncate
 
 CPU = Settings(device="cpu")
@@ -38,8 +39,10 @@ def test_a_cross_encoder_ranks_by_its_logits() -> None:
             {"query": "a", "documents": []},
             {"query": "a", "documents": ["b"], "top_n": 0},
         ):
+            texts = ranker.stats().counters.texts
             with pytest.raises(InputError):
                 ranker.rerank(**wrong)
+            assert ranker.stats().counters.texts == texts  # before anything is computed
         with pytest.raises(UnsupportedError, match="no head for dense vectors"):
             ranker.embed(["a"])
 
@@ -143,6 +146,9 @@ def test_a_ranker_takes_the_best_chunk() -> None:
         best = max(float(one.vector[0]) for one in result.chunks[0])
         assert float(result.embeddings[0][0]) == best
         assert len(result.chunks[0]) > 3
+        assert list(result.truncated) == [False]
+        long = ranker.submit(EmbedRequest(texts=[Pair(LONG, LONG)], want=Kind.SCORES, truncate=Truncate.CHUNK)).result()
+        assert list(long.truncated) == [True]  # the first of a pair is cut, and it says so
         found = ranker.rerank(QUERY, [LONG], truncate="chunk", raw=True)
         cut = ranker.rerank(QUERY, [LONG], raw=True)
         assert found[0].score >= cut[0].score - 1e-4

@@ -17,8 +17,8 @@ from npu_proxy.devices.accelerator import Accelerator
 from npu_proxy.devices.chain import open_devices, served_spec
 from npu_proxy.devices.faults import Fault
 from npu_proxy.devices.profile import settled
-from npu_proxy.engine.engine import Parts
 from npu_proxy.engine.golden import GoldenRows
+from npu_proxy.engine.parts import Parts
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.store import Store

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from npu_proxy.bulk.files import Source, Target, open_source
-from npu_proxy.engine.engine import Engine, Options
+from npu_proxy.engine.engine import Engine
+from npu_proxy.engine.options import Options
 from npu_proxy.errors import InputError
 from npu_proxy.types import DType
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.engine.engine import Engine
-from npu_proxy.engine.finish import normalize
+from npu_proxy.engine.similarity import normalize
 
 Array = npt.NDArray[np.float32]
 

@@ -11,7 +11,8 @@ from typing import Any, Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.engine.engine import BATCH_SIZE, Engine, Options, request_of
+from npu_proxy.engine.engine import BATCH_SIZE, Engine
+from npu_proxy.engine.options import Options, request_of
 from npu_proxy.engine.verbs import Label, Ranked
 from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedRequest, EmbedResult, SparseVector, TextInput, Vector

@@ -10,22 +10,22 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack, cast
+from typing import Any, Literal, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.cache.entry import Keys
-from npu_proxy.cache.vectors import VectorCache, open_tiers
+from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device
-from npu_proxy.devices.chain import open_devices, served_spec
-from npu_proxy.devices.profile import settled
 from npu_proxy.engine.finish import check_output, finish
-from npu_proxy.engine.golden import GoldenRows
+from npu_proxy.engine.options import Options, check_texts, request_of
+from npu_proxy.engine.parts import Parts, load, open_cache
 from npu_proxy.engine.pipeline import Limits, Pipeline, Stats
+from npu_proxy.engine.similarity import similarity
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.engine.verbs import (
     Label,
@@ -35,84 +35,26 @@ from npu_proxy.engine.verbs import (
     probabilities,
     rank_requests,
     ranking,
-    similarity,
     sparse_of,
     tokens_of,
 )
-from npu_proxy.errors import DeadlineError, EmptyInputError, InputError, OverloadedError, StoppedError
-from npu_proxy.models.layout import read_spec
-from npu_proxy.models.store import Store
+from npu_proxy.errors import DeadlineError, InputError, OverloadedError, StoppedError
 from npu_proxy.settings import Settings
 from npu_proxy.types import (
-    Chunking,
-    DType,
     EmbedRequest,
     EmbedResult,
     Kind,
     Lane,
     ModelSpec,
-    Pair,
     Similarity,
     SparseVector,
     TextInput,
     Ticket,
-    Truncate,
     Vector,
 )
 
 Array = npt.NDArray[Any]
 State = Literal["new", "running", "stopping", "stopped"]
-
-
-class Options(TypedDict, total=False):
-    """What every verb takes besides the texts; see EmbedRequest for the meanings."""
-
-    input_type: str | None
-    prompt_name: str | None
-    prompt: str | None
-    instruction: str | None
-    dimensions: int | None
-    normalize: bool
-    truncate: Truncate | Literal["error", "end", "start", "chunk"]
-    chunking: Chunking
-    max_tokens: int | None
-    dtype: DType | str
-    timeout: float | None
-    """Seconds until DeadlineError; None takes the setting `timeout` (`bulk_timeout` a batch when streaming)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What an engine runs on. Made from settings by ``load``; tests make their own."""
-
-    spec: ModelSpec
-    encoder: TextEncoder
-    device: Device
-
-
-def load(settings: Settings, stopping: threading.Event) -> Parts:
-    """Read the model, its tokenizer, and compile it. No network. ``stopping`` ends a wait for a device.
-
-    Raises ModelError, ModelNotFoundError, DeviceError, and UnavailableError when none of the devices can serve.
-    """
-    name, folder = Store(settings.store).resolve(settings.model[0])
-    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
-    settings = settled(settings, spec)
-    spec = served_spec(settings, spec)
-    encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
-    device = open_devices(settings, spec, GoldenRows(encoder, spec), stopping)
-    return Parts(spec=spec, encoder=encoder, device=device)
-
-
-def open_cache(settings: Settings) -> VectorCache | None:
-    """The cache of vectors that the settings ask for, None where they ask for none. Raises SettingsError."""
-    tiers = open_tiers(
-        disk=settings.cache_disk_mb * 1_000_000,
-        folder=settings.cache_folder,
-        url=settings.cache_url,
-        prefix=settings.cache_prefix,
-    )
-    return VectorCache(memory=settings.cache_mb * 1_000_000, tiers=tiers) if settings.cache_mb or tiers else None
 
 
 class Engine:
@@ -253,7 +195,7 @@ class Engine:
         wrong as a whole, OverloadedError at the queue's limit, StoppedError when the engine is not running.
         """
         parts, pipeline = self._running()
-        _check_texts(request.texts)
+        check_texts(request.texts)
         check_output(request, parts.spec)
         manner = parts.encoder.manner(request)
         future: Future[EmbedResult] = Future()
@@ -346,17 +288,30 @@ class Engine:
         """
         asked = request_of([query], options, self.settings.bulk_timeout)
         spec = self.spec
-        wanted = rank_requests(
-            spec, query, documents, truncate=asked.truncate, max_tokens=asked.max_tokens, deadline=asked.deadline
-        )
-        futures = [self.submit(request) for request in wanted]
-        return ranking(spec, [self._wait(future) for future in futures], top_n=top_n, raw=raw)
+        futures: list[Future[EmbedResult]] = []
+        try:
+            futures.extend(
+                self.submit(request)
+                for request in rank_requests(
+                    spec,
+                    query,
+                    documents,
+                    top_n=top_n,
+                    truncate=asked.truncate,
+                    max_tokens=asked.max_tokens,
+                    deadline=asked.deadline,
+                )
+            )
+            return ranking(spec, [self._wait(future) for future in futures], top_n=top_n, raw=raw)
+        finally:
+            for future in futures:  # where one failed, nobody waits for the others
+                future.cancel()
 
     def classify(
         self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
     ) -> list[list[Label]]:
         """Of each text (or Pair) the labels of a classifier by falling score. raw: logits in place of probabilities."""
-        check_classifier(self.spec)
+        check_classifier(self.spec, top_n)
         request = request_of(texts, options, self.settings.bulk_timeout)
         result = self._wait(self.submit(replace(request, want=Kind.SCORES)))
         return labels(self.spec, probabilities(self.spec, result, raw=raw), top_n)
@@ -423,39 +378,6 @@ BATCH_SIZE = 256
 """Texts of one request when a caller brings more at once."""
 STREAM_TEXTS = 1024
 """Texts a stream keeps under way."""
-
-
-def request_of(texts: Sequence[TextInput], options: Options, timeout: float) -> EmbedRequest:
-    """A request from a verb's options; ``timeout`` seconds unless they say. Raises InputError for words that are unknown."""
-    seconds = options.get("timeout")
-    try:
-        return EmbedRequest(
-            texts=texts,
-            input_type=options.get("input_type"),
-            prompt_name=options.get("prompt_name"),
-            prompt=options.get("prompt"),
-            instruction=options.get("instruction"),
-            chunking=options.get("chunking", Chunking()),
-            max_tokens=options.get("max_tokens"),
-            dimensions=options.get("dimensions"),
-            normalize=options.get("normalize", True),
-            truncate=Truncate(options.get("truncate", Truncate.END)),
-            dtype=DType(options.get("dtype", DType.FLOAT32)),
-            deadline=time.monotonic() + (timeout if seconds is None else seconds),
-        )
-    except ValueError as error:
-        raise InputError(f"{error}; truncate is one of {', '.join(Truncate)}, dtype one of {', '.join(DType)}") from error
-
-
-def _check_texts(texts: Sequence[TextInput]) -> None:
-    if not texts:
-        raise EmptyInputError("there is no text to embed", param="input")
-    for index, text in enumerate(texts):
-        if isinstance(text, Pair):
-            if not all(isinstance(side, str) for side in cast("tuple[object, object]", text)):
-                raise InputError(f"pair {index} must be of two strings", param="input")
-        elif not isinstance(text, str | list | tuple | np.ndarray):
-            raise InputError(f"text {index} is a {type(text).__name__}; expected a string or a list of token ids", param="input")
 
 
 def _batches(texts: Iterable[TextInput], size: int) -> Iterator[Sequence[TextInput]]:

@@ -13,37 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npu_proxy.engine.answers import wanted
+from npu_proxy.engine.similarity import normalize
 from npu_proxy.errors import InputError, UnsupportedError
-from npu_proxy.types import (
-    Chunk,
-    DType,
-    Embedded,
-    EmbedRequest,
-    EmbedResult,
-    Encoding,
-    Kind,
-    ModelSpec,
-    Span,
-    SparseVector,
-    Ticket,
-    Timings,
-    Vector,
-)
+from npu_proxy.types import DType, EmbedRequest, EmbedResult, Kind, ModelSpec, SparseVector, Ticket, Timings, Vector
 
 Array = npt.NDArray[Any]
-
-
-def normalize(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Each row [width] over its Euclidean length, in float32; a zero row stays zero.
-
-    The length is summed in float64, where squares of the smallest float32 do not vanish.
-    """
-    exact = vectors.astype(np.float64)
-    lengths = np.sqrt(np.einsum("...i,...i->...", exact, exact)).astype(np.float32)
-    return vectors / np.maximum(lengths, _TINY)[..., None]
-
-
-_TINY = np.finfo(np.float32).tiny
 
 
 def _int8(vectors: Array) -> Array:
@@ -123,94 +98,11 @@ def _instead(spec: ModelSpec, want: Kind) -> str:
     return f"{spec.name} {_GIVES[spec.kind]}; it has no head for {_WANTS.get(want, want)}{cure}"
 
 
-# -- one text ------------------------------------------------------------------------------------------------------------
-
-
-def answer_of(spec: ModelSpec, encoding: Encoding, raw: npt.NDArray[np.float32], special: frozenset[int]) -> Vector:
-    """What is kept of a device's answer to a text (Embedded.vector). raw: [1, width], or [tokens, width] for token answers.
-
-    special: ids of the tokenizer's special tokens, which have no lexical weight.
-    """
-    match spec.kind:
-        case Kind.DENSE | Kind.SCORES:
-            return raw[0].copy()
-        case Kind.SPARSE:
-            (indices,) = np.nonzero(raw[0])
-            return np.stack([indices.astype(np.float32), raw[0][indices]], axis=1)
-        case Kind.TOKENS:
-            sides = spec.sides
-            if sides is None or not sides.skip or not (encoding.document or sides.skip_queries):
-                return raw.copy()
-            return raw[~np.isin(encoding.ids, list(sides.skip))]
-        case Kind.MULTI:
-            weights = np.where(np.isin(encoding.ids, list(special)), 0, raw[:, 0])
-            return np.concatenate([encoding.ids[:, None], weights[:, None], raw[:, 1:]], axis=1, dtype=np.float32)
-
-
-def _wanted(want: Kind, kind: Kind, vector: Vector) -> Vector:
-    """Of what is kept of a text, what a request wants: [width], [entries, 2] or [tokens, width]."""
-    if kind is not Kind.MULTI:
-        return vector
-    if want is Kind.DENSE:
-        return vector[0, 2:]
-    if want is Kind.TOKENS:
-        return vector[1:, 2:]
-    ids, weights = vector[:, 0], vector[:, 1]
-    entries = np.unique(ids[weights > 0])
-    most = np.array([weights[ids == one].max() for one in entries], np.float32)
-    return np.stack([entries, most], axis=1) if len(entries) else np.zeros([0, 2], np.float32)
-
-
-def combine(spec: ModelSpec, parts: Sequence[Embedded], spans: Sequence[Span], *, pair: bool) -> Embedded:
-    """The answer to a text that was read in chunks.
-
-    Vectors: the mean of the chunks' unit vectors, weighted by their tokens. Sparse: the largest weight. Tokens: all of them.
-    Scores: of a pair those of the best chunk, of a text the mean of logits, weighted likewise.
-    """
-    tokens = np.array([part.tokens for part in parts], np.float32)
-    share = (tokens / tokens.sum())[:, None]
-    vectors = [part.vector for part in parts]
-    match spec.kind:
-        case Kind.DENSE:
-            vector = (normalize(np.stack(vectors)) * share).sum(axis=0, dtype=np.float32)
-        case Kind.SPARSE:
-            vector = _largest(np.concatenate(vectors))
-        case Kind.TOKENS:
-            vector = np.concatenate(vectors)
-        case Kind.SCORES if pair:
-            logits = np.stack(vectors)
-            vector = vectors[int(np.argmax(relevance(logits)))]
-        case Kind.SCORES:
-            vector = (np.stack(vectors) * share).sum(axis=0, dtype=np.float32)
-        case Kind.MULTI:
-            first = np.stack([one[0] for one in vectors])
-            dense = np.concatenate([first[0, :2], (normalize(first[:, 2:]) * share).sum(axis=0, dtype=np.float32)])
-            vector = np.concatenate([dense[None], *[one[1:] for one in vectors]])
-    chunks = [Chunk(start, stop, part.tokens, part.vector) for part, (start, stop) in zip(parts, spans, strict=True)]
-    devices = ",".join(dict.fromkeys(part.device for part in parts))
-    return Embedded(vector, int(tokens.sum()), truncated=False, device=devices, chunks=chunks)
-
-
-def relevance(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """One number a pair [n] of logits [n, labels]: the only one, or of two how far the second is above the first."""
-    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-
-
-def _largest(entries: Vector) -> Vector:
-    order = np.lexsort([-entries[:, 1], entries[:, 0]])
-    entries = entries[order]
-    first = np.r_[True, entries[1:, 0] != entries[:-1, 0]] if len(entries) else np.zeros(0, bool)
-    return entries[first]
-
-
-# -- a request -----------------------------------------------------------------------------------------------------------
-
-
 def finish(ticket: Ticket, spec: ModelSpec) -> EmbedResult:
     """The result of a ticket whose every text has an answer or an error."""
     request = ticket.request
     want = request.want
-    kept = [None if answer is None else _wanted(want, spec.kind, answer.vector) for answer in ticket.answers]
+    kept = [None if answer is None else wanted(want, spec.kind, answer.vector) for answer in ticket.answers]
     embeddings: Array | list[str] | list[SparseVector] | list[Vector]
     match want:
         case Kind.SPARSE:

@@ -17,7 +17,8 @@ from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedResult, TextInput
 
 if TYPE_CHECKING:
-    from npu_proxy.engine.engine import Engine, Options
+    from npu_proxy.engine.engine import Engine
+    from npu_proxy.engine.options import Options
 
 _AHEAD = 3
 """Batches a worker may have under way or waiting."""

@@ -14,16 +14,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device, own
-from npu_proxy.engine.finish import answer_of, combine
+from npu_proxy.engine.answers import answer_of, combine
+from npu_proxy.engine.counters import Counters, Stats
+from npu_proxy.engine.manner import Manner
 from npu_proxy.engine.packing import Plan, pack
-from npu_proxy.engine.queue import Depth, JobQueue, Speed, expected_wait
-from npu_proxy.engine.tokenize import Manner, TextEncoder
+from npu_proxy.engine.queue import JobQueue, Speed, expected_wait
+from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import DeadlineError, DeviceError, NpuProxyError, OverloadedError, StoppedError
 from npu_proxy.graph.packed import RowFormat
 from npu_proxy.types import Chunked, Embedded, Encoding, Job, Lane, ModelSpec, Output, Pack, Pair, Ticket, Vector
@@ -49,41 +51,6 @@ class Limits:
 
 _HURRY = 0.7
 """Share of its time that a request may be expected to wait; beyond it the request is refused at once."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What has happened since the start. Read it through Pipeline.stats()."""
-
-    requests: int = 0
-    texts: int = 0
-    tokens: int = 0
-    rows: int = 0
-    positions: int = 0
-    row_texts: dict[int, int] = field(default_factory=dict[int, int])
-    """Rows by how many texts they had, and by their useful tokens."""
-    row_tokens: dict[int, int] = field(default_factory=dict[int, int])
-    merged: int = 0
-    abandoned: int = 0
-    """Texts dropped before inference: their callers had gone, or their time was over."""
-    refused: int = 0
-    infer_seconds: float = 0.0
-    faults: int = 0
-    executed: dict[str, int] = field(default_factory=dict[str, int])
-    fallbacks: dict[str, int] = field(default_factory=dict[str, int])
-    """Texts by the device that answered them in place of the first of the chain."""
-    errors: dict[str, int] = field(default_factory=dict[str, int])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """A moment of the pipeline: counters, what waits, and whether every stage's thread lives."""
-
-    counters: Counters
-    depth: Depth
-    lane_tokens: dict[Lane, int]
-    open_texts: int
-    stages: dict[str, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,24 +155,14 @@ class Pipeline:
                 return
             self._open_texts -= ticket.queued
             for error in filter(None, ticket.errors):
-                self._counters.errors[error.kind] = self._counters.errors.get(error.kind, 0) + 1
+                self._counters.error(error.kind)
             if not self._tickets:
                 self._idle.notify_all()
 
     def stats(self) -> Stats:
         """A consistent copy of the counters and what waits."""
         with self._lock:
-            now = self._counters
-            copy = replace(
-                now,
-                executed=dict(now.executed),
-                fallbacks=dict(now.fallbacks),
-                errors=dict(now.errors),
-                row_texts=dict(now.row_texts),
-                row_tokens=dict(now.row_tokens),
-                merged=self._jobs.merged,
-                abandoned=self._jobs.abandoned,
-            )
+            copy = self._counters.copy(merged=self._jobs.merged, abandoned=self._jobs.abandoned)
             return Stats(
                 counters=copy,
                 depth=self._jobs.depth,
@@ -315,7 +272,9 @@ class Pipeline:
             self._settle(ticket, index, combine(self._spec, answers, chunked.spans, pair=pair))
 
         request = replace(ticket.request, texts=[""] * len(chunked.encodings))
-        return Ticket(request, ticket.deadline, ticket.submitted_at, done, abandoned=lambda: not ticket.open or ticket.abandoned())
+        parts = Ticket(request, ticket.deadline, ticket.submitted_at, done, lambda: not ticket.open or ticket.abandoned())
+        parts.encodings = list(chunked.encodings)
+        return parts
 
     def _settle(self, ticket: Ticket, index: int, answer: Embedded) -> None:
         """Give a text its answer, and remember it."""
@@ -424,16 +383,7 @@ class Pipeline:
         if self._tells(row):
             self._speed.row(tokens=row.tokens, texts=len(row.jobs), seconds=min(answer.seconds, now - self._last_row))
         self._last_row = now
-        counters.texts += len(row.jobs)
-        counters.tokens += row.tokens
-        counters.rows += 1
-        counters.row_texts[len(row.jobs)] = counters.row_texts.get(len(row.jobs), 0) + 1
-        counters.row_tokens[row.tokens] = counters.row_tokens.get(row.tokens, 0) + 1
-        counters.positions += row.shape.bins * row.shape.positions
-        counters.infer_seconds += answer.seconds
-        counters.executed[answer.device] = counters.executed.get(answer.device, 0) + len(row.jobs)
-        if answer.fallback:
-            counters.fallbacks[answer.device] = counters.fallbacks.get(answer.device, 0) + len(row.jobs)
+        counters.row(row, answer)
 
     def _tells(self, row: Pack) -> bool:
         """Whether a row says how fast a queue goes: full ones do, of the small ones of a shallow queue a token takes far longer."""

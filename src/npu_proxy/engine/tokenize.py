@@ -5,15 +5,16 @@ The limit is the model's own; truncation and padding that a tokenizer.json bakes
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from npu_proxy.engine.frames import chunks, frame_of, longest_first, pair_frame_of, sentence_ends
+from npu_proxy.engine.manner import Manner, prompt_of
 from npu_proxy.errors import (
     EmptyInputError,
     InputError,
@@ -23,7 +24,7 @@ from npu_proxy.errors import (
     TooLongError,
     UnsupportedError,
 )
-from npu_proxy.types import CHUNKING, Chunked, Chunking, EmbedRequest, Encoding, Kind, ModelSpec, Pair, Span, TextInput, Truncate
+from npu_proxy.types import Chunked, EmbedRequest, Encoding, Kind, ModelSpec, Pair, Span, TextInput, Truncate
 
 Sanitize = Literal["none", "basic", "nfkc"]
 OnEmpty = Literal["error", "placeholder"]
@@ -55,41 +56,6 @@ class Token(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manner:
-    """How the texts of one request are read: all that decides which tokens a text becomes.
-
-    prompt: stands before each text (before the first of a pair). prompted: its tokens, where they are not pooled, else 0.
-    document: which side of a late-interaction model, None for the others. limit: tokens of a text, special ones included.
-    """
-
-    prompt: str = ""
-    prompted: int = 0
-    document: bool | None = None
-    truncate: Truncate = Truncate.END
-    limit: int
-    chunking: Chunking = CHUNKING
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Different for manners that give different answers; as it always was for the plain ones, which caches hold."""
-        special = [] if self.document is None else [self.document]
-        if self.truncate is Truncate.CHUNK:
-            special += [self.chunking.overlap, self.chunking.sentences]
-        return (self.prompt, self.truncate, self.limit, *special)
-
-
-_MEANINGS = {
-    "query": ("query",),
-    "document": ("document", "passage", "corpus"),
-    "classification": ("classification",),
-    "clustering": ("clustering",),
-}
-"""Prompt names by input type, in the words of sentence-transformers; the first that a model has."""
-_CASES = {"classification": ("Classification",), "clustering": ("Clustering",)}
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\u3002\uff01\uff1f]|\n+")
-
-
 class TextEncoder:
     """A model's tokenizer and prompts. Thread-safe: it has no state that changes."""
 
@@ -105,14 +71,14 @@ class TextEncoder:
         self._tokenizer.no_padding()
         # The tokenizer's own lower-casing is in its normalizer; sentence-transformers adds this one where asked.
         self._lower_case = spec.lower_case
-        self._frame = _frame(self._tokenizer, spec) if spec.special_tokens else ([], [])
+        self._frame = frame_of(self._tokenizer, spec) if spec.special_tokens else ([], [])
         self.vocabulary = spec.vocabulary
         """Ids are below it."""
         self.special_tokens = len(self._frame[0]) + len(self._frame[1])
         """Tokens that are added to every text."""
         self.special_ids = frozenset([*self._frame[0], *self._frame[1], *_unknown(self._tokenizer)])
         """Ids that stand for no word: those, and that of the unknown."""
-        self._pair = _pair_frame(self._tokenizer, spec) if spec.kind is Kind.SCORES else None
+        self._pair = pair_frame_of(self._tokenizer, spec) if spec.kind is Kind.SCORES else None
         # BertPreTokenizer splits into words, each tokenized alone, so a cut can change one word only.
         self._splits_words = type(self._tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer"
 
@@ -120,7 +86,7 @@ class TextEncoder:
 
     def manner(self, request: EmbedRequest) -> Manner:
         """How a request's texts are read; raises InputError for a prompt or an instruction that the model does not have."""
-        spec, prompt, document = self._spec, self.prompt(request), None
+        spec, prompt, document = self._spec, prompt_of(self._spec, request), None
         limit = min(request.max_tokens or spec.max_length, spec.max_length)
         if spec.sides is not None:
             document = request.input_type != "query"
@@ -133,34 +99,6 @@ class TextEncoder:
             message = f"an overlap of {chunking.overlap} tokens leaves nothing of chunks of {limit}"
             raise InputError(message, param="overlap")
         return Manner(prompt=prompt, prompted=skipped, document=document, truncate=request.truncate, limit=limit, chunking=chunking)
-
-    def prompt(self, request: EmbedRequest) -> str:
-        """The text put before each text of a request; raises InputError for a prompt the model does not have."""
-        prompts = self._spec.prompts
-        given = [name for name in ("prompt", "prompt_name", "instruction") if getattr(request, name) is not None]
-        if len(given) > 1:
-            raise InputError(f"`{given[0]}` and `{given[1]}` both say what stands before a text; give one", param=given[1])
-        if request.prompt is not None:
-            return request.prompt
-        if request.prompt_name is not None:
-            if request.prompt_name not in prompts:
-                known = ", ".join(sorted(prompts)) or "none"
-                message = f"the model has no prompt `{request.prompt_name}`; its prompts: {known}"
-                raise InputError(message, param="prompt_name")
-            return prompts[request.prompt_name]
-        if request.instruction is not None:
-            if not self._spec.instruction:
-                message = f"{self._spec.name} takes no instructions; give the whole prompt as `prompt` where it should have one"
-                raise InputError(message, param="instruction")
-            return self._spec.instruction.replace("{task}", request.instruction)
-        if request.input_type is not None:
-            names = _MEANINGS.get(request.input_type)
-            if names is None:
-                message = f"input_type must be one of {', '.join(_MEANINGS)}, not `{request.input_type}`"
-                raise InputError(message, param="input_type")
-            names = (*names, *_CASES.get(request.input_type, ()))
-            return next((prompts[name] for name in names if name in prompts), "")
-        return prompts.get(self._spec.default_prompt or "", "")
 
     def _prompt_tokens(self, prompt: str) -> int:
         """How many leading tokens are a prompt's, as sentence-transformers counts: with what stands before."""
@@ -181,10 +119,10 @@ class TextEncoder:
         encoded = iter(self._encode_strings(strings, manner.truncate, manner.limit))
         return [self._one(one, encoded, manner) for one in prepared]
 
-    def plain(self, texts: Sequence[TextInput], truncate: Truncate = Truncate.END) -> list[Encoding]:
+    def plain(self, texts: Sequence[TextInput]) -> list[Encoding]:
         """Encodings of those texts that have one, up to the model's limit and without a prompt."""
         side = None if self._spec.sides is None else True
-        found = self.encode(texts, Manner(limit=self._spec.max_length, truncate=truncate, document=side))
+        found = self.encode(texts, Manner(limit=self._spec.max_length, document=side))
         return [one for one in found if isinstance(one, Encoding)]
 
     def _one(
@@ -308,6 +246,8 @@ class TextEncoder:
 
     def _fit(self, ids: list[int], manner: Manner) -> Encoding | NpuProxyError:
         limit = manner.limit
+        if not ids:  # a tokenizer without special tokens, and a text of spaces
+            return _nothing()
         if len(ids) <= limit:
             return self._made(ids, manner, truncated=False)
         if manner.truncate is Truncate.ERROR:
@@ -321,8 +261,6 @@ class TextEncoder:
 
     def _made(self, ids: list[int], manner: Manner, *, truncated: bool) -> Encoding:
         """With what the model's kind adds: a query's expansion, a prompt that is not pooled."""
-        if not ids:  # a static model, and a text of nothing it knows
-            ids = [0]
         sides, seen = self._spec.sides, -1
         if sides is not None and not manner.document and len(ids) < sides.expanded:
             seen = -1 if sides.attend else len(ids)
@@ -345,27 +283,19 @@ class TextEncoder:
                 first, second = first[len(first) - counts[0] :], second[len(second) - counts[1] :]
             else:
                 first, second = first[: counts[0]], second[: counts[1]]
-        return self._joined(first, second, truncated=truncated)
-
-    def _joined(self, first: list[int], second: list[int], *, truncated: bool) -> Encoding:
-        assert self._pair is not None
-        before, between, after = self._pair.ids
-        ids = [*before, *first, *between, *second, *after]
-        if not self._spec.types:
-            return Encoding(np.array(ids, np.int32), truncated)
-        types = [*self._pair.types[0], *[self._pair.of[0]] * len(first), *self._pair.types[1]]
-        types += [*[self._pair.of[1]] * len(second), *self._pair.types[2]]
-        return Encoding(np.array(ids, np.int32), truncated, types=np.array(types, np.int32))
+        return self._pair.join(first, second, truncated=truncated, typed=self._spec.types)
 
     # -- long texts ----------------------------------------------------------------------------------------------
 
-    def _chunked(self, text: str | list[int] | Pair, manner: Manner) -> Encoding | Chunked | NpuProxyError:
-        """A text that is too long as chunks that overlap, each with the prompt (or the first of a pair) before it."""
-        query: list[int] = []
+    def _chunked(self, text: str | list[int] | Pair, manner: Manner) -> Chunked | NpuProxyError:
+        """A text as chunks that overlap (one, where it fits), each with the prompt, or the first of a pair, before it."""
+        query: list[int] | None = None
+        cut = False
         if isinstance(text, Pair):
             assert self._pair is not None
-            query = self._tokenizer.encode(text.first, add_special_tokens=False).ids
             room = manner.limit - self._pair.special
+            query = self._tokenizer.encode(text.first, add_special_tokens=False).ids
+            cut = len(query) > room // 2
             query = query[: room // 2]
             room -= len(query)
         else:
@@ -376,118 +306,38 @@ class TextEncoder:
                 return _wasteful()
             one = self._tokenizer.encode(body, add_special_tokens=False)
             ids, offsets = one.ids, one.offsets
+            ends = sentence_ends(body, offsets) if manner.chunking.sentences else frozenset[int]()
         else:
-            ids, offsets = self._inner(body), [(0, 0)] * (len(body) - self.special_tokens)
-        lead = 0
-        if not isinstance(text, Pair) and isinstance(body, str):
-            lead = sum(1 for start, _ in offsets if start < len(manner.prompt))
-        whole = len(ids) <= room
+            ids, ends = self._inner(body), frozenset[int]()
+            offsets = [(0, 0)] * len(ids)  # token ids lie nowhere
+        # The prompt is in front of the text, so its tokens are the first; they lead every chunk.
+        before = len(manner.prompt) if query is None and isinstance(body, str) else 0
+        lead = sum(1 for start, _ in offsets if start < before)
         overlap = manner.chunking.overlap or 0
         if room - lead <= overlap:
             return NothingLeftError(f"a limit of {manner.limit} tokens leaves nothing of a text in chunks", param="max_tokens")
-        ends = _sentence_ends(body, offsets) if manner.chunking.sentences and isinstance(body, str) else frozenset[int]()
-        parts = [(lead, len(ids))] if whole else chunks(lead, len(ids), room - lead, overlap, ends)
+        if len(ids) <= lead:
+            return _nothing()
+        parts = chunks(lead, len(ids), room - lead, overlap, ends)
         encodings: list[Encoding] = []
         for start, stop in parts:
             inner = [*ids[:lead], *ids[start:stop]]
-            if isinstance(text, Pair):
-                encodings.append(self._joined(query, inner, truncated=False))
-            else:
+            if query is None:
                 encodings.append(self._made([*self._frame[0], *inner, *self._frame[1]], manner, truncated=False))
-        shift = 0 if isinstance(text, Pair) else len(manner.prompt)
-        spans: list[Span] = [
-            (offsets[start][0] - shift, offsets[stop - 1][1] - shift) if stop > start else (0, 0) for start, stop in parts
-        ]
+            else:
+                assert self._pair is not None
+                encodings.append(self._pair.join(query, inner, truncated=cut, typed=self._spec.types))
+        spans: list[Span] = [(offsets[start][0] - before, offsets[stop - 1][1] - before) for start, stop in parts]
         return Chunked(encodings=encodings, spans=spans)
-
-
-def chunks(first: int, end: int, room: int, overlap: int, ends: frozenset[int] | set[int]) -> list[tuple[int, int]]:
-    """Parts of tokens ``first`` to ``end`` of at most ``room``, each beginning ``overlap`` before the end of the one before.
-
-    ends: tokens before which a sentence ends; a part ends at the last of them in its second half, where there is one.
-    """
-    parts: list[tuple[int, int]] = []
-    start = first
-    while True:
-        stop = min(start + room, end)
-        if stop < end:
-            stop = next((at for at in range(stop, start + max(room // 2, overlap), -1) if at in ends), stop)
-        parts.append((start, stop))
-        if stop >= end:
-            return parts
-        start = stop - overlap
-
-
-def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens stay of two texts: the longer one is cut, both once they are equal. Source: tokenizers' truncation."""
-    short, long = sorted((first, second))
-    long = max(short, room - short) if short <= room else short
-    if short + long > room:
-        short, long = room // 2, room // 2 + room % 2
-    return (short, long) if first <= second else (long, short)
-
-
-def _sentence_ends(text: str, offsets: Sequence[Span]) -> frozenset[int]:
-    """Numbers of the tokens that begin behind the end of a sentence."""
-    marks = [match.end() for match in _SENTENCE_END.finditer(text)]
-    found: set[int] = set()
-    token = 0
-    for mark in marks:
-        while token < len(offsets) and offsets[token][0] < mark:
-            token += 1
-        found.add(token)
-    return frozenset(found)
-
-
-@dataclass(frozen=True)
-class _PairFrame:
-    """Special tokens before, between and behind the texts of a pair, their types, and those of the two texts."""
-
-    ids: tuple[list[int], list[int], list[int]]
-    types: tuple[list[int], list[int], list[int]]
-    of: tuple[int, int]
-
-    @property
-    def special(self) -> int:
-        return sum(map(len, self.ids))
-
-
-def _sample(tokenizer: Tokenizer, spec: ModelSpec) -> tuple[str, list[int]]:
-    sample = next((text for text in ("a", "the", "1", ".") if tokenizer.encode(text, add_special_tokens=False).ids), None)
-    if sample is None:
-        raise ModelError(f"{spec.name}: tokenizer.json turns every text into nothing")
-    return sample, tokenizer.encode(sample, add_special_tokens=False).ids
-
-
-def _find(whole: Sequence[int], plain: Sequence[int], first: int, spec: ModelSpec) -> int:
-    for start in range(first, len(whole) - len(plain) + 1):
-        if list(whole[start : start + len(plain)]) == list(plain):
-            return start
-    raise ModelError(f"{spec.name}: tokenizer.json does not put special tokens around a text, but inside it")
-
-
-def _frame(tokenizer: Tokenizer, spec: ModelSpec) -> tuple[list[int], list[int]]:
-    """The special tokens that stand before and behind every text, seen by encoding a text with and without them."""
-    sample, plain = _sample(tokenizer, spec)
-    whole = tokenizer.encode(sample).ids
-    start = _find(whole, plain, 0, spec)
-    return whole[:start], whole[start + len(plain) :]
-
-
-def _pair_frame(tokenizer: Tokenizer, spec: ModelSpec) -> _PairFrame:
-    """As ``_frame`` for two texts."""
-    sample, plain = _sample(tokenizer, spec)
-    whole = tokenizer.encode(sample, sample)
-    one = _find(whole.ids, plain, 0, spec)
-    two = _find(whole.ids, plain, one + len(plain), spec)
-    cuts = (slice(one), slice(one + len(plain), two), slice(two + len(plain), None))
-    ids, types = ([values[cut] for cut in cuts] for values in (whole.ids, whole.type_ids))
-    return _PairFrame((ids[0], ids[1], ids[2]), (types[0], types[1], types[2]), (whole.type_ids[one], whole.type_ids[two]))
 
 
 def _unknown(tokenizer: Tokenizer) -> list[int]:
     ids = (tokenizer.token_to_id(token) for token in ("[UNK]", "<unk>"))
     return [number for number in ids if number is not None]
+
+
+def _nothing() -> EmptyInputError:
+    return EmptyInputError("the model's tokenizer makes nothing of the text", param="input")
 
 
 def _wasteful() -> InputError:

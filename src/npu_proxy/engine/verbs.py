@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.engine.finish import normalize, relevance
+from npu_proxy.engine.answers import relevance
+from npu_proxy.engine.similarity import max_sim
 from npu_proxy.errors import EmptyInputError, InputError, UnsupportedError
-from npu_proxy.types import EmbedRequest, EmbedResult, Kind, ModelSpec, Pair, Similarity, SparseVector, Truncate, Vector
+from npu_proxy.types import EmbedRequest, EmbedResult, Kind, ModelSpec, Pair, SparseVector, Truncate, Vector
 
 Array = npt.NDArray[np.float32]
 
@@ -42,6 +43,7 @@ def rank_requests(
     query: str,
     documents: Sequence[str],
     *,
+    top_n: int | None = None,
     truncate: Truncate = Truncate.END,
     max_tokens: int | None = None,
     deadline: float | None = None,
@@ -50,6 +52,7 @@ def rank_requests(
 
     Raises InputError for empty input, UnsupportedError for a model that does not rank.
     """
+    _check(top_n)
     if not query:
         raise EmptyInputError("the query is empty", param="query")
     if not documents:
@@ -84,8 +87,6 @@ def ranking(spec: ModelSpec, results: Sequence[EmbedResult], *, top_n: int | Non
     A cross-encoder's score is the sigmoid of its logit (of two labels, the share of the second), or with ``raw`` the logit; late
     interaction's is the sum over the query's tokens of the best cosine (MaxSim, Khattab and Zaharia 2020).
     """
-    if top_n is not None and top_n < 1:
-        raise InputError(f"top_n must be at least 1, not {top_n}", param="top_n")
     for result in results:
         result.raise_first()
     if spec.kind is Kind.SCORES:
@@ -98,21 +99,22 @@ def ranking(spec: ModelSpec, results: Sequence[EmbedResult], *, top_n: int | Non
     return [Ranked(int(index), float(scores[index])) for index in order]
 
 
-def max_sim(query: Array, document: Array) -> float:
-    """Sum over the query's tokens [q, width] of the largest product with a token of the document [d, width]."""
-    return float((query @ document.T).max(axis=1).sum()) if len(document) else float("-1e9")
-
-
 def sigmoid(logits: Array) -> Array:
     """1 / (1 + exp(-x)), without overflow."""
     return (0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))).astype(np.float32)
 
 
+def _check(top_n: int | None) -> None:
+    if top_n is not None and top_n < 1:
+        raise InputError(f"top_n must be at least 1, not {top_n}", param="top_n")
+
+
 # -- classify ------------------------------------------------------------------------------------------------------------
 
 
-def check_classifier(spec: ModelSpec) -> None:
-    """Raise UnsupportedError for a model without labels."""
+def check_classifier(spec: ModelSpec, top_n: int | None = None) -> None:
+    """Raise UnsupportedError for a model without labels, InputError for no label at all."""
+    _check(top_n)
     if spec.kind is not Kind.SCORES:
         raise UnsupportedError(
             f"{spec.name} has no head for classifying; that needs a model for sequence classification", param="model"
@@ -132,40 +134,10 @@ def probabilities(spec: ModelSpec, result: EmbedResult, *, raw: bool = False) ->
 
 def labels(spec: ModelSpec, scores: Array, top_n: int | None = None) -> list[list[Label]]:
     """Of each text the labels by falling score."""
-    if top_n is not None and top_n < 1:
-        raise InputError(f"top_n must be at least 1, not {top_n}", param="top_n")
     orders = np.argsort(-scores, axis=1, kind="stable")[:, :top_n]
     return [
         [Label(spec.labels[int(index)], float(row[index])) for index in order] for row, order in zip(scores, orders, strict=True)
     ]
-
-
-# -- similarity ----------------------------------------------------------------------------------------------------------
-
-
-def similarity(one: Array, other: Array, how: Similarity = "cosine") -> Array:
-    """How alike vectors [n, width] and [m, width] are, [n, m]; distances are negative, so that larger is always closer.
-
-    The definitions are those of sentence-transformers.
-    """
-    one, other = np.atleast_2d(np.asarray(one, np.float32)), np.atleast_2d(np.asarray(other, np.float32))
-    match how:
-        case "cosine":
-            return normalize(one) @ normalize(other).T
-        case "dot":
-            return one @ other.T
-        case "euclidean":
-            return -np.sqrt(np.stack([((row - other).astype(np.float64) ** 2).sum(axis=1) for row in one])).astype(np.float32)
-        case "manhattan":
-            return -np.stack([np.abs(row - other).sum(axis=1) for row in one])
-        case _:
-            raise InputError(f"similarity must be cosine, dot, euclidean or manhattan, not `{how}`", param="similarity")
-
-
-def sparse_dot(one: SparseVector, other: SparseVector) -> float:
-    """Product of two sparse vectors."""
-    _, left, right = np.intersect1d(one.indices, other.indices, assume_unique=True, return_indices=True)
-    return float(one.values[left] @ other.values[right])
 
 
 def sparse_of(result: EmbedResult) -> list[SparseVector]:

@@ -50,7 +50,8 @@ def _special(spec: ModelSpec) -> dict[str, object]:
         "prompt_left_out": not spec.include_prompt,
         "types": spec.types,
         "plain_tokens": not spec.special_tokens,
-        "sides": sides and [sides.query_length, sides.document_length, sides.expanded, sides.attend, sorted(sides.skip)],
+        "sides": sides
+        and [sides.query_length, sides.document_length, sides.expanded, sides.attend, sorted(sides.skip), sorted(sides.query_skip)],
     }
 
 

@@ -57,7 +57,7 @@ def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None 
         pooling=Pooling.MEAN,
         dense=(),
         width=0,
-        max_length=_max_length(config, limits, transformer),
+        max_length=min(own_length := _max_length(config, limits, transformer), max_length or own_length),
         vocabulary=_number(config, "vocab_size", transformer),
         normalizes=False,
         lower_case=bool(limits.get("do_lower_case", False)),
@@ -72,8 +72,6 @@ def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None 
         raise ModelError(f"config_sentence_transformers.json: default_prompt_name `{spec.default_prompt}` is not among the prompts")
     spec = replace(spec, instruction=_instruction(spec))
     spec = _with_head(spec, config, found, modules, about, limits, pooling)
-    if max_length and max_length < spec.max_length:
-        spec = replace(spec, max_length=max_length)
     return replace(spec, fingerprint=fingerprint(spec))
 
 
@@ -125,7 +123,8 @@ def _with_head(
     )
     if late is not None:
         sides = sides_of(late, spec.max_length, spec.tokenizer_file)
-        sides = replace(sides, skip=skipped(late.mask, spec.tokenizer_file))
+        skip, query_skip = (skipped(late.mask, side, spec.tokenizer_file) for side in ("document", "query"))
+        sides = replace(sides, skip=skip, query_skip=query_skip)
         return replace(spec, kind=Kind.TOKENS, pooling=Pooling.NONE, sides=sides, prompts={**spec.prompts, **late.prompts})
     if spec.kind is Kind.TOKENS and all((spec.folder / file).is_file() for file in _BGE_M3):
         lexical, projection = (read_dense(Tensors([spec.folder / file]), "") for file in _BGE_M3)
@@ -161,18 +160,26 @@ def _classifier(spec: ModelSpec, config: Json, found: Family, about: Json) -> Mo
     labels = [str(names.get(str(number), f"LABEL_{number}")) for number in range(count)]
     own = cast("Json", config.get("sentence_transformers") or {})
     stored = about.get("activation_fn") or own.get("activation_fn") or config.get("sbert_ce_default_activation_function")
-    problem = config.get("problem_type")
-    activation: Activation = "sigmoid" if count == 1 or problem == "multi_label_classification" else "softmax"
-    if problem == "regression" and not stored and count > 1:
-        activation = "identity"
     return replace(
         spec,
         pooling=found.scores_pooling(config),
         width=count,
         labels=labels,
-        activation=activation,
+        activation=_activation(count, str(stored or "").rsplit(".", 1)[-1], config.get("problem_type")),
         types=int(config.get("type_vocab_size") or 0) > 1,
     )
+
+
+def _activation(count: int, stored: str, problem: str | None) -> Activation:
+    """What makes scores of logits. stored: the class that sentence-transformers wrote down, "" where it did not.
+
+    It writes Identity for several labels, whose shares people want all the same; there the problem's type decides.
+    """
+    if count == 1:
+        return "identity" if stored == "Identity" else "sigmoid"
+    if stored == "Sigmoid" or problem == "multi_label_classification":
+        return "sigmoid"
+    return "identity" if problem == "regression" else "softmax"
 
 
 def _instruction(spec: ModelSpec) -> str:

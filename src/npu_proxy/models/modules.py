@@ -17,7 +17,7 @@ from npu_proxy.errors import ModelError
 from npu_proxy.graph.heads import ACTIVATIONS
 from npu_proxy.models.jsons import Json, inside, read_object, where
 from npu_proxy.models.weights import Tensors, weight_files
-from npu_proxy.types import Dense, Kind, Pooling
+from npu_proxy.types import Dense, Pooling
 
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": Pooling.CLS,
@@ -41,7 +41,6 @@ class Stack:
         self.include_prompt = True
         self.skip: Json = {}
         """config.json of a MultiVectorMask."""
-        self.kind = Kind.DENSE
         self._vocabulary = vocabulary
 
     def add(self, modules: Sequence[Json], folder: Path) -> None:
@@ -77,7 +76,7 @@ class Stack:
         strategy, activation = config.get("pooling_strategy", "max"), config.get("activation_function", "relu")
         if strategy != "max" or activation != "relu":
             raise ModelError(f"{where(file)}: SPLADE with {strategy} of {activation} is not supported, only max of relu")
-        self.kind, self.pooling, self.width = Kind.SPARSE, Pooling.SPLADE, self._vocabulary
+        self.pooling, self.width = Pooling.SPLADE, self._vocabulary
 
     def add_dense(self, folder: Path) -> None:
         file = folder / "config.json"
@@ -100,7 +99,7 @@ class Stack:
         config = read_object(folder / "config.json", optional=True)
         if config.get("keep_only_token_ids"):
             raise ModelError(f"{where(folder / 'config.json')}: keep_only_token_ids is not supported")
-        self.kind, self.pooling, self.skip = Kind.TOKENS, Pooling.NONE, config
+        self.pooling, self.skip = Pooling.NONE, config
 
 
 _MODULES: dict[str, Callable[[Stack, Path], None]] = {
@@ -119,8 +118,10 @@ def read_dense(tensors: Tensors, prefix: str, activation: str = "torch.nn.module
     return Dense(weight=weight, bias=bias, activation=activation)
 
 
-def skipped(mask: Json, tokenizer_file: Path) -> frozenset[int]:
-    """Ids of the words of a MultiVectorMask that get no vector: those that are entries of the vocabulary."""
+def skipped(mask: Json, side: str, tokenizer_file: Path) -> frozenset[int]:
+    """Ids of the words of a MultiVectorMask that get no vector on a side: those that are entries of the vocabulary."""
+    if side not in mask.get("skiplist_tasks", ["document"]):
+        return frozenset()
     words: Any = mask.get("skiplist_words", list(string.punctuation))
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     ids = (tokenizer.token_to_id(str(word)) for word in words)

@@ -21,9 +21,10 @@ import openvino as ov
 
 from npu_proxy.devices.openvino import OpenVinoCpu
 from npu_proxy.devices.shapes import ROW_TOKENS, dynamic_shapes
-from npu_proxy.engine.engine import Engine, Parts
+from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.golden import GOLDEN_TEXTS
 from npu_proxy.engine.packing import pack, plan_row
+from npu_proxy.engine.parts import Parts
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import InputError, ModelError, SettingsError
 from npu_proxy.graph.packed import NATIVE, Form, RowFormat

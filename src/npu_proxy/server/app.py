@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -108,8 +109,6 @@ def create_app(
     owners: dict[str, Dialect] = {}
     for (path, method), group in groupby(by_path, key=lambda pair: (pair[1].path, pair[1].method)):
         same = list(group)
-        if path == "/classify" and settings.classify_dialect != "auto":
-            same = [pair for pair in same if pair[0].name.lower().startswith(settings.classify_dialect)]
         owners.setdefault(path, same[0][0])
         # Clients send a trailing slash or none, and a redirect loses the body of some.
         spellings = [path] if path.endswith(":path}") else [path, path + "/"]
@@ -144,7 +143,9 @@ def _choosing(state: State, pairs: Sequence[Pair]) -> Handler:
 
     async def handle(exchange: Exchange) -> Response:
         fields = fields_of(await state.bodies.read(exchange))
-        wants = (number for number, (_, route) in enumerate(pairs) if isinstance(route, Query) or route.when(fields))
+        wants = (
+            number for number, (_, route) in enumerate(pairs) if isinstance(route, Query) or route.when(fields, state.settings)
+        )
         number = next(wants, 0)
         exchange.dialect = pairs[number][0]
         return await handlers[number](exchange)
@@ -174,24 +175,30 @@ def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
             use.keep_alive = endpoint.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
             ask = endpoint.to_request(body, served)
-            asks = [ask] if isinstance(ask, EmbedRequest) else ask if isinstance(ask, list) else []
-            if not asks or not all(isinstance(one, EmbedRequest) for one in asks):
+            if not isinstance(ask, EmbedRequest | list):
                 return Answer(ask)
+            asks: list[EmbedRequest] = [ask] if isinstance(ask, EmbedRequest) else ask
             most = settings.max_client_batch
             for one in asks:
                 if len(one.texts) > endpoint.sides * most:
                     raise InputError(f"the request has {len(one.texts)} texts; at most {most} are allowed (`max_client_batch`)")
-            results: list[EmbedResult] = []
-            for future in [use.loaded.engine.submit(one, start + exchange.seconds) for one in asks]:
+            futures: list[Future[EmbedResult]] = []
+            try:
+                futures.extend(use.loaded.engine.submit(one, start + exchange.seconds) for one in asks)
                 # What the cache knows is there at once.
-                done = future.result() if future.done() else await unless_gone(exchange.request, asyncio.wrap_future(future))
-                results.append(done.raise_first())
+                results = [
+                    one.result() if one.done() else await unless_gone(exchange.request, asyncio.wrap_future(one)) for one in futures
+                ]
+            finally:
+                for one in futures:  # where one failed, or the client has gone, nobody waits for the others
+                    one.cancel()
             exchange.result = result = results[-1]
-            ask = asks[-1]
-            content = endpoint.to_response(results if len(results) > 1 else result, body, served)
+            for one in results:
+                one.raise_first()
+            content = endpoint.to_response(results if asks is ask else result, body, served)
         return Answer(
             content,
-            headers={**dialect.headers(result, ask), **headers_of(result)},
+            headers={**dialect.headers(result, asks[-1]), **headers_of(result)},
             seconds=settings.header_timeout,
             bodies=state.bodies,
         )

@@ -201,7 +201,7 @@ def to_rank_request(body: RerankBody, served: Served) -> list[EmbedRequest]:
     return to_rank(served, body.query, documents, body.top_n or None, max_tokens=limit if limit and limit > 0 else None)
 
 
-def to_ranking(results: EmbedResult | list[EmbedResult], body: RerankBody, served: Served) -> Ranking:
+def to_ranking(results: list[EmbedResult], body: RerankBody, served: Served) -> Ranking:
     """By falling score, with the documents where the body asks for them."""
     documents = [_document(one, body.rank_fields) for one in body.documents]
     used = tokens_used(results)

@@ -171,6 +171,10 @@ class Fields(msgspec.Struct):
         return bool(bytes(getattr(self, name)))
 
 
+When = Callable[[Fields, Settings], bool]
+"""For a path that several dialects have, whether a body is a route's; the first that says yes gets it."""
+
+
 def model_of(body: Any) -> str | None:
     """The model a body names."""
     return getattr(body, "model", None)
@@ -180,7 +184,6 @@ def model_of(body: Any) -> str | None:
 class Endpoint:
     """``POST path`` takes a ``body``, becomes an EmbedRequest, and answers with a ``response`` (any type JSON can hold).
 
-    when: for a path that several dialects have, whether a body is this one's; the first that says yes gets it.
     keep_alive: seconds that the request wants its model to stay loaded afterwards, None where it does not say.
     """
 
@@ -190,7 +193,7 @@ class Endpoint:
     response: Any
     to_request: ToRequest
     to_response: ToResponse
-    when: Callable[[Fields], bool] = lambda _: True
+    when: When = lambda _, __: True
     keep_alive: Callable[[Any], float | None] = lambda _: None
     sides: int = 1
     """Texts that an item of the request has: two where pairs are compared."""
@@ -206,7 +209,7 @@ class Action:
     body: type[msgspec.Struct]
     response: Any
     answer: Callable[[Any, Served], Any]
-    when: Callable[[Fields], bool] = lambda _: True
+    when: When = lambda _, __: True
     method: Literal["POST"] = "POST"
 
 
@@ -230,7 +233,7 @@ class Order:
     body: type[msgspec.Struct]
     response: Any
     answer: Callable[[Any, Shelf], Any | Iterator[Any]]
-    when: Callable[[Fields], bool] = lambda _: True
+    when: When = lambda _, __: True
     method: Literal["POST", "DELETE"] = "POST"
 
 

@@ -12,6 +12,7 @@ from npu_proxy.errors import EmptyInputError, NpuProxyError
 from npu_proxy.server.dialect import Dialect, Endpoint, Fields, Served
 from npu_proxy.server.openai import Usage
 from npu_proxy.server.ranks import classes, ranks, to_classes, to_rank, tokens_used
+from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedRequest, EmbedResult
 
 
@@ -97,7 +98,7 @@ def to_ranks_request(body: RerankBody, served: Served) -> list[EmbedRequest]:
     return to_rank(served, body.query, body.documents, body.top_n)
 
 
-def to_ranks(results: EmbedResult | list[EmbedResult], body: RerankBody, served: Served) -> Ranks:
+def to_ranks(results: list[EmbedResult], body: RerankBody, served: Served) -> Ranks:
     """By falling score; documents as plain strings on request."""
     found = ranks(served, results, body.top_n, raw=bool(body.raw_scores))
     shown = [
@@ -117,17 +118,19 @@ def to_classes_request(body: ClassifyBody, served: Served) -> EmbedRequest:
 def to_classified(result: EmbedResult, body: ClassifyBody, served: Served) -> Classes:
     """Labels of each text."""
     found = classes(served, result, raw=bool(body.raw_scores))
-    return Classes(data=[[Class(label=one.label, score=one.score) for one in text] for text in found], **_common(result, served))
+    return Classes(data=[[Class(label=one.label, score=one.score) for one in text] for text in found], **_common([result], served))
 
 
-def _common(results: Any, served: Served) -> dict[str, Any]:
+def _common(results: list[EmbedResult], served: Served) -> dict[str, Any]:
     used = tokens_used(results)
     usage = Usage(prompt_tokens=used, total_tokens=used)
     return {"model": served.asked, "usage": usage, "id": f"infinity-{uuid.uuid4()}", "created": int(time.time())}
 
 
-def is_list(fields: Fields) -> bool:
-    """Whether `input` is a list of texts; vLLM's /classify takes a text or token ids."""
+def _wants_classify(fields: Fields, settings: Settings) -> bool:
+    """Whether `input` is a list of texts; vLLM's /classify takes a text or token ids. The setting decides otherwise."""
+    if settings.classify_dialect != "auto":
+        return settings.classify_dialect == "infinity"
     given = bytes(fields.input).lstrip() or b"["
     return given.startswith(b"[") and not given.lstrip(b"[ \t\r\n")[:1].isdigit()
 
@@ -150,7 +153,7 @@ DIALECT = Dialect(
             response=Classes,
             to_request=to_classes_request,
             to_response=to_classified,
-            when=is_list,
+            when=_wants_classify,
         ),
     ],
     error=Error,

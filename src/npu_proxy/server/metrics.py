@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Report
-from npu_proxy.engine.pipeline import Stats
+from npu_proxy.engine.counters import Stats
 from npu_proxy.server.exchange import Exchange
 from npu_proxy.server.registry import Loaded, Registry
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from npu_proxy.engine.verbs import Label, Ranked, check_classifier, labels, probabilities, rank_requests, ranking
-from npu_proxy.errors import InputError
 from npu_proxy.server.dialect import Served
 from npu_proxy.types import EmbedRequest, EmbedResult, Kind, TextInput, Truncate
 
@@ -21,17 +19,12 @@ def to_rank(
     max_tokens: int | None = None,
 ) -> list[EmbedRequest]:
     """What a body that ranks asks of the engine. Raises InputError."""
-    if top_n is not None and top_n < 1:
-        raise InputError(f"top_n must be at least 1, not {top_n}", param="top_n")
-    if len(documents) > served.settings.max_client_batch:
-        most = served.settings.max_client_batch
-        raise InputError(f"the request has {len(documents)} documents; at most {most} are allowed (`max_client_batch`)")
-    return rank_requests(served.spec, query, documents, truncate=truncate, max_tokens=max_tokens)
+    return rank_requests(served.spec, query, documents, top_n=top_n, truncate=truncate, max_tokens=max_tokens)
 
 
-def ranks(served: Served, results: EmbedResult | list[EmbedResult], top_n: int | None = None, *, raw: bool = False) -> list[Ranked]:
+def ranks(served: Served, results: list[EmbedResult], top_n: int | None = None, *, raw: bool = False) -> list[Ranked]:
     """Documents by falling score."""
-    return ranking(served.spec, results if isinstance(results, list) else [results], top_n=top_n, raw=raw)
+    return ranking(served.spec, results, top_n=top_n, raw=raw)
 
 
 def to_classes(served: Served, texts: Sequence[TextInput], truncate: Truncate = Truncate.END) -> EmbedRequest:
@@ -45,6 +38,6 @@ def classes(served: Served, result: EmbedResult, *, raw: bool = False) -> list[l
     return labels(served.spec, probabilities(served.spec, result, raw=raw))
 
 
-def tokens_used(results: Any) -> int:
+def tokens_used(results: Sequence[EmbedResult]) -> int:
     """Tokens of all texts of an answer."""
-    return sum(sum(one.tokens) for one in (results if isinstance(results, list) else [results]))
+    return sum(sum(one.tokens) for one in results)

@@ -19,7 +19,8 @@ from typing import Any, Self
 
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.system import available_memory
-from npu_proxy.engine.engine import Engine, open_cache
+from npu_proxy.engine.engine import Engine
+from npu_proxy.engine.parts import open_cache
 from npu_proxy.errors import DeadlineError, InputError, StoppedError, UnavailableError
 from npu_proxy.models.cl100k import FILE, NAME, Cl100k
 from npu_proxy.models.store import StoredModel

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from npu_proxy.engine.manner import prompt_of
 from npu_proxy.engine.verbs import sparse_of, tokens_of
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
 from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, Shelf, floats, header_text
@@ -247,7 +248,7 @@ def tokenize(body: TokenizeBody, served: Served) -> list[list[Token]]:
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     if not texts:
         raise EmptyInputError("`inputs` cannot be empty", param="inputs")
-    prompt = served.encoder.prompt(EmbedRequest(texts=texts, prompt_name=body.prompt_name))
+    prompt = prompt_of(served.spec, EmbedRequest(texts=texts, prompt_name=body.prompt_name))
     return [
         [
             Token(
@@ -364,7 +365,7 @@ def to_ranks_request(body: RerankBody, served: Served) -> list[EmbedRequest]:
     return to_rank(served, body.query, body.texts, None, truncate=_truncate(body.truncate, body.truncation_direction))
 
 
-def to_ranks(results: EmbedResult | list[EmbedResult], body: RerankBody, served: Served) -> list[Rank]:
+def to_ranks(results: list[EmbedResult], body: RerankBody, served: Served) -> list[Rank]:
     """By falling score."""
     found = ranks(served, results, raw=bool(body.raw_scores))
     return [Rank(index=one.index, score=one.score, text=body.texts[one.index] if body.return_text else None) for one in found]
@@ -438,7 +439,7 @@ DIALECT = Dialect(
             body=TokenizeBody,
             response=list[list[Token]],
             answer=tokenize,
-            when=lambda fields: not fields.has("prompt") and not fields.has("text"),
+            when=lambda fields, _: not fields.has("prompt") and not fields.has("text"),
         ),
         Action(path="/decode", summary="Text of token ids", body=DecodeBody, response=list[str], answer=decode),
         Endpoint(
@@ -472,7 +473,7 @@ DIALECT = Dialect(
             response=list[Rank],
             to_request=to_ranks_request,
             to_response=to_ranks,
-            when=lambda fields: fields.has("texts") or not fields.has("documents"),
+            when=lambda fields, _: fields.has("texts") or not fields.has("documents"),
         ),
         Query(path="/info", summary="Model and limits", response=Info, answer=info),
     ],

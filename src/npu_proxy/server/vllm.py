@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from npu_proxy.engine.finish import relevance
+from npu_proxy.engine.answers import relevance
 from npu_proxy.engine.verbs import check_classifier, probabilities, sigmoid
 from npu_proxy.errors import EmptyInputError, InputError
 from npu_proxy.server.cohere import Ranking, RerankBody, to_rank_request, to_ranking
 from npu_proxy.server.dialect import Action, Dialect, Endpoint, Fields, Served, floats, text_inputs
 from npu_proxy.server.infinity import Error, to_error
 from npu_proxy.server.openai import Usage
+from npu_proxy.settings import Settings
 from npu_proxy.types import DType, EmbedRequest, EmbedResult, Kind, Pair
 
 
@@ -244,7 +245,7 @@ def _sides(body: ScoreBody) -> tuple[list[str], list[str]]:
     return left, right
 
 
-def _has_prompt(fields: Fields) -> bool:
+def _has_prompt(fields: Fields, _: Settings) -> bool:
     return fields.has("prompt")
 
 
