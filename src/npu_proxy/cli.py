@@ -22,7 +22,7 @@ from npu_proxy.errors import InputError, ModelError, NpuProxyError, SettingsErro
 from npu_proxy.models.pull import pull as pull_model
 from npu_proxy.models.store import Store
 from npu_proxy.prepare.caches import cache
-from npu_proxy.prepare.commands import DEFAULTS, Shared, certify, compile_model, doctor, quantize, tune
+from npu_proxy.prepare.commands import DEFAULTS, Shared, certify, compile_model, convert, doctor, quantize, tune
 from npu_proxy.settings import Settings
 from npu_proxy.types import DType, Truncate
 from npu_proxy.version import __version__
@@ -209,7 +209,7 @@ def _devices(engine: Engine) -> str:
 
 
 app.command(cache)
-for command in (doctor, certify, quantize, tune, compile_model, rerank, classify, similarity, show):
+for command in (doctor, certify, quantize, tune, convert, compile_model, rerank, classify, similarity, show):
     app.command(command, name="compile" if command is compile_model else None)
 
 
@@ -254,8 +254,8 @@ def _check_environment() -> None:
         "ROUNDS",
         "PLATFORM",
         "ONLY",
+        "TRUST_REMOTE_CODE",
     ]
-    own += ["TOP_N", "RAW", "HOW"]
     known += [_PREFIX + name for name in own]
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in known:

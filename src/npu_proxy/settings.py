@@ -52,7 +52,8 @@ class Settings:
 
     device: str = "auto"
     """Devices in order of preference, such as `npu,cpu`. auto: npu, gpu, cpu, as far as this machine shows signs of them.
-    npu-sim is an NPU's rules on the processor, onnx is ONNX Runtime, debug gives made-up vectors for tests of clients."""
+    npu-sim is an NPU's rules on the processor, onnx and ir run a graph file of the model's own, debug gives made-up vectors for
+    tests of clients."""
 
     fallback: Literal["on", "off"] = "on"
     """Whether the devices behind the first may answer; off, a failing device means 503."""
@@ -122,6 +123,9 @@ class Settings:
 
     onnx_file: str = "onnx/model.onnx"
     """For device onnx: the file in the model's folder to run."""
+
+    ir_file: str = "openvino/openvino_model.xml"
+    """For device ir: the file in the model's folder to run."""
 
     threads: int = 0
     """Processor threads for inference; 0 takes what affinity and cgroup allow."""

@@ -184,6 +184,8 @@ class ModelSpec:
     """fp32; fp16: the same weights, computed in half precision where a device can; int8: ``graph``."""
     graph: Path | None = None
     """For int8, the file of its graph (models/quantized.py)."""
+    refused: str = ""
+    """Why no graph is built from its weights: it is served from a graph file of its repository only (devices/exported.py)."""
 
 
 # -- the way of one text ---------------------------------------------------------------------------------------------

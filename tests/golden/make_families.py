@@ -27,6 +27,7 @@ from transformers import (
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
+    ElectraConfig,
     Gemma3TextConfig,
     GteConfig,
     ModernBertConfig,
@@ -36,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     RobertaConfig,
+    T5Config,
     XLMRobertaConfig,
 )
 
@@ -55,7 +57,7 @@ def spell(name: str) -> PreTrainedTokenizerFast:
     encode = tokenizer()
     encode.no_truncation()
     encode.no_padding()
-    if name in ("qwen3", "gemma3"):
+    if name in ("qwen3", "gemma3", "t5"):
         after = [("[SEP]", encode.token_to_id("[SEP]"))]
         before = [("[CLS]", encode.token_to_id("[CLS]"))] if name == "gemma3" else []
         frame = ("[CLS] $A [SEP]", "[CLS] $A $B [SEP]") if before else ("$A [SEP]", "$A $B [SEP]")
@@ -73,7 +75,7 @@ def spell(name: str) -> PreTrainedTokenizerFast:
         encode.post_processor = processors.TemplateProcessing(
             single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=ids
         )
-    typed = ["token_type_ids"] if name in ("bert", "nomic", "gte") else []
+    typed = ["token_type_ids"] if name in ("bert", "nomic", "gte", "electra") else []
     return PreTrainedTokenizerFast(
         tokenizer_object=encode,
         model_max_length=LIMIT,
@@ -116,6 +118,10 @@ def config(name: str, **more: object) -> PreTrainedConfig:
             pos_att_type=["p2c", "c2p"],
             pooler_hidden_size=WIDTH,
             **{"share_att_key": True, "position_biased_input": False, **more},
+        ),
+        "electra": lambda: ElectraConfig(**common, **layers, embedding_size=16, max_position_embeddings=64, **more),
+        "t5": lambda: T5Config(
+            vocab_size=size, d_model=WIDTH, d_kv=8, d_ff=INNER, num_layers=LAYERS, num_heads=HEADS, n_positions=48, **more
         ),
         "qwen3": lambda: Qwen3Config(**common, **layers, head_dim=16, num_key_value_heads=2, max_position_embeddings=64, **more),
         "gemma3": lambda: Gemma3TextConfig(

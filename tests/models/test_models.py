@@ -16,7 +16,7 @@ from npu_proxy import InputError, ModelError, ModelNotFoundError, Pooling, PullE
 from npu_proxy.models import catalog
 from npu_proxy.models import pull as pull_module
 from npu_proxy.models.layout import read_spec
-from npu_proxy.models.pull import pull
+from npu_proxy.models.pull import chosen, pull
 from npu_proxy.models.store import Store
 from npu_proxy.models.weights import Tensors
 
@@ -24,7 +24,7 @@ from npu_proxy.models.weights import Tensors
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A copy of a golden model that a test may spoil."""
-    return Path(shutil.copytree(golden("mean")[0], tmp_path / "tiny"))
+    return Path(shutil.copytree(golden("mean")[0], tmp_path / "tiny", ignore=shutil.ignore_patterns("onnx")))
 
 
 def spoil(file: Path, **changes: object) -> None:
@@ -233,3 +233,17 @@ def test_aliases() -> None:
     for name in ("all-minilm", "ALL-MiniLM:latest", "sentence-transformers/all-minilm-l6-v2"):
         assert catalog.canonical(name) == catalog.DEFAULT_MODEL
     assert catalog.canonical("else/where") == "else/where"
+
+
+@pytest.mark.parametrize(
+    ("taken", "left"),
+    [
+        ("config.json model.safetensors", "pytorch_model.bin onnx/model.onnx openvino/openvino_model.xml a.png .x"),
+        ("colbert_linear.pt config.json pytorch_model.bin sparse_linear.pt", "optimizer.pt onnx/model.onnx"),
+        ("2_Dense/config.json 2_Dense/pytorch_model.bin config.json model.safetensors", ""),
+        ("config.json onnx/model.onnx onnx/model.onnx_data", "onnx/model_int8.onnx"),
+        ("config.json openvino/openvino_model.bin openvino/openvino_model.xml", "onnx/model.onnx"),
+    ],
+)
+def test_what_makes_up_a_model_is_pulled(taken: str, left: str) -> None:
+    assert chosen([*taken.split(), *left.split()]) == taken.split()

@@ -149,13 +149,15 @@ def show(model: str = "", *, json: bool = False, settings: Shared = DEFAULTS) ->
 def describe(settings: Settings) -> dict[str, object]:
     """What ``show`` says, by name."""
     from npu_proxy.devices.chain import served_spec
+    from npu_proxy.devices.profile import settled
     from npu_proxy.models.layout import read_spec
     from npu_proxy.models.store import Store
 
     store = Store(settings.store)
     name, folder = store.resolve(settings.model[0])
     stored = store.find(name)
-    spec = served_spec(settings, read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length))
+    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
+    spec = served_spec(settled(settings, spec), spec)
     return {
         "model": spec.name,
         "architecture": f"{spec.family}, {spec.config.get('num_hidden_layers', spec.config.get('n_layers', 0))} layers",

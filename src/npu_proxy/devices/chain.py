@@ -14,15 +14,15 @@ from npu_proxy.devices.blobs import Blob, compile_ahead
 from npu_proxy.devices.breaker import Policy
 from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.certify import Certificates, Verdict
+from npu_proxy.devices.exported import ExportedDevice, with_file
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
 from npu_proxy.devices.faults import Fault
-from npu_proxy.devices.kinds import TARGETS, chain
-from npu_proxy.devices.onnx import OnnxDevice, with_onnx
+from npu_proxy.devices.kinds import EXPORTED, TARGETS, chain
 from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
 from npu_proxy.devices.process import Limits, Task
 from npu_proxy.devices.shapes import dynamic_shapes, static_shapes
-from npu_proxy.errors import UnavailableError
+from npu_proxy.errors import ModelError, UnavailableError
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.quantized import int8_spec
 from npu_proxy.settings import Settings
@@ -44,8 +44,8 @@ def open_devices(
     if names == ["debug"]:
         shapes = dynamic_shapes(spec.max_length, settings.row_tokens, packed=settings.packing)
         return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes)], probe_every=0)
-    if names == ["onnx"]:
-        return Fallback([_onnx(settings, spec, golden)], probe_every=settings.probe_interval)
+    if names[0] in EXPORTED:
+        return Fallback([_exported(settings, spec, golden, names[0])], probe_every=settings.probe_interval)
     reference = _Reference(settings, spec, golden)
     certificates = Certificates(settings.store / "certificates")
     accelerators = [
@@ -92,15 +92,18 @@ def compile_blobs(settings: Settings, spec: ModelSpec, name: str, platform: str)
     return compile_ahead(settings.store, task.target, spec, plan.shapes, task.properties, platform, seconds=limit)
 
 
-def _onnx(settings: Settings, spec: ModelSpec, golden: GoldenRow) -> Device:
-    threads = settings.threads or available_threads()
-    return OnnxDevice(spec, spec.folder / settings.onnx_file, threads=threads, row_tokens=settings.row_tokens, golden=golden)
+def _exported(settings: Settings, spec: ModelSpec, golden: GoldenRow, name: str) -> Device:
+    threads, file = settings.threads or available_threads(), spec.folder / str(getattr(settings, EXPORTED[name][0]))
+    return ExportedDevice(spec, name, file, threads=threads, row_tokens=settings.row_tokens, golden=golden)
 
 
 def served_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:
     """The spec of what the settings `device` and `precision` compute from, with its fingerprint. Raises ModelError."""
-    if settings.device == "onnx":
-        return with_onnx(spec, settings.onnx_file)
+    if settings.device in EXPORTED:
+        return with_file(spec, settings.device, str(getattr(settings, EXPORTED[settings.device][0])))
+    if spec.refused and settings.device != "debug":
+        ways = " or ".join(f"`device` {name} with `{setting}`" for name, (setting, _) in EXPORTED.items())
+        raise ModelError(f"{spec.refused}. {spec.name} brings a graph file of its own, for {ways}")
     if settings.precision == "int8":
         spec = int8_spec(settings.store, spec)
     if settings.precision == "fp16":

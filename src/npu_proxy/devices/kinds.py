@@ -109,7 +109,13 @@ ANY = "any"
 AUTO = ("npu", "gpu", "cpu")
 """The chain of `auto`."""
 
-ALONE = ("debug", "onnx")
+EXPORTED: Mapping[str, tuple[str, str]] = {
+    "ir": ("ir_file", "openvino/openvino_model.xml"),
+    "onnx": ("onnx_file", "onnx/model.onnx"),
+}
+"""Devices that run a graph file of the model's repository: the setting that names the file, and what it usually is."""
+
+ALONE = ("debug", *EXPORTED)
 """Devices that are never part of a chain: other vectors, or another copy of the model."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import openvino as ov
 
-from npu_proxy.devices.kinds import chain
+from npu_proxy.devices.kinds import EXPORTED, chain
 from npu_proxy.devices.openvino import available_threads
 from npu_proxy.devices.shapes import ROW_TOKENS
 from npu_proxy.settings import Settings
@@ -100,8 +100,13 @@ def settled(settings: Settings, spec: ModelSpec) -> Settings:
     """The settings with nothing left open: what they leave to the profile is the profile's, else the default.
 
     It never changes vectors: precision is the settings' own, and devices that compute from another copy of the model are
-    not chosen. `auto` follows it only where all of this machine's devices were compared.
+    not chosen. `auto` follows it only where all of this machine's devices were compared. A model that is served from a graph
+    file only gets the device for the one it has.
     """
+    if spec.refused and settings.device == "auto":
+        files = {name: str(getattr(settings, setting)) for name, (setting, _) in EXPORTED.items()}
+        there = next((name for name, file in files.items() if (spec.folder / file).is_file()), settings.device)
+        settings = replace(settings, device=there)
     profile = find(settings.store, spec.fingerprint) if settings.profile == "on" else None
     names = chain(settings.device)
     auto = settings.device == "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from npu_proxy.models.layout import read_spec
 from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ def load(settings: Settings, stopping: threading.Event) -> Parts:
     name, folder = Store(settings.store).resolve(settings.model[0])
     spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
     settings = settled(settings, spec)
+    if spec.refused:
+        _log.warning("%s is served from its own graph file, padded (device %s): %s", spec.name, settings.device, spec.refused)
     spec = served_spec(settings, spec)
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
     device = open_devices(settings, spec, GoldenRows(encoder, spec), stopping)

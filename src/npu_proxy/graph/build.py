@@ -66,8 +66,8 @@ def family(model_type: str, config: Config) -> Family:
     """The family of a model. Raises ModelError when there is none or it cannot compute this config exactly."""
     if model_type not in FAMILIES:
         raise ModelError(
-            f"config.json: model_type `{model_type}` is not supported; known: {', '.join(sorted(FAMILIES))}. Models that come"
-            " with an ONNX file run with `device` onnx; `npu-proxy convert` makes one"
+            f"config.json: model_type `{model_type}` is not supported; known: {', '.join(sorted(FAMILIES))}. `npu-proxy"
+            " convert` makes a graph file that `device` ir serves"
         )
     found = FAMILIES[model_type]
     found.check(config)

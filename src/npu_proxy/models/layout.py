@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.build import Family, family
+from npu_proxy.graph.build import FAMILIES, Family, family
 from npu_proxy.models.catalog import INSTRUCTIONS
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.jsons import Json, existing, inside, read, read_object, where
@@ -24,6 +24,8 @@ from npu_proxy.types import Activation, Kind, ModelSpec, Pooling, Similarity
 _FIRST = ("Transformer", "MLMTransformer", "StaticEmbedding")
 _STATIC_TOKENS = 512
 """Tokens of a text that static models read; their own code stops there as well."""
+_NO_LIMIT = 512
+"""Tokens of a text where positions have no end and nothing else says (T5): what such models were trained with."""
 _BGE_M3 = ("sparse_linear.pt", "colbert_linear.pt")
 
 
@@ -43,8 +45,9 @@ def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None 
     about = read_object(folder / "config_sentence_transformers.json", optional=True)
     raw = _config(folder, transformer, modules)
     model_type = str(raw.get("model_type") or _missing(transformer / "config.json", "model_type"))
-    found = family(model_type, raw)
-    config = found.standard(raw)
+    weights, refused = _weights(transformer, model_type, raw, graph=_has_graph(folder))
+    found = None if refused else FAMILIES[model_type]
+    config = found.standard(raw) if found else _translated(raw)
     kind = _kind(raw, limits, about, modules, pooling)
     prompts = cast("dict[str, str]", {key: text or "" for key, text in (about.get("prompts") or {}).items()})
     spec = ModelSpec(
@@ -52,7 +55,8 @@ def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None 
         folder=folder,
         family=model_type,
         config=raw,
-        weight_files=weight_files(transformer),
+        weight_files=weights,
+        refused=refused,
         tokenizer_file=existing(transformer / "tokenizer.json", "npu-proxy reads the fast tokenizer only"),
         pooling=Pooling.MEAN,
         dense=(),
@@ -73,6 +77,34 @@ def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None 
     spec = replace(spec, instruction=_instruction(spec))
     spec = _with_head(spec, config, found, modules, about, limits, pooling)
     return replace(spec, fingerprint=fingerprint(spec))
+
+
+def _weights(transformer: Path, model_type: str, raw: Json, *, graph: bool) -> tuple[Sequence[Path], str]:
+    """The files of weights, and why graph/ builds nothing from them, "" where it does. Raises ModelError without a ``graph``."""
+    files: Sequence[Path] = ()
+    try:
+        files = weight_files(transformer)
+        family(model_type, raw)
+    except ModelError as error:
+        if not graph:
+            raise
+        return files, str(error)
+    return files, ""
+
+
+def _has_graph(folder: Path) -> bool:
+    """Whether the repository brings a graph file of its own (devices/exported.py)."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.onnx", "*/*.onnx", "*/*.xml"))
+
+
+def _translated(raw: Json) -> Json:
+    """The configuration of a family that is not built here, with the names that are read: what other families call them."""
+    others = {
+        "hidden_size": ("d_model", "n_embd", "dim"),
+        "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
+    }
+    read = {name: next((raw[other] for other in (name, *known) if other in raw), None) for name, known in others.items()}
+    return {**raw, **read, "max_position_embeddings": read["max_position_embeddings"] or _NO_LIMIT}
 
 
 def _kind(raw: Json, limits: Json, about: Json, modules: Sequence[Json], pooling: Pooling | None) -> Kind:
@@ -96,7 +128,7 @@ def _kind(raw: Json, limits: Json, about: Json, modules: Sequence[Json], pooling
 
 
 def _with_head(
-    spec: ModelSpec, config: Json, found: Family, modules: Sequence[Json], about: Json, limits: Json, pooling: Pooling | None
+    spec: ModelSpec, config: Json, found: Family | None, modules: Sequence[Json], about: Json, limits: Json, pooling: Pooling | None
 ) -> ModelSpec:
     """The spec with what stands on the transformer."""
     if spec.kind is Kind.SCORES:
@@ -153,7 +185,7 @@ def _chosen(spec: ModelSpec, stack: Stack, pooling: Pooling | None, *, static: b
     return said or pooling or Pooling.MEAN
 
 
-def _classifier(spec: ModelSpec, config: Json, found: Family, about: Json) -> ModelSpec:
+def _classifier(spec: ModelSpec, config: Json, found: Family | None, about: Json) -> ModelSpec:
     """A cross-encoder or classifier: labels, and what turns logits into scores."""
     names = cast("Mapping[str, str]", config.get("id2label") or {})
     count = len(names) or int(config.get("num_labels") or 2)
@@ -162,7 +194,7 @@ def _classifier(spec: ModelSpec, config: Json, found: Family, about: Json) -> Mo
     stored = about.get("activation_fn") or own.get("activation_fn") or config.get("sbert_ce_default_activation_function")
     return replace(
         spec,
-        pooling=found.scores_pooling(config),
+        pooling=found.scores_pooling(config) if found else Pooling.CLS,
         width=count,
         labels=labels,
         activation=_activation(count, str(stored or "").rsplit(".", 1)[-1], config.get("problem_type")),

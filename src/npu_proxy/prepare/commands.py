@@ -1,4 +1,4 @@
-"""The commands that look at the machine and make a model ready for it: doctor, certify, quantize, tune, compile."""
+"""The commands that look at the machine and make a model ready for it: doctor, certify, quantize, tune, convert, compile."""
 
 from __future__ import annotations
 
@@ -161,6 +161,27 @@ def tune(
     if fastest != own:
         flag = "--device onnx" if fastest.device == "onnx" else f"--precision {fastest.precision}"
         print(f"faster: {flag} ({fastest}); its vectors must not be mixed with those stored before")
+
+
+def convert(model: str = "", *, output: Path, trust_remote_code: bool = False, settings: Shared = DEFAULTS) -> None:
+    """Make a graph file of a model whose family is not built here, in a folder of its own, and compare it with torch.
+
+    Serve it with `--model FOLDER`; it is computed padded, on the processor. Needs torch and transformers: pip install
+    'npu-proxy[convert]'.
+
+    Parameters
+    ----------
+    model
+        Name, alias or folder; the setting `model` when left out.
+    output
+        The folder to make.
+    trust_remote_code
+        Run Python code that lies in the model's folder, for models that transformers has no code of.
+    """
+    from npu_proxy.prepare.convert import convert as make
+
+    spec, least = make(_with_model(settings, model), output, trust=trust_remote_code, say=_say)
+    print(f"{output}: {spec.kind} answers, width {spec.width}, {spec.max_length} tokens; least cosine to torch {least:.7f}")
 
 
 def compile_model(model: str = "", *, platform: str = ANY, settings: Shared = DEFAULTS) -> None:
