@@ -195,13 +195,18 @@ class ModelSpec:
 class Chunking:
     """How a text that is too long is read in chunks. overlap: tokens that neighbours share; None is 32, or an eighth of a chunk.
 
-    sentences: end chunks at ends of sentences where there is one in their second half. spans: say in the result where each
-    chunk lies, and give its own vector (such texts are computed anew, whatever the cache knows).
+    size: tokens of a chunk at most; None is what the model takes, or 256 for late chunks. sentences: end chunks at ends of
+    sentences where there is one in their second half. spans: say in the result where each chunk lies, and give its own vector
+    (such texts are computed anew, whatever the cache knows). late: the model reads as much of the text at once as it takes, and
+    the tokens of each chunk are pooled apart, so that a chunk knows what stands around it; for models that pool by mean or
+    maximum. Late chunks do not overlap. Source: Guenther et al. 2024 (late chunking).
     """
 
     overlap: int | None = None
+    size: int | None = None
     sentences: bool = False
     spans: bool = False
+    late: bool = False
 
 
 CHUNKING = Chunking()
@@ -238,7 +243,7 @@ class EmbedRequest:
 
 
 Span = tuple[int, int]
-"""From one character of a text to before another."""
+"""From one character (or token) of a text to before another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +252,8 @@ class Encoding:
 
     types: token types [n] int32 of a pair, None where all are 0. prompt: leading tokens that are not pooled.
     seen: leading tokens that others attend to, -1 for all of them; those behind are a query's expansion.
-    document: whether it is the document side of a late-interaction model.
+    document: whether it is the document side of a late-interaction model. parts: tokens that are pooled apart, as ranges; then
+    there is a vector for each.
     """
 
     ids: Ids
@@ -256,6 +262,7 @@ class Encoding:
     prompt: int = 0
     seen: int = -1
     document: bool = False
+    parts: tuple[Span, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -263,13 +270,19 @@ class Encoding:
         return len(self.ids)
 
     @property
+    def answers(self) -> int:
+        """How many vectors are pooled of it."""
+        return len(self.parts) or 1
+
+    @property
     def key(self) -> bytes:
         """Equal for texts whose answers are equal."""
         plain = self.ids.tobytes()
-        if self.types is None and not self.prompt and self.seen < 0 and not self.document:
+        if self.types is None and not self.prompt and self.seen < 0 and not self.document and not self.parts:
             return plain
         types = b"" if self.types is None else self.types.tobytes()
-        return b"%d %d %d %d " % (len(plain), self.prompt, self.seen, self.document) + plain + types
+        head = b"%d %d %d %d " % (len(plain), self.prompt, self.seen, self.document)
+        return head + plain + types + repr(self.parts).encode() if self.parts else head + plain + types
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,22 @@ def test_a_row_holds_its_limits_and_the_first_text(lengths: list[int]) -> None:
         assert len(bin) <= plan.shape.segments
 
 
+@given(lengths_of_texts, st.data())
+def test_texts_of_several_vectors_find_room(lengths: list[int], data: st.DataObject) -> None:
+    answers = [data.draw(st.integers(1, max(1, length // 16 + 1))) for length in lengths]
+    waiting, taken = list(range(len(lengths))), []
+    while waiting:
+        plan = plan_row([lengths[i] for i in waiting], SHAPES, [answers[i] for i in waiting])
+        row = [[waiting[index] for index in bin] for bin in plan.bins]
+        assert waiting[0] in row[0]
+        for bin in row:
+            assert sum(lengths[i] for i in bin) <= plan.shape.positions
+            assert sum(answers[i] for i in bin) <= plan.shape.segments
+        taken += [i for bin in row for i in bin]
+        waiting = [i for i in waiting if i not in set(taken)]
+    assert sorted(taken) == list(range(len(lengths)))
+
+
 @given(lengths_of_texts)
 def test_repeated_rows_take_every_text_once(lengths: list[int]) -> None:
     waiting = list(range(len(lengths)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from conftest import GOLDEN
-from npu_proxy import Chunking, EmbedRequest, Engine, InputError, Kind, Pair, Settings, UnsupportedError
+from npu_proxy import Chunking, EmbedRequest, Engine, InputError, Kind, Pair, Pooling, Settings, UnsupportedError
 from npu_proxy.engine.similarity import max_sim, similarity
 from npu_proxy.engine.verbs import sigmoid
 from npu_proxy.types import Truncate
@@ -132,6 +132,34 @@ def test_a_long_text_is_the_mean_of_its_chunks_by_length() -> None:
         assert dense.stats().counters.rows > rows
         with pytest.raises(InputError, match="overlap"):
             dense.embed([LONG], truncate="chunk", chunking=Chunking(overlap=500))
+
+
+def test_late_chunks_are_pooled_from_tokens_that_saw_the_whole_text(tmp_path: Path) -> None:
+    text = "the cat sleeps in the red house " * 5
+    plain = shutil.copytree(GOLDEN / "mean", tmp_path / "plain", ignore=shutil.ignore_patterns("modules.json", "onnx"))
+    with Engine(plain, settings=Settings(device="cpu", pooling=Pooling.NONE)) as tokens:
+        every = tokens.embed_tokens([text], normalize=False)[0]
+    with engine("mean") as dense:
+        chunking = Chunking(late=True, size=32, spans=True)
+        request = EmbedRequest(texts=[text, "the cat", LONG], truncate=Truncate.CHUNK, chunking=chunking)
+        result = dense.submit(request).result().raise_first()
+        first = result.chunks[0]
+        assert [one.tokens for one in first] == [33, len(every) - 33]  # the special token in front, too
+        for one, own in zip(first, (every[:33], every[33:]), strict=True):
+            np.testing.assert_allclose(one.vector, own.mean(axis=0), atol=1e-5)
+        assert text[first[1].start : first[1].stop].strip() == text[first[0].stop :].strip()
+        np.testing.assert_allclose(result.embeddings[1], dense.embed(["the cat"])[0], atol=1e-5)
+        assert len(result.chunks[2]) > 3  # beyond the limit: window by window
+        assert result.tokens[2] > dense.spec.max_length
+        late, early = (dense.embed([text], truncate="chunk", chunking=Chunking(late=one, size=32)) for one in (True, False))
+        assert not np.allclose(late, early, atol=1e-3)
+        for wrong, message in ((Chunking(late=True, overlap=3), "overlap"), (Chunking(late=True, size=8), "at least")):
+            with pytest.raises(InputError, match=message):
+                dense.embed([text], truncate="chunk", chunking=wrong)
+    with engine("mean", packing=False) as padded, pytest.raises(InputError, match="`packing`"):
+        padded.embed([text], truncate="chunk", chunking=chunking)
+    with engine("cls") as other, pytest.raises(InputError, match="mean or maximum"):
+        other.embed([text], truncate="chunk", chunking=chunking)
 
 
 def test_a_ranker_takes_the_best_chunk() -> None:

@@ -99,9 +99,9 @@ def texts_of(pack: Pack, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.flo
 
 
 def own(pack: Pack, number: int, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """What a row's output has for one of its jobs: [1, width], or [tokens, width] where every token has a vector."""
+    """What a row's output has for one of its jobs: [answers, width], or [tokens, width] where every token has a vector."""
     slot, job = pack.slots[number], pack.jobs[number]
-    first, count = (slot.start, job.encoding.tokens) if pack.kind.per_token else (slot.segment, 1)
+    first, count = (slot.start, job.encoding.tokens) if pack.kind.per_token else (slot.segment, job.encoding.answers)
     return vectors[slot.bin, first : first + count]
 
 

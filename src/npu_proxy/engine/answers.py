@@ -6,6 +6,7 @@ A kind of answer is a case in each of the three.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ def answer_of(spec: ModelSpec, encoding: Encoding, raw: npt.NDArray[np.float32],
     """
     match spec.kind:
         case Kind.DENSE | Kind.SCORES:
-            return raw[0].copy()
+            return raw.copy() if encoding.parts else raw[0].copy()
         case Kind.SPARSE:
             (indices,) = np.nonzero(raw[0])
             return np.stack([indices.astype(np.float32), raw[0][indices]], axis=1)
@@ -43,6 +44,16 @@ def wanted(want: Kind, kind: Kind, vector: Vector) -> Vector:
     if want is Kind.TOKENS:
         return vector[1:, 2:]
     return _largest(vector[vector[:, 1] > 0, :2])
+
+
+def apart(answer: Embedded, encoding: Encoding) -> Sequence[Embedded]:
+    """The answers of a text's parts, which were pooled apart, or its one answer."""
+    if not encoding.parts:
+        return [answer]
+    return [
+        replace(answer, vector=vector, tokens=stop - start)
+        for vector, (start, stop) in zip(answer.vector, encoding.parts, strict=True)
+    ]
 
 
 def combine(spec: ModelSpec, parts: Sequence[Embedded], spans: Sequence[Span], *, pair: bool) -> Embedded:

@@ -198,6 +198,9 @@ class Engine:
         check_texts(request.texts)
         check_output(request, parts.spec)
         manner = parts.encoder.manner(request)
+        if manner.late and all(shape.segments == 1 for shape in parts.device.shapes):
+            message = "late chunks are several vectors of one text; set `packing` on, and `device` to none that runs a graph file"
+            raise InputError(message, param="late")
         future: Future[EmbedResult] = Future()
 
         def done(ticket: Ticket) -> None:

@@ -25,18 +25,20 @@ class Plan:
     bins: Sequence[Sequence[int]]
 
 
-def plan_row(lengths: Sequence[int], shapes: Sequence[Shaped]) -> Plan:
+def plan_row(lengths: Sequence[int], shapes: Sequence[Shaped], answers: Sequence[int] = ()) -> Plan:
     """The next row from waiting texts of ``lengths`` tokens, first come first; every shape that can hold the first is tried.
 
+    answers: segments that each takes, where that is not 1 for all.
     Raises ValueError when no shape holds the first text (the engine refuses such texts long before).
     """
-    fitting = [shape for shape in shapes if shape.positions >= lengths[0]]
+    most = answers[0] if answers else 1
+    fitting = [shape for shape in shapes if shape.positions >= lengths[0] and shape.segments >= most]
     if not fitting:
         raise ValueError(f"a text of {lengths[0]} tokens fits no row of {', '.join(map(str, shapes))}")
     best: Plan | None = None
     best_rate = 0.0
     for shape in fitting:
-        plan = fill_bins(lengths, shape)
+        plan = fill_bins(lengths, shape, answers)
         rate = sum(lengths[index] for bin in plan.bins for index in bin) / shape.work
         if rate > best_rate:
             best, best_rate = plan, rate
@@ -44,7 +46,7 @@ def plan_row(lengths: Sequence[int], shapes: Sequence[Shaped]) -> Plan:
     return best
 
 
-def fill_bins(lengths: Sequence[int], shape: Shaped) -> Plan:
+def fill_bins(lengths: Sequence[int], shape: Shaped, answers: Sequence[int] = ()) -> Plan:
     """Fill the bins of one shape with text 0 and whatever fits best behind it.
 
     Lengths with waiting texts are bits of one integer, so "the longest that fits" is one mask and one bit_length.
@@ -60,10 +62,17 @@ def fill_bins(lengths: Sequence[int], shape: Shaped) -> Plan:
     for number in range(shape.bins):
         bin = [] if number else [0]
         room = shape.positions - (0 if number else lengths[0])
-        while len(bin) < shape.segments and (fits := present & ((2 << room) - 1)):
+        free = shape.segments - (0 if number else (answers[0] if answers else 1))
+        passed = 0  # lengths whose next text takes more segments than this bin has left
+        while free and (fits := present & ~passed & ((2 << room) - 1)):
             length = fits.bit_length() - 1
+            taken = answers[waiting[length][-1]] if answers else 1
+            if taken > free:
+                passed |= 1 << length
+                continue
             bin.append(waiting[length].pop())
             room -= length
+            free -= taken
             if not waiting[length]:
                 present ^= 1 << length
         bins.append(bin)
@@ -88,8 +97,8 @@ def pack(jobs: Sequence[Job], plan: Plan, layout: RowFormat, kind: Kind = Kind.D
     chosen: list[Job] = []
     slots: list[Slot] = []
     for bin, indices in enumerate(plan.bins):
-        start = 0
-        for segment, index in enumerate(indices):
+        start = segment = 0
+        for index in indices:
             encoding = jobs[index].encoding
             count = encoding.tokens
             span = slice(start, start + count)
@@ -101,8 +110,11 @@ def pack(jobs: Sequence[Job], plan: Plan, layout: RowFormat, kind: Kind = Kind.D
             if types is not None and encoding.types is not None:
                 types[bin, span] = encoding.types
             if pool is not None:
-                fill_pool(layout.pooling, pool[bin], segment, start, count, encoding.prompt)
+                for part, (first, stop) in enumerate(encoding.parts or ((0, count),)):
+                    skip = 0 if first else encoding.prompt
+                    fill_pool(layout.pooling, pool[bin], segment + part, start + first, stop - first, skip)
             chosen.append(jobs[index])
             slots.append(Slot(bin, segment, start))
             start += room(count, layout.align)
+            segment += encoding.answers
     return Pack(chosen, slots, shape, inputs, kind)

@@ -20,7 +20,7 @@ import numpy as np
 
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device, own
-from npu_proxy.engine.answers import answer_of, combine
+from npu_proxy.engine.answers import answer_of, apart, combine
 from npu_proxy.engine.counters import Counters, Stats
 from npu_proxy.engine.manner import Manner
 from npu_proxy.engine.packing import Plan, pack
@@ -264,7 +264,8 @@ class Pipeline:
             for error in filter(None, parts.errors):
                 ticket.fail(index, error)
                 return
-            answers = [answer for answer in parts.answers if answer is not None]
+            made = [answer for answer in parts.answers if answer is not None]
+            answers = [one for answer, encoding in zip(made, chunked.encodings, strict=True) for one in apart(answer, encoding)]
             pair = isinstance(ticket.request.texts[index], Pair)
             ticket.fallbacks |= parts.fallbacks
             ticket.queued_seconds = max(ticket.queued_seconds, parts.queued_seconds)

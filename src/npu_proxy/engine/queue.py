@@ -128,7 +128,8 @@ class JobQueue:
         candidates = self._candidates(now)
         if not candidates:
             return None
-        plan = plan_row([room(job.encoding.tokens, self._align) for job in candidates], shapes)
+        answers = [job.encoding.answers for job in candidates] if any(job.encoding.parts for job in candidates) else ()
+        plan = plan_row([room(job.encoding.tokens, self._align) for job in candidates], shapes, answers)
         for index in chain.from_iterable(plan.bins):
             self._start(candidates[index])
         if candidates[0].lane is Lane.BULK:

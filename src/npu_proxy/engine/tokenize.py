@@ -8,13 +8,14 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from npu_proxy.engine.frames import chunks, frame_of, longest_first, pair_frame_of, sentence_ends
-from npu_proxy.engine.manner import Manner, prompt_of
+from npu_proxy.engine.manner import Manner, check_chunking, prompt_of
 from npu_proxy.errors import (
     EmptyInputError,
     InputError,
@@ -40,8 +41,6 @@ _COUNTED = 200_000
 """Characters up to which a text that is refused for its length is counted to its end."""
 _LONGEST = 4_000_000
 """Characters that are tokenized of one text at most: a tokenizer needs some hundred bytes for each."""
-_OVERLAP = 32
-"""Tokens that neighbouring chunks share at most, unless a request says how many."""
 _OWN_IDS = 256
 """So many ids tell whose they are."""
 
@@ -93,11 +92,9 @@ class TextEncoder:
             limit = min(limit, spec.sides.document_length if document else spec.sides.query_length)
         skipped = 0 if spec.include_prompt or not prompt else self._prompt_tokens(prompt)
         chunking = request.chunking
-        if chunking.overlap is None:
-            chunking = replace(chunking, overlap=min(_OVERLAP, limit // 8))
-        if request.truncate is Truncate.CHUNK and not 0 <= (chunking.overlap or 0) < limit - self.special_tokens:
-            message = f"an overlap of {chunking.overlap} tokens leaves nothing of chunks of {limit}"
-            raise InputError(message, param="overlap")
+        if request.truncate is Truncate.CHUNK:
+            chunking = check_chunking(chunking, spec, limit, self.special_tokens)
+            limit = limit if chunking.late else min(limit, chunking.size or limit)
         return Manner(prompt=prompt, prompted=skipped, document=document, truncate=request.truncate, limit=limit, chunking=chunking)
 
     def _prompt_tokens(self, prompt: str) -> int:
@@ -313,7 +310,7 @@ class TextEncoder:
         # The prompt is in front of the text, so its tokens are the first; they lead every chunk.
         before = len(manner.prompt) if query is None and isinstance(body, str) else 0
         lead = sum(1 for start, _ in offsets if start < before)
-        overlap = manner.chunking.overlap or 0
+        late, overlap = manner.chunking.late, manner.chunking.overlap or 0
         if room - lead <= overlap:
             return NothingLeftError(f"a limit of {manner.limit} tokens leaves nothing of a text in chunks", param="max_tokens")
         if len(ids) <= lead:
@@ -327,8 +324,21 @@ class TextEncoder:
             else:
                 assert self._pair is not None
                 encodings.append(self._pair.join(query, inner, truncated=cut, typed=self._spec.types))
+        if late:
+            size = manner.chunking.size or len(ids)
+            inner = [chunks(start, stop, size, 0, ends) for start, stop in parts]
+            encodings = [self._apart(one, [stop for _, stop in own]) for one, own in zip(encodings, inner, strict=True)]
+            parts = [part for own in inner for part in own]
         spans: list[Span] = [(offsets[start][0] - before, offsets[stop - 1][1] - before) for start, stop in parts]
         return Chunked(encodings=encodings, spans=spans)
+
+    def _apart(self, encoding: Encoding, stops: Sequence[int]) -> Encoding:
+        """A window whose chunks are pooled apart; stops: ends of those, as the text counts its tokens.
+
+        What stands before the text belongs to the first chunk, what stands behind it to the last.
+        """
+        shift = encoding.tokens - len(self._frame[1]) - stops[-1]
+        return replace(encoding, parts=tuple(pairwise([0, *(stop + shift for stop in stops[:-1]), encoding.tokens])))
 
 
 def _unknown(tokenizer: Tokenizer) -> list[int]:

@@ -24,7 +24,7 @@ class EmbeddingsBody(msgspec.Struct, kw_only=True):
     user: str | None = None
     input_type: Literal["query", "document"] | None = None
     prompt_name: str | None = None
-    truncate: bool | Literal["error", "end", "start"] | None = None
+    truncate: bool | Literal["error", "end", "start", "chunk"] | None = None
     normalize: bool | None = None
     task: str | None = None
     embedding_type: Literal["float", "base64", "binary", "ubinary"] | None = None
@@ -88,7 +88,7 @@ class Error(msgspec.Struct, kw_only=True):
 
 _TASKS = {"retrieval.query": "query", "retrieval.passage": "document"}
 """Jina's tasks that have a counterpart among the prompts of models."""
-_TRUNCATE = {"false": Truncate.ERROR, "error": Truncate.ERROR, "start": Truncate.START}
+_TRUNCATE = {"false": Truncate.ERROR, "error": Truncate.ERROR, "start": Truncate.START, "chunk": Truncate.CHUNK}
 
 
 def to_request(body: EmbeddingsBody, served: Served) -> EmbedRequest:
