@@ -6,7 +6,6 @@ Source: He et al. 2021; transformers' ``deberta_v2`` for tensor names and for th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ from npu_proxy.graph.layers import (
     merge_heads,
     project,
 )
-from npu_proxy.graph.packed import Node, RowInputs, Rows, Style, Weights, attention_mask, constant, distances, integers
+from npu_proxy.graph.packed import Node, RowInputs, Rows, Style, Weights, attention_mask, constant, integers
 
 __all__ = ["MODEL_TYPES", "canonical_name", "check", "encode", "scores", "scores_pooling", "standard", "vocabulary"]
 
@@ -57,24 +56,24 @@ def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) ->
     """As bert.encode."""
     x = _embed(config, weights, inputs)
     table = _table(config, weights)
-
-    @cache
-    def places_of(rows: Rows) -> Node:
-        return _places(config, inputs, rows, len(table))
-
+    relative = _Relative(table, _columns(config, inputs, len(table), -1), _columns(config, inputs, len(table), 1))
     for number in range(layers := config["num_hidden_layers"]):
         layer, rows = f"encoder.layer.{number}.", inputs.rows(last=number == layers - 1)
-        attended = _attention(config, weights, layer, x, inputs, rows, _Relative(places_of(rows), table), style)
+        attended = _attention(config, weights, layer, x, inputs, rows, relative, style)
         x = finish_layer(config, weights, layer, attended, rows.take(x, inputs.every.grid, config["hidden_size"]), style)
     return x
 
 
 @dataclass(frozen=True)
 class _Relative:
-    """Relative positions: the row of the table for each pair [bins, heads, rows, positions], and the table [2 span, width]."""
+    """Relative positions: the table [2 span, width], and which of its rows the columns of ``_skewed`` are, [2 positions].
 
-    places: Node
+    forward: columns are keys, seen from rows; backward: columns are rows, seen from keys.
+    """
+
     table: npt.NDArray[np.float32]
+    forward: Node
+    backward: Node
 
 
 def scores(config: Config, weights: Weights, pooled: Node, style: Style) -> Node:
@@ -113,15 +112,52 @@ def _table(config: Config, weights: Weights) -> npt.NDArray[np.float32]:
     return (normed * weights["encoder.LayerNorm.weight"] + weights["encoder.LayerNorm.bias"]).astype(np.float32)
 
 
-def _places(config: Config, inputs: RowInputs, rows: Rows, span: int) -> Node:
+def _columns(config: Config, inputs: RowInputs, span: int, sign: int) -> Node:
+    """Rows of the table for the distances 1 - positions to positions (the last is not used), times ``sign``, [2 positions]."""
     buckets, farthest = _span(config)
     reach = int(config["max_length"])
-    away = np.arange(-reach, reach + 1)  # of a key from the row; the table counts the other way
-    places = np.clip(_bucket(-away, buckets, farthest) + span // 2, 0, span - 1)
-    lookup = op.constant(places.astype(np.int32))
-    index = op.add(op.clamp(distances(inputs, rows), -reach, reach), op.constant(np.int32(reach)))
-    found = op.unsqueeze(op.gather(lookup, index, integers(0)), integers(1))
-    return op.tile(found, op.constant(np.array([1, config["num_attention_heads"], 1, 1])))
+    away = np.arange(-reach, reach + 1)
+    lookup = op.constant(np.clip(_bucket(away, buckets, farthest) + span // 2, 0, span - 1).astype(np.int32))
+    positions = op.convert(op.gather(inputs.every.grid, integers(1), integers(0)), "i32")
+    one = op.constant(np.int32(1))
+    distances = op.multiply(op.range(op.subtract(one, positions), op.add(positions, one), one, "i32"), op.constant(np.int32(sign)))
+    return op.gather(lookup, op.add(op.clamp(distances, -reach, reach), op.constant(np.int32(reach))), integers(0))
+
+
+def _skewed(x: Node, by_distance: Node, inputs: RowInputs) -> Node:
+    """[bins, heads, n, width] and [1, heads, 2 n, width] to products [bins, heads, n, n]: entry (i, j) is that of distance j - i.
+
+    The products lie row by row, 2 n a row; read 2 n - 1 a row from number n - 1 on, each row begins one distance earlier than
+    the one before. Texts lie in one piece, so distances in a bin are those in a text. Gathering the same entries takes a third
+    longer on the CPU, and the compiler for platform 3720 refuses it. Source: Dai et al. 2019 (Transformer-XL).
+    """
+    bins = op.gather(inputs.every.grid, op.constant(np.array([0])), integers(0))
+    repeats = op.concat([bins, op.constant(np.array([1, 1, 1]))], 0)  # compilers for platform 3720 do not broadcast bins
+    products = op.matmul(x, op.tile(by_distance, repeats), False, True)
+    n = op.gather(inputs.every.grid, op.constant(np.array([1])), integers(0))
+    one, all_but = op.constant(np.array([1])), op.constant(np.array([0, 0, -1]))
+    row = op.subtract(op.add(n, n), one)
+    first, ahead = op.subtract(n, one), op.constant(np.array([2]))
+    flat = op.reshape(products, all_but, True)
+    flat = op.slice(flat, first, op.add(first, op.multiply(n, row)), one, ahead)
+    turned = op.reshape(flat, op.concat([op.constant(np.array([0, 0])), n, row], 0), True)
+    return op.slice(turned, op.constant(np.array([0])), n, one, op.constant(np.array([3])))
+
+
+def _chosen(rows: Rows, inputs: RowInputs, heads: int) -> Node | None:
+    """Which positions of a bin the rows are, as ones [bins, heads, n, positions]; None for all of them."""
+    if rows.index is None:
+        return None
+    positions = op.convert(op.gather(inputs.every.grid, integers(1), integers(0)), "i32")
+    every = op.range(op.constant(np.int32(0)), positions, op.constant(np.int32(1)), "i32")
+    same = op.equal(op.unsqueeze(rows.index, integers(2)), every)
+    ones = op.unsqueeze(op.select(same, constant(np.float32(1)), constant(np.float32(0))), integers(1))
+    return op.tile(ones, op.constant(np.array([1, heads, 1, 1])))  # as compilers for platform 3720 want it
+
+
+def _shared(chosen: Node) -> Node:
+    """Those ones in equal parts where rows are the same position, as those of empty segments are; their sum is that row."""
+    return op.divide(chosen, op.maximum(op.reduce_sum(chosen, integers(2), True), constant(np.float32(1))))
 
 
 def _bucket(away: npt.NDArray[np.int64], buckets: int, farthest: int) -> npt.NDArray[np.int64]:
@@ -146,15 +182,18 @@ def _attention(
     query, key, value = project(x, rows, inputs, parts, heads)
     mask, scale = attention_mask(inputs, rows), constant(np.float32(heads.scale))
     prefix = own if config.get("share_att_key", False) else f"{own}pos_"
+    chosen = _chosen(rows, inputs, count)
     if "c2p" in kinds:
-        by_position = _projected(weights, f"{prefix}key_proj", relative.table, count)
-        found = op.gather_elements(op.matmul(query, by_position, False, True), relative.places, 3)
+        by_distance = op.gather(_projected(weights, f"{prefix}key_proj", relative.table, count), relative.forward, integers(2))
+        wide = query if chosen is None else op.matmul(_shared(chosen), query, True, False)
+        found = _skewed(wide, by_distance, inputs)
+        found = found if chosen is None else op.matmul(chosen, found, False, False)
         mask = op.add(mask, op.multiply(found, scale))
     if "p2c" in kinds:
-        by_position = _projected(weights, f"{prefix}query_proj", relative.table, count)
-        turned = op.transpose(relative.places, integers(0, 1, 3, 2))
-        found = op.gather_elements(op.matmul(key, by_position, False, True), turned, 3)
-        mask = op.add(mask, op.multiply(op.transpose(found, integers(0, 1, 3, 2)), scale))
+        by_distance = op.gather(_projected(weights, f"{prefix}query_proj", relative.table, count), relative.backward, integers(2))
+        found = _skewed(key, by_distance, inputs)
+        found = op.transpose(found, integers(0, 1, 3, 2)) if chosen is None else op.matmul(chosen, found, False, True)
+        mask = op.add(mask, op.multiply(found, scale))
     return merge_heads(attend(query, key, value, mask, heads.scale, style), rows.flat, count * width)
 
 
