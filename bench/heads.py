@@ -1,4 +1,6 @@
-"""Packed against padded for models that read one token a text, and reranking against sentence-transformers' CrossEncoder.
+"""Packed and pruned against padded and whole, for models that read one token a text; reranking against sentence-transformers.
+
+Pruned: the last layer is computed for the tokens that are read. `whole` computes it for every token, as others do.
 
 The reranker and the CLS model are the default model's encoder with heads of random numbers: their answers mean nothing, their
 cost is that of any reranker of that size (the answers are compared all the same). Texts: SciFact's claims and abstracts.
@@ -10,15 +12,19 @@ import json
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from npu_proxy import EmbedRequest, Engine, Kind, Pair, Settings
+from npu_proxy import EmbedRequest, Engine, Kind, Pair, Pooling, Settings
+from npu_proxy.engine import packing
 from npu_proxy.models.catalog import DEFAULT_MODEL
 from npu_proxy.models.store import Store
 from peers import python_of, version_of
@@ -28,9 +34,9 @@ import json, sys, time
 from sentence_transformers import CrossEncoder
 import torch
 model = CrossEncoder(sys.argv[1], device="cpu", max_length=512)
-pairs = json.load(open(sys.argv[2]))
 print("ready", flush=True)
-for _ in sys.stdin:
+for line in sys.stdin:
+    pairs = json.load(open(line.strip()))
     start = time.perf_counter()
     scores = model.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
     print(json.dumps([time.perf_counter() - start, scores.tolist()]), flush=True)
@@ -61,116 +67,167 @@ def folders(root: Path) -> tuple[Path, Path]:
     return ranker, reader
 
 
-def pairs_of(data: Path, queries: int, documents: int) -> list[tuple[str, str]]:
-    """Claims with abstracts that lie behind each other in the corpus."""
+def pairs_of(data: Path, queries: int, documents: int) -> dict[str, list[tuple[str, str]]]:
+    """Claims with abstracts that lie behind each other in the corpus, and with texts of all lengths."""
 
-    def read(name: str, limit: int) -> list[dict]:
-        with (data / "scifact" / name).open(encoding="utf-8") as file:
-            return [json.loads(line) for _, line in zip(range(limit), file, strict=False)]
+    def read(name: str, limit: int, step: int = 1) -> list[dict]:
+        with (data / name).open(encoding="utf-8") as file:
+            return [json.loads(line) for _, line in zip(range(limit), islice(file, 0, None, step), strict=False)]
 
-    found = read("corpus.jsonl", queries * documents)
-    claims = read("queries.jsonl", queries)
-    return [(claims[number // documents]["text"], f"{one['title']} {one['text']}") for number, one in enumerate(found)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--queries", type=int, default=8)
-    parser.add_argument("--documents", type=int, default=20)
-    arguments = parser.parse_args()
-    pairs = pairs_of(arguments.data, arguments.queries, arguments.documents)
-    with tempfile.TemporaryDirectory() as root:
-        ranker, reader = folders(Path(root))
-        given = Path(root) / "pairs.json"
-        given.write_text(json.dumps(pairs))
-        report(measure(ranker, reader, given, pairs, arguments.rounds), arguments, pairs)
-
-
-def measure(ranker: Path, reader: Path, given: Path, pairs: Sequence[tuple[str, str]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a round, a system."""
-    plain = {"device": "cpu", "cache_mb": 0}
-    engines = {
-        "rerank, packed": Engine(ranker, settings=Settings(**plain)),
-        "rerank, padded": Engine(ranker, settings=Settings(**plain, packing=False)),
-        "CLS, packed": Engine(reader, settings=Settings(**plain, pooling="cls")),
-        "CLS, padded": Engine(reader, settings=Settings(**plain, pooling="cls", packing=False)),
+    count = queries * documents
+    claims = [claim["text"] for claim in read("scifact/queries.jsonl", queries)]
+    abstracts = [f"{one['title']} {one['text']}" for one in read("scifact/corpus.jsonl", count)]
+    mixed = [one["text"] for one in read("corpus.jsonl", 4 * count, step=37)]
+    return {
+        "abstracts": [(claims[number // documents], text) for number, text in enumerate(abstracts)],
+        "mixed": [(claims[number % queries], text) for number, text in enumerate(mixed)],
     }
-    texts = [document for _, document in pairs]
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    answers: dict[str, np.ndarray] = {}
 
-    def ask(name: str) -> np.ndarray:
-        engine = engines[name]
-        if name.startswith("CLS"):
-            return engine.embed(texts)
-        request = EmbedRequest(texts=[Pair(*pair) for pair in pairs], want=Kind.SCORES)
-        return np.asarray(engine.submit(request).result().raise_first().embeddings)[:, 0]
 
-    def timed(name: str, work: Callable[[], np.ndarray]) -> None:
-        start = time.perf_counter()
-        answers[name] = work()
-        seconds[name].append(time.perf_counter() - start)
+@dataclass(frozen=True)
+class System:
+    """Something that answers pairs, or their documents, when told to."""
 
+    name: str
+    command: Sequence[str]
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def systems(ranker: Path, reader: Path) -> list[System]:
+    """A process each, so that one can be another build of the graph."""
+    ways = ("packed", "padded", "padded whole")
+    own = [
+        System(f"{kind}, {way}", [sys.executable, __file__, "--worker", kind, way, str(folder)])
+        for kind, folder in (("rerank", ranker), ("CLS", reader))
+        for way in ways
+    ]
     python, why = python_of("sentence-transformers")
-    peer = None
     if python is None:
         print(f"sentence-transformers is left out: {why}")
-    else:
-        print("sentence-transformers", version_of(python, "sentence-transformers"))
-        command = [python, "-c", PEER, str(ranker), str(given)]
-        peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert peer.stdin
-        assert peer.stdout
-        assert peer.stdout.readline().strip() == "ready"
-        seconds["sentence-transformers"] = []
-    for engine in engines.values():
-        engine.start()
-    for name in engines:
-        ask(name)  # warm
-    for _ in range(rounds):
-        for name in engines:
-            timed(name, lambda name=name: ask(name))
-        if peer is not None:
-            peer.stdin.write("go\n")
-            peer.stdin.flush()
-            took, scores = json.loads(peer.stdout.readline())
-            seconds["sentence-transformers"].append(took)
-            answers["sentence-transformers"] = np.array(scores)
-    for engine in engines.values():
-        engine.stop()
-    if peer is not None:
-        peer.stdin.close()
-        peer.wait(timeout=30)
-        far = np.abs(answers["rerank, packed"] - answers["sentence-transformers"]).max()
-        print(f"largest difference of logits to sentence-transformers: {far:.2g}")
-    print(f"largest difference packed to padded: {np.abs(answers['rerank, packed'] - answers['rerank, padded']).max():.2g}")
+        return own
+    print("sentence-transformers", version_of(python, "sentence-transformers"))
+    return [*own, System("sentence-transformers", [python, "-c", PEER, str(ranker)])]
+
+
+def worker(kind: str, way: str, folder: str) -> None:
+    """Answer each line of standard input, a file of pairs, with seconds and numbers."""
+    if way.endswith("whole"):
+        _compute_every_token()
+    plain = Settings(device="cpu", cache_mb=0, packing=way == "packed", pooling=Pooling.CLS if kind == "CLS" else None)
+    with Engine(folder, settings=plain) as engine:
+        print("ready", flush=True)
+        for line in sys.stdin:
+            pairs = json.loads(Path(line.strip()).read_text())
+            start = time.perf_counter()
+            if kind == "CLS":
+                found = engine.embed([document for _, document in pairs])[:, 0]
+            else:
+                request = EmbedRequest(texts=[Pair(*pair) for pair in pairs], want=Kind.SCORES)
+                found = np.asarray(engine.submit(request).result().raise_first().embeddings)[:, 0]
+            print(json.dumps([time.perf_counter() - start, found.tolist()]), flush=True)
+
+
+def _compute_every_token() -> None:
+    """What a model costs whose last layer is not pruned: CLS is pooled by a product, like a mean."""
+
+    def fill(pooling: Pooling, pool: np.ndarray, segment: int, start: int, count: int, skip: int = 0) -> None:
+        pool[segment, start] = 1
+
+    Pooling.prunes = property(lambda _: False)
+    packing.fill_pool = fill
+
+
+def measure(ranker: Path, reader: Path, given: Sequence[Path], rounds: int) -> list[dict[str, list[float]]]:
+    """Seconds a round, a system, of each file of pairs."""
+    chosen = systems(ranker, reader)
+    running = {one.name: one.start() for one in chosen}
+    seconds: list[dict[str, list[float]]] = [{one.name: [] for one in chosen} for _ in given]
+    answers: dict[str, np.ndarray] = {}
+
+    def ask(process: subprocess.Popen, file: Path) -> tuple[float, np.ndarray]:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(f"{file}\n")
+        process.stdin.flush()
+        took, found = json.loads(process.stdout.readline())
+        return took, np.array(found)
+
+    for process in running.values():
+        assert process.stdout
+        assert process.stdout.readline().strip() == "ready"
+    for process in running.values():
+        ask(process, given[0])  # warm
+    for file, times in zip(given, seconds, strict=True):
+        for _ in range(rounds):
+            for name, process in running.items():
+                took, answers[name] = ask(process, file)
+                times[name].append(took)
+        for one, found in answers.items():
+            other = "CLS, packed" if one.startswith("CLS") else "rerank, packed"
+            print(f"{file.stem}: {one} to {other}: largest difference {np.abs(found - answers[other]).max():.2g}")
+    for process in running.values():
+        assert process.stdin
+        process.stdin.close()
+        process.wait(timeout=60)
     return seconds
 
 
-def report(seconds: dict[str, list[float]], arguments: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> None:
+RATIOS = [
+    (f"{kind}, packed", other)
+    for kind in ("rerank", "CLS")
+    for other in (f"{kind}, padded", f"{kind}, padded whole", "sentence-transformers")
+    if kind == "rerank" or other != "sentence-transformers"
+]
+
+
+def report(seconds: Mapping[str, dict[str, list[float]]], counts: Mapping[str, int], arguments: argparse.Namespace) -> None:
     lines = [
-        "# Heads: packed against padded, and reranking",
+        "# Heads: packed and pruned against padded and whole, and reranking",
         "",
         f"`python bench/heads.py --rounds {arguments.rounds} --queries {arguments.queries} --documents {arguments.documents}`:"
-        f" {len(pairs)} pairs, limits 512 (pairs) and 512 (texts), fp32, systems in turn.",
-        "",
-        "| system | a second, median | rounds (s) |",
-        "| --- | --- | --- |",
+        " limits 512 (pairs) and 512 (texts), fp32, systems in turn.",
     ]
     for name, times in seconds.items():
-        lines.append(f"| {name} | {len(pairs) / statistics.median(times):.1f} | {', '.join(f'{one:.2f}' for one in times)} |")
-    lines.append("")
-    ratios = [("rerank, packed", "rerank, padded"), ("CLS, packed", "CLS, padded"), ("rerank, packed", "sentence-transformers")]
-    for one, other in ratios:
-        if other in seconds:
-            ratio = statistics.median(b / a for a, b in zip(seconds[one], seconds[other], strict=True))
-            lines.append(f"- {one} to {other}: {ratio:.2f}")
+        lines += [
+            "",
+            f"## {counts[name]} pairs, {name}",
+            "",
+            "| system | a second, median | rounds (s) |",
+            "| --- | --- | --- |",
+        ]
+        for system, took in times.items():
+            lines.append(f"| {system} | {counts[name] / statistics.median(took):.1f} | {', '.join(f'{one:.2f}' for one in took)} |")
+        lines.append("")
+        for one, other in RATIOS:
+            if other in times:
+                ratio = statistics.median(b / a for a, b in zip(times[one], times[other], strict=True))
+                lines.append(f"- {one} to {other}: {ratio:.2f}")
     text = "\n".join(lines) + "\n"
     print(text)
     (Path(__file__).parent / "results" / "heads.md").write_text(text)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--queries", type=int, default=6)
+    parser.add_argument("--documents", type=int, default=16)
+    arguments = parser.parse_args()
+    pairs = pairs_of(arguments.data, arguments.queries, arguments.documents)
+    with tempfile.TemporaryDirectory() as root:
+        ranker, reader = folders(Path(root))
+        files = {name: Path(root) / f"{name}.json" for name in pairs}
+        for name, file in files.items():
+            file.write_text(json.dumps(pairs[name]))
+        seconds = measure(ranker, reader, list(files.values()), arguments.rounds)
+    report(dict(zip(pairs, seconds, strict=True)), {name: len(one) for name, one in pairs.items()}, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
+    else:
+        main()

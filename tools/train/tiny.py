@@ -99,6 +99,7 @@ def write(model: BertForSequenceClassification, tokenizer: dict[str, object], fo
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if "position_ids" not in name}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     config = {**model.config.to_dict(), "dtype": "float16", "architectures": ["BertForSequenceClassification"], **extra}
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
