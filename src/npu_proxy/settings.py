@@ -78,6 +78,10 @@ class Settings:
     compile_timeout: float = 300.0
     """Seconds an accelerator may take to compile the model; meanwhile the next device answers."""
 
+    accelerator_tokens: int = 2048
+    """Tokens of a text that an accelerator compiles rows for, where the model takes more and `cpu` stands behind it: longer
+    texts are computed there. The time of a row grows with the square of its length, and compiling it takes minutes."""
+
     row_timeout: float = 10.0
     """Seconds a row may take on an accelerator before its worker process is killed and started anew."""
 
@@ -284,6 +288,9 @@ class Settings:
             least = 0 if setting.name in _MAY_BE_ZERO else 1 if isinstance(setting.default, int) else 1e-9
             if not value >= least:  # NaN, too
                 raise SettingsError(f"`{setting.name}` is {value}; it must be at least {least:g}", param=setting.name)
+        if self.accelerator_tokens < 32:
+            message = f"`accelerator_tokens` is {self.accelerator_tokens}; a row has at least 32 positions"
+            raise SettingsError(message, param="accelerator_tokens")
         if 0 < self.row_tokens < 32:
             raise SettingsError(f"`row_tokens` is {self.row_tokens}; a row has at least 32 positions", param="row_tokens")
 

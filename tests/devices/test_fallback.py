@@ -3,11 +3,14 @@
 import math
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from npu_proxy import DeviceError, Settings, SettingsError, UnavailableError
+from conftest import GOLDEN
+from npu_proxy import DeviceError, EmbedRequest, Engine, Settings, SettingsError, UnavailableError
 from npu_proxy.devices.base import LateError
 from npu_proxy.devices.fake import FakeDevice, fail
 from npu_proxy.devices.fallback import Fallback
@@ -164,3 +167,19 @@ def test_a_row_packed_for_another_device_goes_to_one_that_takes_it() -> None:
     output = Fallback([first, FakeDevice(name="two")], probe_every=0).infer(row())
     assert (output.device, output.fallback) == ("two", "one was not ready when the row was packed")
     assert not first.packs
+
+
+def test_texts_too_long_for_an_accelerator_go_to_the_device_behind_it(tmp_path: Path) -> None:
+    settings = Settings(device="npu-sim,cpu", accelerator_tokens=32, compile_cache_mb=0, cache_mb=0, store=tmp_path)
+    short, long = "the cat", "the cat sleeps in the red house " * 5
+    folder = GOLDEN / "mean"
+    with Engine(folder, settings=settings) as engine, Engine(folder, device="cpu") as cpu:
+        end = time.monotonic() + 60
+        while engine.device.reports()[0].state != "serving" and time.monotonic() < end:
+            time.sleep(0.05)
+        for text, device, reason in ((short, "npu-sim", ""), (long, "cpu", "npu-sim takes no row for a text that long")):
+            result = engine.submit(EmbedRequest(texts=[text])).result(timeout=60).raise_first()
+            assert (result.device, result.fallback) == (device, reason)
+            np.testing.assert_allclose(result.embeddings, cpu.embed([text]), atol=1e-4)
+    with Engine(folder, settings=replace(settings, device="npu-sim")) as alone:  # nothing stands behind it
+        assert alone.submit(EmbedRequest(texts=[long])).result(timeout=60).raise_first().device == "npu-sim"

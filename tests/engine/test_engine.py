@@ -2,9 +2,12 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError, Future, wait
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from npu_proxy import (
 from npu_proxy.devices.fake import FakeDevice, fail, fake_vector
 from npu_proxy.types import Lane
 
+ROOT = Path(__file__).parents[2]
 WORDS = "the cat dog house red green blue runs sleeps eats one two three four five moon star".split()
 texts_of_words = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join), min_size=1, max_size=40)
 
@@ -385,3 +389,15 @@ def test_a_slow_first_row_of_one_text_refuses_nobody() -> None:
         many = engine.submit(EmbedRequest(texts=[f"the cat {number}" for number in range(2000)], lane=Lane.BULK))
         assert open_one.result().errors == (None,)
         assert set(many.result().errors) == {None}
+
+
+def test_a_program_that_forgets_to_stop_ends_in_peace() -> None:
+    program = (
+        "from npu_proxy import EmbedRequest, Engine, Pair, Settings\n"
+        f"engine = Engine({str(ROOT / 'examples' / 'models' / 'scifact-reranker')!r}, device='cpu').start()\n"
+        "pairs = [Pair(f'claim {number}', 'word ' * 600) for number in range(2000)]\n"
+        "engine.submit(EmbedRequest(texts=pairs, want='scores'))\n"
+        "while not engine.stats().counters.rows: pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_proxy.engine.packing import Plan, fill_bins, pack, plan_row, room
+from npu_proxy.devices.shapes import dynamic_shapes
+from npu_proxy.engine.packing import Plan, fill_bins, full_row, pack, plan_row, room
 from npu_proxy.graph.packed import RowFormat, RowShape
 from npu_proxy.types import Encoding, Job, Lane, Pooling
 
@@ -100,6 +101,13 @@ def test_a_deep_queue_fills_rows() -> None:
         positions += plan.shape.bins * plan.shape.positions
         waiting = [n for i, n in enumerate(window) if i not in gone] + waiting[512:]
     assert positions / (tokens - sum(waiting)) < 1.06
+
+
+def test_the_row_of_a_deep_queue_is_not_that_of_one_long_text() -> None:
+    shapes = dynamic_shapes(8192, 512, packed=True)
+    assert max(shape.tokens for shape in shapes) == 8192
+    assert full_row(shapes).bins * full_row(shapes).positions == 512
+    assert full_row(SHAPES[:1]) is SHAPES[0]
 
 
 def test_a_text_longer_than_every_row_is_refused() -> None:

@@ -118,9 +118,12 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = 
         "INFERENCE_NUM_THREADS": settings.threads or available_threads(),
     }
     cache = Cache(root=settings.compile_cache, limit=settings.compile_cache_mb * 1_000_000) if settings.compile_cache_mb else None
+    longest = spec.max_length
+    if settings.fallback == "on" and "cpu" in chain(settings.device):
+        longest = min(longest, settings.accelerator_tokens)
     return Plan(
         task=Task(target=target, spec=spec, properties=properties, cache=cache, store=settings.store, faults=fault is not None),
-        shapes=static_shapes(spec.max_length, settings.row_tokens, packed=settings.packing),
+        shapes=static_shapes(longest, settings.row_tokens, packed=settings.packing),
         limits=Limits(compile=settings.compile_timeout, row=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
         streams=settings.requests,
         first_fault=fault or Fault.NONE,

@@ -16,10 +16,14 @@ from dataclasses import replace
 
 from npu_proxy.devices.base import Device, LateError, Report
 from npu_proxy.errors import DeviceError, UnavailableError
+from npu_proxy.graph.packed import RowShape
 from npu_proxy.types import Output, Pack, Shaped
 
 _LATE_ROWS = 4
 """Usual rows in the time of one that is late."""
+
+_DEAR = 1e6
+"""Times the cost of rows of devices behind the first: only texts that need such a row go there, and what rides along."""
 
 _RUNS = 2
 """Of a row in a race: the late one, and the one that starts anew."""
@@ -68,8 +72,14 @@ class Fallback:
 
     @property
     def shapes(self) -> Sequence[Shaped]:
-        """Those of the first device that is ready."""
-        return self.first.shapes
+        """Those of the first device that is ready, and for texts too long for it those of the ones behind."""
+        ready = [device for device in self._devices if device.ready] or self._devices[:1]
+        shapes = list(ready[0].shapes)
+        for device in ready[1:]:
+            longest = max(shape.positions for shape in shapes)
+            behind = [shape for shape in device.shapes if shape.positions > longest]
+            shapes += [_dear(shape) for shape in behind]
+        return shapes
 
     def takes(self, shape: Shaped) -> bool:
         """What any of its devices takes."""
@@ -114,7 +124,9 @@ class Fallback:
                 reasons.append(_why(device))
                 continue
             if not device.takes(pack.shape):
-                reasons.append(f"{device.name} was not ready when the row was packed")
+                long = pack.shape.positions > max((shape.positions for shape in device.shapes), default=pack.shape.positions)
+                why = "takes no row for a text that long" if long else "was not ready when the row was packed"
+                reasons.append(f"{device.name} {why}")
                 continue
             behind = devices[number + 1 :]
             try:
@@ -180,6 +192,10 @@ def _patience(pack: Pack) -> float:
     """Half of the time that is left until the first deadline in the row: then there is still time for another device."""
     deadlines = [job.deadline for job in pack.jobs]
     return max(0.05, (min(deadlines) - time.monotonic()) / 2) if deadlines else math.inf
+
+
+def _dear(shape: Shaped) -> RowShape:
+    return RowShape(bins=shape.bins, positions=shape.positions, segments=shape.segments, work=_DEAR * shape.work)
 
 
 def _why(device: Device) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -55,6 +57,15 @@ from npu_proxy.types import (
 
 Array = npt.NDArray[Any]
 State = Literal["new", "running", "stopping", "stopped"]
+
+_started: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A program that ends without stopping its engines ends in peace: native threads that still compute would abort it."""
+    for engine in list(_started):
+        engine.stop(drain=0.0)
 
 
 class Engine:
@@ -120,6 +131,7 @@ class Engine:
             self._parts = parts
             self._process = os.getpid()
             self._state = "running"
+            _started.add(self)
         return self
 
     def _open(self, parts: Parts) -> None:

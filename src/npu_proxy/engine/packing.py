@@ -81,6 +81,12 @@ def fill_bins(lengths: Sequence[int], shape: Shaped, answers: Sequence[int] = ()
     return Plan(shape, bins)
 
 
+def full_row(shapes: Sequence[Shaped]) -> Shaped:
+    """The row of a deep queue: the largest of several bins. Single bins that are larger are there for one long text each."""
+    several = [shape for shape in shapes if shape.bins > 1] or shapes
+    return max(several, key=lambda shape: shape.bins * shape.positions)
+
+
 def room(tokens: int, align: int) -> int:
     """Positions that a text of so many tokens takes, where texts begin at multiples of ``align``."""
     return -(-tokens // align) * align

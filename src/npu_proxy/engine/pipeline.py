@@ -23,7 +23,7 @@ from npu_proxy.devices.base import Device, own
 from npu_proxy.engine.answers import answer_of, apart, combine
 from npu_proxy.engine.counters import Counters, Stats
 from npu_proxy.engine.manner import Manner
-from npu_proxy.engine.packing import Plan, pack
+from npu_proxy.engine.packing import Plan, full_row, pack
 from npu_proxy.engine.queue import JobQueue, Speed, expected_wait
 from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import DeadlineError, DeviceError, NpuProxyError, OverloadedError, StoppedError
@@ -326,7 +326,8 @@ class Pipeline:
 
     def _enough(self) -> bool:
         """Whether a full row waits."""
-        return self._jobs.depth.tokens >= max(shape.bins * shape.positions for shape in self._device.shapes)
+        full = full_row(self._device.shapes)
+        return self._jobs.depth.tokens >= full.bins * full.positions
 
     def _wait_is_over(self) -> bool:
         return self._stopping.is_set() or self._enough() or not self._company()
@@ -388,8 +389,8 @@ class Pipeline:
 
     def _tells(self, row: Pack) -> bool:
         """Whether a row says how fast a queue goes: full ones do, of the small ones of a shallow queue a token takes far longer."""
-        largest = max(self._device.shapes, key=lambda shape: shape.bins * shape.positions)
-        tokens, texts = largest.bins * largest.positions, largest.bins * largest.segments
+        full = full_row(self._device.shapes)
+        tokens, texts = full.bins * full.positions, full.bins * full.segments
         return 2 * row.tokens >= tokens or 2 * len(row.jobs) >= texts
 
     def _expire(self, now: float) -> None:
