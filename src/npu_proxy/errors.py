@@ -52,7 +52,7 @@ class TooLongError(InputError):
     def __init__(self, *, limit: int, tokens: int, more: bool = False, param: str | None = "input") -> None:
         super().__init__(
             f"This model's maximum context length is {limit} tokens, however you requested {'over ' * more}{tokens} tokens "
-            "in one input. Shorten it, or set truncate to `end` or `start`.",
+            "in one input. Shorten it, or set truncate to `end`, `start` or `chunk`, or to true where it is yes or no.",
             param=param,
         )
         self.limit = limit

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.errors import NpuProxyError
+from npu_proxy.errors import InputError, NpuProxyError
 
 Vector = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -241,6 +241,28 @@ class EmbedRequest:
     """None: interactive for up to ``Settings.interactive_texts`` texts, else bulk."""
     deadline: float | None = None
 
+    def __post_init__(self) -> None:
+        """Words become members of their enumerations. Raises InputError for what is none, and for what would be ignored."""
+        words: dict[str, type[StrEnum]] = {"want": Kind, "truncate": Truncate, "dtype": DType, "lane": Lane}
+        for name, known in words.items():
+            value = getattr(self, name)
+            if type(value) is known or (value is None and name == "lane"):
+                continue
+            try:
+                object.__setattr__(self, name, known(value))
+            except ValueError:
+                raise InputError(f"`{name}` is {value!r}; it is one of {', '.join(known)}", param=name) from None
+        if isinstance(self.texts, str):
+            raise InputError("texts must be a list of texts; put a single one in a list", param="texts")
+        for name in ("dimensions", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
+                raise InputError(f"`{name}` is {value!r}; it must be a number of at least 1", param=name)
+        if not isinstance(self.chunking, Chunking):  # pyright: ignore[reportUnnecessaryIsInstance] - callers give what they like
+            raise InputError(f"`chunking` is {self.chunking!r}; it must be a Chunking(...)", param="chunking")
+        if self.truncate is not Truncate.CHUNK and self.chunking != CHUNKING:
+            raise InputError("`chunking` says how long texts are chunked, which needs truncate=`chunk`", param="chunking")
+
 
 Span = tuple[int, int]
 """From one character (or token) of a text to before another."""
@@ -295,7 +317,10 @@ class Chunked:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk of a long text: where it lies in the text, in characters, its tokens, and its own answer."""
+    """A chunk of a long text: where it lies in the text, in characters, its tokens, and its own answer.
+
+    vector: cut and normalized as the request says, like that of a whole text; logits for scores.
+    """
 
     start: int
     stop: int

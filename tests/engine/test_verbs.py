@@ -144,9 +144,10 @@ def test_late_chunks_are_pooled_from_tokens_that_saw_the_whole_text(tmp_path: Pa
         request = EmbedRequest(texts=[text, "the cat", LONG], truncate=Truncate.CHUNK, chunking=chunking)
         result = dense.submit(request).result().raise_first()
         first = result.chunks[0]
-        assert [one.tokens for one in first] == [33, len(every) - 33]  # the special token in front, too
-        for one, own in zip(first, (every[:33], every[33:]), strict=True):
-            np.testing.assert_allclose(one.vector, own.mean(axis=0), atol=1e-5)
+        assert [one.tokens for one in first] == [31, len(every) - 31]  # special tokens counted in
+        for one, own in zip(first, (every[:31], every[31:]), strict=True):
+            mean = own.mean(axis=0)
+            np.testing.assert_allclose(one.vector, mean / np.linalg.norm(mean), atol=1e-5)
         assert text[first[1].start : first[1].stop].strip() == text[first[0].stop :].strip()
         np.testing.assert_allclose(result.embeddings[1], dense.embed(["the cat"])[0], atol=1e-5)
         assert len(result.chunks[2]) > 3  # beyond the limit: window by window
@@ -222,3 +223,47 @@ def test_an_instruction_goes_where_the_models_own_prompt_has_its_task(tmp_path: 
         told = decoder.embed(["the cat"], instruction=task)
         np.testing.assert_array_equal(told, decoder.embed([f"{whole}the cat"]))
         assert (told != decoder.embed(["the cat"], input_type="query")).any()
+
+
+def test_a_request_takes_words_and_refuses_what_it_would_ignore() -> None:
+    with engine("mean") as dense:
+        limit = dense.spec.max_length
+        for word in ("start", "end", "chunk"):
+            result = dense.submit(EmbedRequest(texts=[LONG], truncate=word)).result().raise_first()
+            np.testing.assert_allclose(result.embeddings, dense.embed([LONG], truncate=Truncate(word)), atol=1e-6)
+            assert (result.tokens[0] > limit) == (word == "chunk")
+        for wrong, message in (
+            ({"truncate": "nonsense"}, "error, end, start, chunk"),
+            ({"lane": "fast"}, "interactive, bulk"),
+            ({"max_tokens": 0}, "at least 1"),
+            ({"chunking": Chunking(late=True)}, "truncate=`chunk`"),
+            ({"texts": "one"}, "list"),
+        ):
+            with pytest.raises(InputError, match=message):
+                EmbedRequest(**{"texts": ["a"], **wrong})
+        with pytest.raises(InputError, match="no option `foo`"):
+            dense.embed(["a"], foo=1)
+        with pytest.raises(InputError, match="no option `want`"):
+            dense.embed(["a"], want="sparse")
+        for size in (0, -1):
+            with pytest.raises(InputError, match="`size`"):
+                dense.embed([LONG], truncate="chunk", chunking=Chunking(size=size))
+    with engine("bert_rerank") as ranker:
+        with pytest.raises(InputError, match="list"):
+            ranker.rerank("q", "abc")
+        with pytest.raises(InputError, match="no option `prompt`"):
+            ranker.rerank("q", ["a"], prompt="x")
+        with pytest.raises(InputError, match="late chunks"):
+            ranker.rerank("q", [LONG], truncate="chunk", chunking=Chunking(late=True))
+
+
+def test_chunks_end_between_words_and_are_as_long_as_the_vector_asked_for() -> None:
+    text = "sleepers runners " * 60
+    with engine("mean") as dense:
+        for chunking in (Chunking(spans=True, size=33), Chunking(spans=True, late=True, size=33)):
+            request = EmbedRequest(texts=[text], truncate="chunk", chunking=chunking, dimensions=16)
+            chunks = dense.submit(request).result().raise_first().chunks[0]
+            assert all(one.vector.shape == (16,) for one in chunks)
+            np.testing.assert_allclose([np.linalg.norm(one.vector) for one in chunks], 1, atol=1e-5)
+            assert max(one.tokens for one in chunks) <= 33
+            assert all(text[one.stop - 1 : one.stop + 1] in ("s ", "s") for one in chunks)

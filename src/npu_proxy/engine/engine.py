@@ -24,7 +24,7 @@ from npu_proxy.cache.entry import Keys
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device
 from npu_proxy.engine.finish import check_output, finish
-from npu_proxy.engine.options import Options, check_texts, request_of
+from npu_proxy.engine.options import Options, check_options, check_texts, request_of
 from npu_proxy.engine.parts import Parts, load, open_cache
 from npu_proxy.engine.pipeline import Limits, Pipeline, Stats
 from npu_proxy.engine.similarity import similarity
@@ -299,8 +299,10 @@ class Engine:
     ) -> list[Ranked]:
         """Documents by how well they answer a query, the best first; for cross-encoders and late-interaction models.
 
-        raw: logits in place of scores from 0 to 1. truncate=`chunk` takes a long document's best part.
+        raw: logits in place of scores from 0 to 1. truncate=`chunk` takes a long document's best part. Of the options there are
+        truncate, chunking, max_tokens and timeout.
         """
+        check_options(options, ("truncate", "chunking", "max_tokens", "timeout"))
         asked = request_of([query], options, self.settings.bulk_timeout)
         spec = self.spec
         futures: list[Future[EmbedResult]] = []
@@ -313,6 +315,7 @@ class Engine:
                     documents,
                     top_n=top_n,
                     truncate=asked.truncate,
+                    chunking=asked.chunking,
                     max_tokens=asked.max_tokens,
                     deadline=asked.deadline,
                 )

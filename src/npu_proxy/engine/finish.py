@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,19 @@ import numpy.typing as npt
 from npu_proxy.engine.answers import wanted
 from npu_proxy.engine.similarity import normalize
 from npu_proxy.errors import InputError, UnsupportedError
-from npu_proxy.types import DType, EmbedRequest, EmbedResult, Kind, ModelSpec, SparseVector, Ticket, Timings, Vector
+from npu_proxy.types import (
+    Chunk,
+    DType,
+    Embedded,
+    EmbedRequest,
+    EmbedResult,
+    Kind,
+    ModelSpec,
+    SparseVector,
+    Ticket,
+    Timings,
+    Vector,
+)
 
 Array = npt.NDArray[Any]
 
@@ -131,8 +144,20 @@ def finish(ticket: Ticket, spec: ModelSpec) -> EmbedResult:
             queued=ticket.queued_seconds,
             infer=ticket.infer_seconds,
         ),
-        chunks=[answer.chunks if answer else () for answer in ticket.answers] if request.chunking.spans else (),
+        chunks=[_chunks(answer, request, spec) for answer in ticket.answers] if request.chunking.spans else (),
     )
+
+
+def _chunks(answer: Embedded | None, request: EmbedRequest, spec: ModelSpec) -> Sequence[Chunk]:
+    """A text's chunks, dense vectors of them as that of the text: cut to the dimensions, and of length 1 where asked for."""
+    found: list[Chunk] = []
+    for chunk in answer.chunks if answer else ():
+        vector = wanted(request.want, spec.kind, chunk.vector)
+        if request.want is Kind.DENSE:
+            vector = vector[: request.dimensions]
+            vector = normalize(vector[None])[0] if request.normalize else vector
+        found.append(replace(chunk, vector=vector))
+    return found
 
 
 def _stacked(kept: Sequence[Vector | None], request: EmbedRequest, width: int, *, normalized: bool) -> Array | list[str]:

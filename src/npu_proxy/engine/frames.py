@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from npu_proxy.errors import ModelError
 from npu_proxy.types import Encoding, ModelSpec, Span
+
+Marks = AbstractSet[int]
+"""Numbers of tokens."""
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\u3002\uff01\uff1f]|\n+")
 
@@ -71,21 +75,56 @@ def pair_frame_of(tokenizer: Tokenizer, spec: ModelSpec) -> PairFrame:
     return PairFrame((ids[0], ids[1], ids[2]), (types[0], types[1], types[2]), (whole.type_ids[one], whole.type_ids[two]))
 
 
-def chunks(first: int, end: int, room: int, overlap: int, ends: frozenset[int] | set[int]) -> list[tuple[int, int]]:
+def chunks(
+    first: int, end: int, room: int, overlap: int, ends: Marks = frozenset(), words: Marks = frozenset()
+) -> list[tuple[int, int]]:
     """Parts of tokens ``first`` to ``end`` of at most ``room``, each beginning ``overlap`` before the end of the one before.
 
-    ends: tokens before which a sentence ends; a part ends at the last of them in its second half, where there is one.
+    ends: tokens before which a sentence ends; a part ends at the last of them in its second half, where there is one. words:
+    tokens that begin a word; else it ends at the last of these, and the next one begins at one.
     """
     parts: list[tuple[int, int]] = []
     start = first
     while True:
         stop = min(start + room, end)
         if stop < end:
-            stop = next((at for at in range(stop, start + max(room // 2, overlap), -1) if at in ends), stop)
+            late = range(stop, start + max(room // 2, overlap), -1)
+            stop = next((at for marks in (ends, words) for at in late if at in marks), stop)
         parts.append((start, stop))
         if stop >= end:
             return parts
-        start = stop - overlap
+        start = next((at for at in range(stop - overlap, stop) if at in words), stop - overlap)
+
+
+def apart(
+    windows: Sequence[Encoding],
+    places: Sequence[Span],
+    front: int,
+    behind: int,
+    size: int,
+    ends: Marks,
+    words: Marks,
+) -> tuple[list[Encoding], list[Span]]:
+    """Windows of a text with their chunks of at most ``size`` tokens to be pooled apart, and where the chunks lie in the text.
+
+    places: the windows in the text's tokens. front, behind: tokens of a window before and behind the text's; they belong to
+    its first and its last chunk.
+    """
+    found: list[Encoding] = []
+    chunked: list[Span] = []
+    for window, (start, stop) in zip(windows, places, strict=True):
+        shift = front - start
+        own = [frozenset(at + shift for at in range(start, stop) if at in marks) for marks in (ends, words)]
+        cuts = chunks(0, window.tokens - behind, size - behind, 0, *own)
+        cuts[-1] = (cuts[-1][0], window.tokens)
+        found.append(replace(window, parts=tuple(cuts)))
+        chunked += [(max(first - shift, start), min(last - shift, stop)) for first, last in cuts]
+    return found, chunked
+
+
+def word_starts(words: Sequence[int | None]) -> frozenset[int]:
+    """Numbers of the tokens that begin a word, of the word that each token belongs to."""
+    return frozenset(at for at, word in enumerate(words) if word is None or at == 0 or word != words[at - 1])
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

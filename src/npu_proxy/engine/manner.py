@@ -19,7 +19,7 @@ _OVERLAP = 32
 """Tokens that neighbouring chunks share at most, unless a request says how many."""
 _LATE = 256
 """Tokens of a late chunk, unless a request says how many."""
-_LEAST, _MOST = 32, 31
+_LEAST, _MOST = 32, 30
 """Tokens of a late chunk at least, and how many of them a text has: ended at half their size, they still find room in a bin,
 which takes a vector for eight positions, and 64 at most (devices/shapes.py)."""
 
@@ -59,6 +59,8 @@ def check_chunking(chunking: Chunking, spec: ModelSpec, limit: int, special: int
 
     Raises InputError for what leaves nothing of a chunk, and for late chunks that the model or a row cannot have.
     """
+    if chunking.size is not None and chunking.size < 1:
+        raise InputError(f"chunks of {chunking.size} tokens are none; `size` is at least 1", param="size")
     if not chunking.late:
         room = min(limit, chunking.size or limit)
         overlap = min(_OVERLAP, room // 8) if chunking.overlap is None else chunking.overlap

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Literal, TypedDict, cast
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 
@@ -31,24 +31,17 @@ class Options(TypedDict, total=False):
 
 def request_of(texts: Sequence[TextInput], options: Options, timeout: float) -> EmbedRequest:
     """A request from a verb's options; ``timeout`` seconds unless they say. Raises InputError for words that are unknown."""
+    check_options(options, Options.__annotations__)
+    given: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"}
     seconds = options.get("timeout")
-    try:
-        return EmbedRequest(
-            texts=texts,
-            input_type=options.get("input_type"),
-            prompt_name=options.get("prompt_name"),
-            prompt=options.get("prompt"),
-            instruction=options.get("instruction"),
-            chunking=options.get("chunking", Chunking()),
-            max_tokens=options.get("max_tokens"),
-            dimensions=options.get("dimensions"),
-            normalize=options.get("normalize", True),
-            truncate=Truncate(options.get("truncate", Truncate.END)),
-            dtype=DType(options.get("dtype", DType.FLOAT32)),
-            deadline=time.monotonic() + (timeout if seconds is None else seconds),
-        )
-    except ValueError as error:
-        raise InputError(f"{error}; truncate is one of {', '.join(Truncate)}, dtype one of {', '.join(DType)}") from error
+    return EmbedRequest(texts=texts, deadline=time.monotonic() + (timeout if seconds is None else seconds), **given)
+
+
+def check_options(options: Options, known: Collection[str]) -> None:
+    """Raise InputError for an option that is none of ``known``: it would change nothing, without a word."""
+    for name in options:
+        if name not in known:
+            raise InputError(f"there is no option `{name}` here; there are {', '.join(known)}", param=name)
 
 
 def check_texts(texts: Sequence[TextInput]) -> None:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from npu_proxy.engine.frames import chunks, frame_of, longest_first, pair_frame_of, sentence_ends
+from npu_proxy.engine.frames import apart, chunks, frame_of, longest_first, pair_frame_of, sentence_ends, word_starts
 from npu_proxy.engine.manner import Manner, check_chunking, prompt_of
 from npu_proxy.errors import (
     EmptyInputError,
@@ -302,20 +300,20 @@ class TextEncoder:
             if len(body) > _LONGEST:
                 return _wasteful()
             one = self._tokenizer.encode(body, add_special_tokens=False)
-            ids, offsets = one.ids, one.offsets
+            ids, offsets, words = one.ids, one.offsets, word_starts(one.word_ids)
             ends = sentence_ends(body, offsets) if manner.chunking.sentences else frozenset[int]()
         else:
-            ids, ends = self._inner(body), frozenset[int]()
+            ids, ends, words = self._inner(body), frozenset[int](), frozenset[int]()
             offsets = [(0, 0)] * len(ids)  # token ids lie nowhere
         # The prompt is in front of the text, so its tokens are the first; they lead every chunk.
         before = len(manner.prompt) if query is None and isinstance(body, str) else 0
         lead = sum(1 for start, _ in offsets if start < before)
-        late, overlap = manner.chunking.late, manner.chunking.overlap or 0
+        overlap = manner.chunking.overlap or 0
         if room - lead <= overlap:
             return NothingLeftError(f"a limit of {manner.limit} tokens leaves nothing of a text in chunks", param="max_tokens")
         if len(ids) <= lead:
             return _nothing()
-        parts = chunks(lead, len(ids), room - lead, overlap, ends)
+        parts = chunks(lead, len(ids), room - lead, overlap, ends, words)
         encodings: list[Encoding] = []
         for start, stop in parts:
             inner = [*ids[:lead], *ids[start:stop]]
@@ -324,21 +322,13 @@ class TextEncoder:
             else:
                 assert self._pair is not None
                 encodings.append(self._pair.join(query, inner, truncated=cut, typed=self._spec.types))
-        if late:
-            size = manner.chunking.size or len(ids)
-            inner = [chunks(start, stop, size, 0, ends) for start, stop in parts]
-            encodings = [self._apart(one, [stop for _, stop in own]) for one, own in zip(encodings, inner, strict=True)]
-            parts = [part for own in inner for part in own]
+        if manner.chunking.late:
+            size, front, behind = manner.chunking.size or 0, len(self._frame[0]) + lead, len(self._frame[1])
+            if front + behind >= size:
+                return NothingLeftError(f"the prompt leaves nothing of chunks of {size} tokens", param="size")
+            encodings, parts = apart(encodings, parts, front, behind, size, ends, words)
         spans: list[Span] = [(offsets[start][0] - before, offsets[stop - 1][1] - before) for start, stop in parts]
         return Chunked(encodings=encodings, spans=spans)
-
-    def _apart(self, encoding: Encoding, stops: Sequence[int]) -> Encoding:
-        """A window whose chunks are pooled apart; stops: ends of those, as the text counts its tokens.
-
-        What stands before the text belongs to the first chunk, what stands behind it to the last.
-        """
-        shift = encoding.tokens - len(self._frame[1]) - stops[-1]
-        return replace(encoding, parts=tuple(pairwise([0, *(stop + shift for stop in stops[:-1]), encoding.tokens])))
 
 
 def _unknown(tokenizer: Tokenizer) -> list[int]:

@@ -6,7 +6,7 @@ Both engines and every dialect use these, so that a rank is the same number wher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,19 @@ import numpy.typing as npt
 from npu_proxy.engine.answers import relevance
 from npu_proxy.engine.similarity import max_sim
 from npu_proxy.errors import EmptyInputError, InputError, UnsupportedError
-from npu_proxy.types import EmbedRequest, EmbedResult, Kind, ModelSpec, Pair, SparseVector, Truncate, Vector
+from npu_proxy.types import (
+    CHUNKING,
+    Chunking,
+    EmbedRequest,
+    EmbedResult,
+    Kind,
+    ModelSpec,
+    Pair,
+    SparseVector,
+    TextInput,
+    Truncate,
+    Vector,
+)
 
 Array = npt.NDArray[np.float32]
 
@@ -45,6 +57,7 @@ def rank_requests(
     *,
     top_n: int | None = None,
     truncate: Truncate = Truncate.END,
+    chunking: Chunking = CHUNKING,
     max_tokens: int | None = None,
     deadline: float | None = None,
 ) -> list[EmbedRequest]:
@@ -55,30 +68,34 @@ def rank_requests(
     _check(top_n)
     if not query:
         raise EmptyInputError("the query is empty", param="query")
+    if isinstance(documents, str):
+        raise InputError("documents must be a list of texts; put a single one in a list", param="documents")
     if not documents:
         raise EmptyInputError("there is no document to rank", param="documents")
+    check_no_classifier(spec)
     if spec.kind is Kind.SCORES:
-        if len(spec.labels) > 2:
-            labels = ", ".join(spec.labels[:5])
-            raise UnsupportedError(
-                f"{spec.name} is a classifier of {len(spec.labels)} labels ({labels}), it does not rank", param="model"
-            )
-        pairs = [Pair(query, document) for document in documents]
-        return [EmbedRequest(texts=pairs, want=Kind.SCORES, truncate=truncate, max_tokens=max_tokens, deadline=deadline)]
-    if Kind.TOKENS in spec.kind.gives:
-        sides: list[tuple[str, Sequence[str]]] = [("query", [query]), ("document", documents)]
-        return [
-            EmbedRequest(
-                texts=texts,
-                want=Kind.TOKENS,
-                input_type=side,
-                truncate=Truncate.END if side == "query" and truncate is Truncate.CHUNK else truncate,
-                max_tokens=max_tokens,
-                deadline=deadline,
-            )
-            for side, texts in sides
+        texts: Sequence[TextInput] = [Pair(query, document) for document in documents]
+        asks = [EmbedRequest(texts=texts, want=Kind.SCORES, truncate=truncate, chunking=chunking)]
+    elif Kind.TOKENS in spec.kind.gives:
+        # A query is one text, which its encoder cuts.
+        whole = Truncate.END if truncate is Truncate.CHUNK else truncate
+        asks = [
+            EmbedRequest(texts=[query], want=Kind.TOKENS, input_type="query", truncate=whole),
+            EmbedRequest(texts=documents, want=Kind.TOKENS, input_type="document", truncate=truncate, chunking=chunking),
         ]
-    raise UnsupportedError(f"{spec.name} has no head for ranking; that needs a cross-encoder or late interaction", param="model")
+    else:
+        message = f"{spec.name} has no head for ranking; that needs a cross-encoder or late interaction"
+        raise UnsupportedError(message, param="model")
+    return [replace(ask, max_tokens=max_tokens, deadline=deadline) for ask in asks]
+
+
+def check_no_classifier(spec: ModelSpec) -> None:
+    """Raise UnsupportedError for a model of more than two labels, which do not say how relevant a text is."""
+    if len(spec.labels) > 2:
+        some = ", ".join(spec.labels[:5])
+        raise UnsupportedError(
+            f"{spec.name} is a classifier of {len(spec.labels)} labels ({some}), it does not rank", param="model"
+        )
 
 
 def ranking(spec: ModelSpec, results: Sequence[EmbedResult], *, top_n: int | None = None, raw: bool = False) -> list[Ranked]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from npu_proxy.engine.answers import relevance
-from npu_proxy.engine.verbs import check_classifier, probabilities, sigmoid
+from npu_proxy.engine.verbs import check_classifier, check_no_classifier, probabilities, sigmoid
 from npu_proxy.errors import EmptyInputError, InputError
 from npu_proxy.server.cohere import Ranking, RerankBody, to_rank_request, to_ranking
 from npu_proxy.server.dialect import Action, Dialect, Endpoint, Fields, Served, floats, text_inputs
@@ -171,6 +171,7 @@ def from_pooling(result: EmbedResult, _: PoolingBody, served: Served) -> Pooling
 
 def to_score(body: ScoreBody, served: Served) -> EmbedRequest:
     """The left texts, then the right ones; for a cross-encoder each pair. Raises InputError where they do not pair."""
+    check_no_classifier(served.spec)
     left, right = _sides(body)
     limit = _limit(body.truncate_prompt_tokens)
     if served.spec.kind is Kind.SCORES:
