@@ -5,11 +5,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset15 as op
 
 from conftest import GOLDEN, golden, smallest_cosine
-from npu_proxy import EmbedRequest, Engine, InputError, Kind, ModelError, Pair, Pooling, Settings, SettingsError
+from npu_proxy import DeviceError, EmbedRequest, Engine, InputError, Kind, ModelError, Pair, Pooling, Settings, SettingsError
+from npu_proxy.devices.exported import with_file
 from npu_proxy.models.layout import read_spec
+from npu_proxy.models.pull import pull
+from npu_proxy.models.store import Store
 from npu_proxy.prepare.convert import convert
 
 
@@ -31,7 +36,7 @@ def test_the_vectors_are_those_of_the_model(name: str) -> None:
 def test_scores_of_pairs_are_those_of_the_model() -> None:
     folder = GOLDEN / "bert_rerank"
     stored = json.loads((folder / "texts.json").read_text())
-    answers = np.load(folder / "answers.npz")
+    answers = dict(np.load(folder / "answers.npz"))
     with Engine(folder, device="onnx") as engine:
         for texts, key in (([Pair(*pair) for pair in stored["pairs"]], ""), (stored["texts"], "single")):
             found = engine.submit(EmbedRequest(texts=texts, want=Kind.SCORES)).result().raise_first().embeddings
@@ -44,7 +49,7 @@ def test_scores_of_pairs_are_those_of_the_model() -> None:
 def test_a_family_that_is_not_built_gives_the_vectors_of_its_own_code() -> None:
     folder = GOLDEN / "exported" / "t5_mean"
     texts = json.loads((folder / "texts.json").read_text())
-    answers = np.load(folder / "answers.npz")
+    answers = dict(np.load(folder / "answers.npz"))
     with Engine(folder) as engine:  # auto: no family, but a graph file
         assert (engine.device.name, engine.spec.width, engine.spec.family) == ("ir", 48, "t5")
         for key, how in (("", {}), ("query", {"prompt_name": "query"})):
@@ -57,7 +62,7 @@ def test_a_family_that_is_not_built_gives_the_vectors_of_its_own_code() -> None:
 
 def test_a_reranker_of_another_family_ranks_as_its_own_code_does() -> None:
     folder = GOLDEN / "exported" / "electra_rerank"
-    stored, answers = json.loads((folder / "texts.json").read_text()), np.load(folder / "answers.npz")
+    stored, answers = json.loads((folder / "texts.json").read_text()), dict(np.load(folder / "answers.npz"))
     with Engine(folder) as engine:
         for texts, key in (([Pair(*pair) for pair in stored["pairs"]], ""), (stored["texts"], "single")):
             found = engine.submit(EmbedRequest(texts=texts, want=Kind.SCORES)).result().raise_first().embeddings
@@ -67,13 +72,53 @@ def test_a_reranker_of_another_family_ranks_as_its_own_code_does() -> None:
 def test_such_a_model_says_where_it_can_be_served(tmp_path: Path) -> None:
     folder = GOLDEN / "exported" / "t5_mean"
     spec = read_spec(folder)
-    assert "t5_mean/model.safetensors is missing" in spec.refused
-    with pytest.raises(ModelError, match="`device` ir with `ir_file` or `device` onnx with `onnx_file`"):
+    assert "model_type `t5` is not supported" in spec.refused
+    with pytest.raises(ModelError, match=r"cannot be served by `device` cpu: set `device` to ir, or leave it out"):
         Engine(folder, device="cpu").start()
+    with pytest.raises(ModelError, match="`device` ir runs the one it has"):
+        Engine(folder, device="onnx").start()
     bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("openvino")))
     shutil.copy(GOLDEN / "mean" / "model.safetensors", bare)
     with pytest.raises(ModelError, match=r"model_type `t5` is not supported; .*`npu-proxy convert` makes"):
         read_spec(bare)
+
+
+def test_a_graph_of_another_width_is_an_error_and_its_data_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "mean", tmp_path / "mean"))
+    (folder / "openvino").mkdir()
+    ids, mask = (op.parameter([-1, -1], np.int64, name=name) for name in ("input_ids", "attention_mask"))
+    for node, name in ((ids, "input_ids"), (mask, "attention_mask")):
+        node.output(0).set_names({name, "12"})
+    narrow = op.unsqueeze(op.convert(op.add(ids, mask), "f32"), op.constant(2))
+    narrow.output(0).set_names({"1020", "last_hidden_state"})
+    ov.save_model(ov.Model([narrow], [ids, mask], "narrow"), folder / "openvino" / "openvino_model.xml")
+    with Engine(folder, device="ir") as engine, pytest.raises(DeviceError, match=r"answered with 1 numbers where .* say 32"):
+        engine.embed(["the cat"])
+    data = folder / "onnx" / "model.onnx.data"
+    seen = set()
+    for content in (b"one", b"two"):
+        data.write_bytes(content)
+        seen.add(with_file(read_spec(folder), "onnx", "onnx/model.onnx").fingerprint)
+    assert len(seen) == 2
+
+
+def test_files_may_be_links_as_in_a_hugging_face_cache(tmp_path: Path) -> None:
+    for name in ("exported/t5_mean", "mean"):
+        source, folder = GOLDEN / name, tmp_path / name
+        for file in (one for one in source.rglob("*") if one.is_file()):
+            (folder / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.relative_to(source)).symlink_to(file)
+        with Engine(folder) as engine, Engine(source) as plain:
+            np.testing.assert_array_equal(engine.embed(["the cat"]), plain.embed(["the cat"]))
+            assert engine.spec.refused == plain.spec.refused
+
+
+def test_a_converted_model_survives_a_pull(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    stored = pull(store, str(GOLDEN / "exported" / "t5_mean"), mirrors=(), report=print)
+    assert (stored.folder / "openvino" / "openvino_model.bin").is_file()
+    with Engine(stored.name, settings=Settings(store=tmp_path)) as engine:
+        assert engine.device.name == "ir"
 
 
 def test_convert_says_what_it_needs(tmp_path: Path) -> None:
@@ -88,8 +133,8 @@ def test_convert_says_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    for file in ("onnx/model_quantized.onnx", "../cls/onnx/model.onnx"):
-        with pytest.raises(ModelError, match="set `onnx_file`"):
+    for file, message in (("onnx/model_quantized.onnx", "set `onnx_file`"), ("../cls/onnx/model.onnx", "leads out")):
+        with pytest.raises(ModelError, match=message):
             Engine(settings=Settings(model=str(golden("mean")[0]), device="onnx", onnx_file=file)).start()
     with pytest.raises(ModelError, match=r"config\.json cannot be loaded"):
         Engine(settings=Settings(model=str(golden("mean")[0]), device="onnx", onnx_file="config.json")).start()

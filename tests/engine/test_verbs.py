@@ -267,3 +267,31 @@ def test_chunks_end_between_words_and_are_as_long_as_the_vector_asked_for() -> N
             np.testing.assert_allclose([np.linalg.norm(one.vector) for one in chunks], 1, atol=1e-5)
             assert max(one.tokens for one in chunks) <= 33
             assert all(text[one.stop - 1 : one.stop + 1] in ("s ", "s") for one in chunks)
+
+
+def test_chunks_of_a_classified_pair_are_averaged(tmp_path: Path) -> None:
+    pair = Pair("the cat", LONG)
+    with engine("deberta_nli") as classifier:
+        request = EmbedRequest(texts=[pair], want=Kind.SCORES, truncate="chunk", chunking=Chunking(spans=True))
+        result = classifier.submit(request).result().raise_first()
+        chunks = result.chunks[0]
+        share = np.array([one.tokens for one in chunks], np.float32) / sum(one.tokens for one in chunks)
+        np.testing.assert_allclose(result.embeddings[0], share @ np.stack([one.vector for one in chunks]), atol=1e-5)
+
+
+def test_a_decoder_is_scored_before_the_padding_that_ends_a_text(tmp_path: Path) -> None:
+    """As transformers does, where the tokenizer ends texts with the padding token (Qwen3-Embedding's does)."""
+    folder = Path(shutil.copytree(GOLDEN / "qwen3_rerank", tmp_path / "padded"))
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    end = tokenizer["model"]["vocab"]["[SEP]"]
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": end}))
+    with Engine(folder, device="cpu") as engine:
+        pairs = [Pair("the cat", "the cat sleeps"), Pair("sea", "sea " * 60)]
+        found = engine.submit(EmbedRequest(texts=pairs, want=Kind.SCORES)).result().raise_first()
+        assert found.tokens[0] == len("the cat the cat sleeps".split())
+    tokenizer["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with Engine(folder, device="cpu", settings=Settings(max_length=47)) as bare:
+        wanted = bare.submit(EmbedRequest(texts=pairs, want=Kind.SCORES)).result().raise_first()
+        np.testing.assert_allclose(found.embeddings, wanted.embeddings, atol=1e-5)

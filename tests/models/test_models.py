@@ -243,6 +243,8 @@ def test_aliases() -> None:
         ("2_Dense/config.json 2_Dense/pytorch_model.bin config.json model.safetensors", ""),
         ("config.json onnx/model.onnx onnx/model.onnx_data", "onnx/model_int8.onnx"),
         ("config.json openvino/openvino_model.bin openvino/openvino_model.xml", "onnx/model.onnx"),
+        ("2_Dense/model.safetensors config.json onnx/model.onnx onnx/model.onnx.data", ""),
+        ("config.json model.safetensors", "/etc/x.json a//b.json ../c.json d/../e.json ./f.json c:/g.json"),
     ],
 )
 def test_what_makes_up_a_model_is_pulled(taken: str, left: str) -> None:

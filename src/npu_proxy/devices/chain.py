@@ -102,8 +102,11 @@ def served_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:
     if settings.device in EXPORTED:
         return with_file(spec, settings.device, str(getattr(settings, EXPORTED[settings.device][0])))
     if spec.refused and settings.device != "debug":
+        files = {name: str(getattr(settings, setting)) for name, (setting, _) in EXPORTED.items()}
+        there = [name for name, file in files.items() if (spec.folder / file).is_file()]
         ways = " or ".join(f"`device` {name} with `{setting}`" for name, (setting, _) in EXPORTED.items())
-        raise ModelError(f"{spec.refused}. {spec.name} brings a graph file of its own, for {ways}")
+        cure = f"set `device` to {there[0]}, or leave it out" if there else f"it brings a graph file under another name, for {ways}"
+        raise ModelError(f"{spec.name} cannot be served by `device` {settings.device}: {cure} ({spec.refused})")
     if settings.precision == "int8":
         spec = int8_spec(settings.store, spec)
     if settings.precision == "fp16":

@@ -31,6 +31,8 @@ from npu_proxy.errors import DeviceError, ModelError, SettingsError
 from npu_proxy.graph import heads
 from npu_proxy.graph.packed import RowFormat, RowShape
 from npu_proxy.models.fingerprint import file_sha256
+from npu_proxy.models.jsons import inside
+from npu_proxy.models.layout import first_position
 from npu_proxy.types import Dense, Kind, ModelSpec, Output, Pack, Pooling, Shaped
 
 Vectors = npt.NDArray[np.float32]
@@ -58,16 +60,15 @@ class Runner(Protocol):
 def with_file(spec: ModelSpec, device: str, file: str) -> ModelSpec:
     """The spec of the same model computed from ``file`` (relative to its folder). Raises ModelError when it cannot be."""
     setting, example = EXPORTED[device]
-    path = (spec.folder / file).resolve()
-    if not path.is_relative_to(spec.folder.resolve()) or not path.is_file():
-        raise ModelError(
-            f"{spec.name} has no file `{file}`; set `{setting}` to one of its own, such as `{example}`, or make one with"
-            " `npu-proxy convert`"
-        )
+    path = inside(spec.folder, file, by=setting)
+    if not path.is_file():
+        others = [other for other, (_, usual) in EXPORTED.items() if other != device and (spec.folder / usual).is_file()]
+        cure = f"`device` {others[0]} runs the one it has" if others else f"set `{setting}` to one of its own, such as `{example}`"
+        raise ModelError(f"{spec.name} has no file `{file}`; {cure}")
     if spec.kind not in _RANKS:
         raise ModelError(f"{spec.name} gives {spec.kind} answers; device `{device}` computes {', '.join(_RANKS)}")
     digest = hashlib.sha256(f"{device} {spec.fingerprint} {file_sha256(path)}".encode())
-    for part in sorted({*path.parent.glob(f"{path.name}_data*"), *path.parent.glob(f"{path.stem}.bin")}):
+    for part in sorted({*path.parent.glob(f"{path.name}[._]data*"), *path.parent.glob(f"{path.stem}.bin")}):
         digest.update(file_sha256(part).encode())
     return replace(spec, fingerprint=digest.hexdigest()[:16])
 
@@ -98,9 +99,14 @@ class ExportedDevice:
             raise ModelError(
                 f"{file.name}: inputs {list(self._runner.inputs)}; needs only {', '.join(_KNOWN)}, and {answer} as an output"
             )
-        self._output = next((name for name in fitting if name in ("last_hidden_state", "token_embeddings", "logits")), fitting[0])
+        named = [name for name in fitting if name in _ANSWERS]
+        if len(fitting) > 1 and not named:
+            raise ModelError(f"{file.name}: none of the outputs {', '.join(fitting)} is called {' or '.join(_ANSWERS)}")
+        self._output = (named or fitting)[0]
         self._head = _Head(spec)
         self._format = RowFormat.of(spec)
+        self._width = spec.dense[0].weight.shape[1] if spec.dense else spec.width
+        self._first = first_position(spec.config)
         self._golden = golden
         self._busy = threading.BoundedSemaphore(streams)
         self.streams = self.most_streams = streams
@@ -112,7 +118,7 @@ class ExportedDevice:
 
     def infer(self, pack: Pack, late: float = math.inf) -> Output:
         """Answers [bins, segments, width] float32, or [bins, positions, width] of every token. Raises RowError."""
-        lines = _lines(pack)
+        lines = _lines(pack, self._first)
         if not self._busy.acquire(timeout=ROOM_SECONDS):
             raise RowError(Failure.BUSY, f"{self.name} had no room for a row within {ROOM_SECONDS:g} seconds")
         start = time.perf_counter()
@@ -122,6 +128,9 @@ class ExportedDevice:
             raise RowError(Failure.ERROR, f"{self.name} failed: {first_line(error)}") from error
         finally:
             self._busy.release()
+        if found.shape[-1] != self._width:
+            message = f"{self.name} answered with {found.shape[-1]} numbers where the model's files say {self._width}"
+            raise RowError(Failure.ERROR, message)
         vectors = np.zeros(self._format.output(pack.shape.bins, pack.shape.positions, pack.shape.segments), np.float32)
         for line, (slot, job) in enumerate(zip(pack.slots, pack.jobs, strict=True)):
             count = job.encoding.tokens
@@ -145,14 +154,16 @@ class ExportedDevice:
         """Nothing is held outside this object."""
 
 
+_ANSWERS = ("last_hidden_state", "token_embeddings", "logits")
+"""What exporters call the output that has the answer."""
 _KNOWN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
-def _lines(pack: Pack) -> Lines:
-    """Each known input, [texts, longest] int64: a row's texts, one a line."""
+def _lines(pack: Pack, first: int) -> Lines:
+    """Each known input, [texts, longest] int64: a row's texts, one a line. first: the position of a text's first token."""
     counts = [job.encoding.tokens for job in pack.jobs]
     lines = {name: np.zeros([len(counts), max(counts)], np.int64) for name in _KNOWN}
-    lines["position_ids"][:] = np.arange(max(counts))
+    lines["position_ids"][:] = first + np.arange(max(counts))
     for line, (job, count) in enumerate(zip(pack.jobs, counts, strict=True)):
         encoding = job.encoding
         lines["input_ids"][line, :count] = encoding.ids
@@ -239,10 +250,9 @@ class _Ir:
         for _ in range(streams):
             self._requests.put(compiled.create_infer_request())
         self.about = f"{file.name} on the processor, padded"
-        self.inputs = [port.get_any_name() for port in compiled.inputs]
-        # Ranks may be dynamic; such an output is none that we read.
-        ranks = [(port, port.get_partial_shape().rank) for port in compiled.outputs]
-        self.outputs = {port.get_any_name(): rank.get_length() for port, rank in ranks if rank.is_static and port.get_names()}
+        # A tensor may have several names; that of an output with no known one is whichever comes first.
+        self.inputs = [next((name for name in port.get_names() if name in _KNOWN), port.get_any_name()) for port in compiled.inputs]
+        self.outputs = {_name_of(port): port.get_partial_shape().rank.get_length() for port in compiled.outputs if _readable(port)}
 
     def run(self, output: str, feed: Lines) -> Vectors:
         try:
@@ -254,6 +264,15 @@ class _Ir:
             return np.array(request.get_tensor(output).data, np.float32)
         finally:
             self._requests.put(request)
+
+
+def _readable(port: Any) -> bool:
+    """Whether an output can be asked for by name, and has a known number of dimensions."""
+    return bool(port.get_names()) and port.get_partial_shape().rank.is_static
+
+
+def _name_of(port: Any) -> str:
+    return next((name for name in _ANSWERS if name in port.get_names()), port.get_any_name())
 
 
 _RUNNERS: Mapping[str, type[_Onnx | _Ir]] = {"onnx": _Onnx, "ir": _Ir}

@@ -60,7 +60,7 @@ def combine(spec: ModelSpec, parts: Sequence[Embedded], spans: Sequence[Span], *
     """The answer to a text that was read in chunks.
 
     Vectors: the mean of the chunks' unit vectors, weighted by their tokens. Sparse: the largest weight. Tokens: all of them.
-    Scores: of a pair those of the best chunk, of a text the mean of logits, weighted likewise.
+    Scores: of a pair that is ranked those of the best chunk, else the mean of logits, weighted likewise.
     """
     tokens = np.array([part.tokens for part in parts], np.float32)
     share = (tokens / tokens.sum())[:, None]
@@ -72,7 +72,7 @@ def combine(spec: ModelSpec, parts: Sequence[Embedded], spans: Sequence[Span], *
             vector = _largest(np.concatenate(vectors))
         case Kind.TOKENS:
             vector = np.concatenate(vectors)
-        case Kind.SCORES if pair:
+        case Kind.SCORES if pair and len(spec.labels) <= 2:
             logits = np.stack(vectors)
             vector = vectors[int(np.argmax(relevance(logits)))]
         case Kind.SCORES:

@@ -37,9 +37,9 @@ def load(settings: Settings, stopping: threading.Event) -> Parts:
     name, folder = Store(settings.store).resolve(settings.model[0])
     spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
     settings = settled(settings, spec)
-    if spec.refused:
-        _log.warning("%s is served from its own graph file, padded (device %s): %s", spec.name, settings.device, spec.refused)
     spec = served_spec(settings, spec)
+    if spec.refused:
+        _log.info("%s is served from its own graph file, padded (device %s): %s", spec.name, settings.device, spec.refused)
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
     device = open_devices(settings, spec, GoldenRows(encoder, spec), stopping)
     return Parts(spec=spec, encoder=encoder, device=device)

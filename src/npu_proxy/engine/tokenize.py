@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from npu_proxy.errors import (
     TooLongError,
     UnsupportedError,
 )
-from npu_proxy.types import Chunked, EmbedRequest, Encoding, Kind, ModelSpec, Pair, Span, TextInput, Truncate
+from npu_proxy.types import Chunked, EmbedRequest, Encoding, Kind, ModelSpec, Pair, Pooling, Span, TextInput, Truncate
 
 Sanitize = Literal["none", "basic", "nfkc"]
 OnEmpty = Literal["error", "placeholder"]
@@ -76,6 +77,9 @@ class TextEncoder:
         self.special_ids = frozenset([*self._frame[0], *self._frame[1], *_unknown(self._tokenizer)])
         """Ids that stand for no word: those, and that of the unknown."""
         self._pair = pair_frame_of(self._tokenizer, spec) if spec.kind is Kind.SCORES else None
+        # Decoders are scored at the last token that is not padding; where theirs end texts with that very token, it goes.
+        padding = spec.config.get("pad_token_id") if spec.kind is Kind.SCORES and spec.pooling is Pooling.LAST_TOKEN else None
+        self._padding = padding if isinstance(padding, int) else None
         # BertPreTokenizer splits into words, each tokenized alone, so a cut can change one word only.
         self._splits_words = type(self._tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer"
 
@@ -254,6 +258,14 @@ class TextEncoder:
         inner = inner[:keep] if manner.truncate is Truncate.END else inner[len(inner) - keep :]
         return self._made([*before, *inner, *after], manner, truncated=True)
 
+    def _scored(self, encoding: Encoding) -> Encoding:
+        """Without padding at its end, of a decoder that scores."""
+        ids = encoding.ids
+        if self._padding is None or ids[-1] != self._padding or (ids == self._padding).all():
+            return encoding
+        last = int(np.nonzero(ids != self._padding)[0][-1]) + 1
+        return replace(encoding, ids=ids[:last], types=None if encoding.types is None else encoding.types[:last])
+
     def _made(self, ids: list[int], manner: Manner, *, truncated: bool) -> Encoding:
         """With what the model's kind adds: a query's expansion, a prompt that is not pooled."""
         sides, seen = self._spec.sides, -1
@@ -261,7 +273,8 @@ class TextEncoder:
             seen = -1 if sides.attend else len(ids)
             ids = [*ids, *[sides.mask_id] * (sides.expanded - len(ids))]
         skipped = min(manner.prompted, len(ids) - 1)
-        return Encoding(np.array(ids, np.int32), truncated, prompt=skipped, seen=seen, document=bool(manner.document))
+        made = Encoding(np.array(ids, np.int32), truncated, prompt=skipped, seen=seen, document=bool(manner.document))
+        return self._scored(made)
 
     def _fit_pair(self, first: list[int], second: list[int], manner: Manner) -> Encoding | NpuProxyError:
         """Two texts in one, cut to the limit as tokenizers' `longest_first` does. Raises nothing, as ``encode``."""
@@ -278,7 +291,7 @@ class TextEncoder:
                 first, second = first[len(first) - counts[0] :], second[len(second) - counts[1] :]
             else:
                 first, second = first[: counts[0]], second[: counts[1]]
-        return self._pair.join(first, second, truncated=truncated, typed=self._spec.types)
+        return self._scored(self._pair.join(first, second, truncated=truncated, typed=self._spec.types))
 
     # -- long texts ----------------------------------------------------------------------------------------------
 
@@ -321,7 +334,7 @@ class TextEncoder:
                 encodings.append(self._made([*self._frame[0], *inner, *self._frame[1]], manner, truncated=False))
             else:
                 assert self._pair is not None
-                encodings.append(self._pair.join(query, inner, truncated=cut, typed=self._spec.types))
+                encodings.append(self._scored(self._pair.join(query, inner, truncated=cut, typed=self._spec.types)))
         if manner.chunking.late:
             size, front, behind = manner.chunking.size or 0, len(self._frame[0]) + lead, len(self._frame[1])
             if front + behind >= size:

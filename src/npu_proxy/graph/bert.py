@@ -96,7 +96,7 @@ def vocabulary(config: Config, weights: Weights, hidden: Node, style: Style) -> 
     x = layer_norm(weights, f"{head}.LayerNorm", x, epsilon(config))
     tied = "embeddings.word_embeddings.weight"
     stored = "cls.predictions.decoder.weight"
-    bias = weights["cls.predictions.bias" if "cls.predictions.bias" in weights else "cls.predictions.decoder.bias"]
+    bias = weights["cls.predictions.decoder.bias" if "cls.predictions.decoder.bias" in weights else "cls.predictions.bias"]
     return linear(x, weights[stored if stored in weights else tied], bias)
 
 

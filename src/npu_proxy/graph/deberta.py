@@ -38,8 +38,10 @@ def standard(config: Config) -> Config:
 
 
 def canonical_name(name: str) -> str:
-    """No model prefix, no TensorFlow spelling."""
-    return name.removeprefix("deberta.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    """No model prefix, no TensorFlow spelling, the masked language model's head by BERT's names."""
+    name = name.removeprefix("deberta.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = name.replace("lm_predictions.lm_head.bias", "cls.predictions.bias")
+    return name.replace("lm_predictions.lm_head.", "cls.predictions.transform.")
 
 
 def check(config: Config) -> None:

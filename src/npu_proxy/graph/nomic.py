@@ -27,6 +27,7 @@ _NAMES = {
     ".fc2.": ".down_proj.",
     ".norm1.": ".post_attention_layernorm.",
     ".norm2.": ".post_mlp_layernorm.",
+    ".transform.layer_norm.": ".transform.LayerNorm.",
 }
 _OLD = {
     "n_embd": "hidden_size",

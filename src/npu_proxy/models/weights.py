@@ -26,6 +26,10 @@ Array = npt.NDArray[Any]
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
 
 
+class NoWeightsError(ModelError):
+    """A folder has no weights at all."""
+
+
 class MissingError(ModelError, KeyError):
     """There is no tensor of that name. A KeyError as well, which is what a mapping's ``get`` expects."""
 
@@ -102,11 +106,14 @@ def weight_files(folder: Path) -> Sequence[Path]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            files = [inside(folder, shard) for shard in sorted({str(one) for one in read_object(index)["weight_map"].values()})]
+            files = [
+                inside(folder, shard, by=index.name)
+                for shard in sorted({str(one) for one in read_object(index)["weight_map"].values()})
+            ]
             missing = next((file for file in files if not file.is_file()), None)
             if missing is not None:
                 raise ModelError(f"{where(missing)} is missing")
             return files
         if whole.is_file():
             return [whole]
-    raise ModelError(f"{where(folder / 'model.safetensors')} is missing")
+    raise NoWeightsError(f"{where(folder / 'model.safetensors')} is missing")

@@ -10,6 +10,7 @@ import importlib
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ import openvino as ov
 from tokenizers import Tokenizer
 
 from npu_proxy.devices.kinds import EXPORTED
+from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.golden import GOLDEN_TEXTS
 from npu_proxy.errors import InputError, ModelError, SettingsError
 from npu_proxy.graph.build import FAMILIES
-from npu_proxy.models.jsons import read, read_object
-from npu_proxy.models.layout import read_spec
+from npu_proxy.models.jsons import Json
+from npu_proxy.models.layout import kind_of, read_spec
 from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
-from npu_proxy.types import ModelSpec, Pooling
+from npu_proxy.types import EmbedRequest, Kind, ModelSpec
 
 Say = Callable[[str], None]
 _LEFT = (".*", "onnx", "openvino", "*.onnx*", "*.h5", "*.msgpack", "*.ot")
@@ -44,8 +46,9 @@ def convert(settings: Settings, output: Path, *, trust: bool, say: Say) -> tuple
     if output.exists():
         raise InputError(f"{output} is there already; name a folder that is not", param="output")
     name, folder = Store(settings.store).resolve(settings.model[0])
-    transformer = folder / _module_path(folder)
-    config = read_object(transformer / "config.json")
+    kind, transformer, config = kind_of(folder, settings.pooling)
+    for library in ("torch", "transformers"):
+        _library(library)
     if config.get("model_type") in FAMILIES:
         say(f"{name} is served from its weights, packed, which is faster; converting it all the same")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def convert(settings: Settings, output: Path, *, trust: bool, say: Say) -> tuple
         made = Path(scratch) / output.name
         shutil.copytree(folder, made, ignore=lambda place, names: _left(names, weights=Path(place) == transformer))
         say(f"loading {name} with torch")
-        module, inputs = _load(transformer, config, settings.pooling, trust=trust)
+        module, inputs = _load(transformer, config, kind, trust=trust)
         tokenizer = made / transformer.relative_to(folder) / "tokenizer.json"
         if not tokenizer.is_file():
             _write_tokenizer(transformer, tokenizer, trust=trust)
@@ -66,6 +69,8 @@ def convert(settings: Settings, output: Path, *, trust: bool, say: Say) -> tuple
         least = _least_cosine(module, file, inputs, Tokenizer.from_file(str(tokenizer)), min(_LONGEST, spec.max_length))
         if not least >= _LEAST_COSINE:
             raise ModelError(f"the graph of {name} gives other vectors than torch does (least cosine {least:.6f}); it was not kept")
+        with Engine(settings=replace(settings, model=(str(made),), device="ir")) as engine:
+            engine.submit(EmbedRequest(texts=[GOLDEN_TEXTS[1]], want=engine.spec.kind.gives[0])).result().raise_first()
         made.rename(output)
     return spec, least
 
@@ -76,11 +81,6 @@ def _left(names: list[str], *, weights: bool) -> set[str]:
     return {name for name in names if any(fnmatch(name, pattern) for pattern in patterns)}
 
 
-def _module_path(folder: Path) -> str:
-    """Where the transformer lies."""
-    return str(read(folder / "modules.json")[0]["path"]) if (folder / "modules.json").is_file() else ""
-
-
 def _library(name: str) -> Any:
     """Torch or transformers, which only this command needs. Raises SettingsError."""
     try:
@@ -89,14 +89,12 @@ def _library(name: str) -> Any:
         raise SettingsError("`npu-proxy convert` needs torch: pip install 'npu-proxy[convert]'", param="model") from None
 
 
-def _load(folder: Path, config: Any, pooling: Pooling | None, *, trust: bool) -> tuple[Any, list[str]]:
+def _load(folder: Path, config: Json, kind: Kind, *, trust: bool) -> tuple[Any, list[str]]:
     """The model as a torch module that gives one tensor, and its inputs in order."""
     torch, transformers = _library("torch"), _library("transformers")
-    architecture = str((config.get("architectures") or [""])[0])
-    scores = architecture.endswith("ForSequenceClassification") and pooling is None
-    if scores:
+    if kind is Kind.SCORES:
         loader = transformers.AutoModelForSequenceClassification
-    elif pooling is Pooling.SPLADE or (architecture.endswith("ForMaskedLM") and (folder / ".." / "1_SpladePooling").exists()):
+    elif kind is Kind.SPARSE:
         loader = transformers.AutoModelForMaskedLM
     elif config.get("is_encoder_decoder") or config.get("model_type") in ("t5", "mt5", "umt5"):
         loader = transformers.AutoModelForTextEncoding

@@ -316,7 +316,8 @@ class Registry:
 
 def _weights(folder: Path) -> int:
     """Bytes of a model's weights."""
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    patterns = ("*.safetensors", "*.bin", "*.pt", "*.onnx*")
+    return sum(file.stat().st_size for pattern in patterns for file in folder.rglob(pattern))
 
 
 _NOT_RUNNING = {"new": "the model is loading; try again in a moment", "stopping": "the server is stopping"}
