@@ -146,7 +146,7 @@ def serve(*, settings: Shared = DEFAULTS) -> None:
 
 
 @app.command
-def pull(model: str = "", *, revision: str | None = None, settings: Shared = DEFAULTS) -> None:
+def pull(model: str = "", /, *, revision: str | None = None, settings: Shared = DEFAULTS) -> None:
     """Fetch a model into the local store, or check and repair one that is there.
 
     Parameters

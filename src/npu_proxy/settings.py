@@ -40,8 +40,8 @@ class Settings:
     """How npu-proxy runs. Seconds are seconds, sizes are tokens or texts, as each line says."""
 
     model: tuple[str, ...] = (DEFAULT_MODEL,)
-    """Models to serve: names from `npu-proxy list`, catalog aliases, or folders. The first answers requests that name none;
-    all of them stay loaded."""
+    """Models to serve: names from `npu-proxy list`, catalog aliases, or folders. All stay loaded. A request
+    that names none is answered by the first that can."""
 
     pooling: Pooling | None = None
     """How token vectors become one; only for a model folder without modules.json, which does not say it itself. `none`:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,10 +255,10 @@ class EmbedRequest:
                 raise InputError(f"`{name}` is {value!r}; it is one of {', '.join(known)}", param=name) from None
         if isinstance(self.texts, str):
             raise InputError("texts must be a list of texts; put a single one in a list", param="texts")
-        for name in ("dimensions", "max_tokens"):
+        for name, least in (("dimensions", -math.inf), ("max_tokens", 1)):  # how many dimensions there may be depends on the model
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
-                raise InputError(f"`{name}` is {value!r}; it must be a number of at least 1", param=name)
+            if value is not None and not (isinstance(value, int | np.integer) and value >= least):
+                raise InputError(f"`{name}` is {value!r}; it must be a whole number of at least 1", param=name)
         if not isinstance(self.chunking, Chunking):  # pyright: ignore[reportUnnecessaryIsInstance] - callers give what they like
             raise InputError(f"`chunking` is {self.chunking!r}; it must be a Chunking(...)", param="chunking")
         if self.truncate is not Truncate.CHUNK and self.chunking != CHUNKING:

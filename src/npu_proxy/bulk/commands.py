@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from npu_proxy.engine.verbs import classifies, ranks_with
 from npu_proxy.errors import InputError
 from npu_proxy.prepare.commands import DEFAULTS, Shared
 from npu_proxy.settings import Settings
@@ -18,14 +19,15 @@ _TEXT_BYTES = 64_000_000
 def rerank(
     query: str,
     *documents: str,
-    model: str,
     input: Path | None = None,
     top_n: int | None = None,
     raw: bool = False,
     json: bool = False,
     settings: Shared = DEFAULTS,
 ) -> None:
-    """Rank documents by how well they answer a query, the best first.
+    """Rank documents by how well they answer a query, the best first. Of a long document the best part counts.
+
+    Needs a cross-encoder or a late-interaction model: the first such of the setting `model`.
 
     Parameters
     ----------
@@ -33,8 +35,6 @@ def rerank(
         What is asked.
     documents
         The documents, each an argument; or see --input.
-    model
-        A cross-encoder or a late-interaction model: a name from `npu-proxy list`, or a folder.
     input
         File of documents, one a line. Without it and without arguments, standard input.
     top_n
@@ -47,7 +47,7 @@ def rerank(
     from npu_proxy.engine.engine import Engine
 
     given = _given(documents, input)
-    with Engine(model, settings=settings) as engine:
+    with Engine(settings=_choose(settings, ranks_with)) as engine:
         for one in engine.rerank(query, given, top_n=top_n, raw=raw, truncate="chunk"):
             if json:
                 _print({"index": one.index, "score": one.score, "document": given[one.index]})
@@ -57,7 +57,6 @@ def rerank(
 
 def classify(
     *texts: str,
-    model: str,
     input: Path | None = None,
     top_n: int | None = 1,
     raw: bool = False,
@@ -66,12 +65,12 @@ def classify(
 ) -> None:
     """Say which label of a classifier each text has.
 
+    Needs a model for sequence classification: the first such of the setting `model`.
+
     Parameters
     ----------
     texts
         The texts, each an argument; or see --input.
-    model
-        A model for sequence classification: a name from `npu-proxy list`, or a folder.
     input
         File of texts, one a line. Without it and without arguments, standard input.
     top_n
@@ -88,7 +87,7 @@ def classify(
         raise InputError(
             "there is no text; give texts as arguments, a file with --input, or lines on standard input", param="input"
         )
-    with Engine(model, settings=settings) as engine:
+    with Engine(settings=_choose(settings, classifies)) as engine:
         for text, found in zip(given, engine.classify(given, top_n=top_n, raw=raw), strict=True):
             if json:
                 _print({"text": text, "labels": [asdict(one) for one in found]})
@@ -124,7 +123,7 @@ def similarity(first: str, *others: str, how: Similarity | None = None, json: bo
             print(f"{found[index]:9.4f}  {others[index]}")
 
 
-def show(model: str = "", *, json: bool = False, settings: Shared = DEFAULTS) -> None:
+def show(model: str = "", /, *, json: bool = False, settings: Shared = DEFAULTS) -> None:
     """Say what a model is: architecture, width, limit, pooling, prompts, precision, source, licence, fingerprint.
 
     Parameters
@@ -144,6 +143,18 @@ def show(model: str = "", *, json: bool = False, settings: Shared = DEFAULTS) ->
             shown = "; ".join(f"{name}: {text!r}" for name, text in value.items())
         if shown not in ("", None):
             print(f"{key:14} {shown}")
+
+
+def _choose(settings: Settings, fits: Callable[[ModelSpec], bool]) -> Settings:
+    """The settings with the first of their models that fits, or as they are where none does: then its error says what is needed."""
+    from npu_proxy.models.layout import read_spec
+    from npu_proxy.models.store import Store
+
+    for model in settings.model if len(settings.model) > 1 else ():
+        name, folder = Store(settings.store).resolve(model)
+        if fits(read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)):
+            return replace(settings, model=(model,))
+    return settings
 
 
 def describe(settings: Settings) -> dict[str, object]:

@@ -84,9 +84,19 @@ def rank_requests(
             EmbedRequest(texts=documents, want=Kind.TOKENS, input_type="document", truncate=truncate, chunking=chunking),
         ]
     else:
-        message = f"{spec.name} has no head for ranking; that needs a cross-encoder or late interaction"
+        message = f"{spec.name} has no head for ranking; that needs a cross-encoder or late interaction (set `model`)"
         raise UnsupportedError(message, param="model")
     return [replace(ask, max_tokens=max_tokens, deadline=deadline) for ask in asks]
+
+
+def ranks_with(spec: ModelSpec) -> bool:
+    """Whether a model ranks: cross-encoders of one label or two, late interaction."""
+    return Kind.TOKENS in spec.kind.gives or (spec.kind is Kind.SCORES and len(spec.labels) <= 2)
+
+
+def classifies(spec: ModelSpec) -> bool:
+    """Whether a model is a classifier first of all; one of a single label ranks."""
+    return spec.kind is Kind.SCORES and len(spec.labels) > 1
 
 
 def check_no_classifier(spec: ModelSpec) -> None:

@@ -54,7 +54,7 @@ def doctor(*, json: bool = False, settings: Shared = DEFAULTS) -> None:
     sys.exit(0 if found.serves else 1)
 
 
-def certify(model: str = "", *, settings: Shared = DEFAULTS) -> None:
+def certify(model: str = "", /, *, settings: Shared = DEFAULTS) -> None:
     """Compare an accelerator's vectors of golden texts with fp32 on the CPU, in every row shape, and keep the verdict.
 
     The device is the first of the setting `device`. Exit code 0 when it may serve.
@@ -80,6 +80,7 @@ def certify(model: str = "", *, settings: Shared = DEFAULTS) -> None:
 
 def quantize(
     model: str = "",
+    /,
     *,
     pairs: Path,
     sample: Path | None = None,
@@ -119,6 +120,7 @@ def quantize(
 
 def tune(
     model: str = "",
+    /,
     *,
     sample: Path | None = None,
     text_field: str = "text",
@@ -163,7 +165,7 @@ def tune(
         print(f"faster: {flag} ({fastest}); its vectors must not be mixed with those stored before")
 
 
-def convert(model: str = "", *, output: Path, trust_remote_code: bool = False, settings: Shared = DEFAULTS) -> None:
+def convert(model: str = "", /, *, output: Path, trust_remote_code: bool = False, settings: Shared = DEFAULTS) -> None:
     """Make a graph file of a model whose family is not built here, in a folder of its own, and compare it with torch.
 
     Serve it with `--model FOLDER`; it is computed padded, on the processor. Needs torch and transformers: pip install
@@ -184,7 +186,7 @@ def convert(model: str = "", *, output: Path, trust_remote_code: bool = False, s
     print(f"{output}: {spec.kind} answers, width {spec.width}, {spec.max_length} tokens; least cosine to torch {least:.7f}")
 
 
-def compile_model(model: str = "", *, platform: str = ANY, settings: Shared = DEFAULTS) -> None:
+def compile_model(model: str = "", /, *, platform: str = ANY, settings: Shared = DEFAULTS) -> None:
     """Compile a model's rows ahead of time, into the store; a worker imports them in place of compiling.
 
     The device is the first of the setting `device`. For an NPU of another machine give its platform, where OpenVINO

@@ -171,7 +171,7 @@ def _embedding(state: State, dialect: Dialect, endpoint: Endpoint) -> Handler:
     async def handle(exchange: Exchange) -> Response:
         start = time.monotonic()
         body = decode(decoder, await state.bodies.read(exchange))
-        with await state.registry.acquire(model_of(body), exchange.seconds) as use:
+        with await state.registry.acquire(model_of(body), exchange.seconds, endpoint.fits) as use:
             use.keep_alive = endpoint.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
             ask = endpoint.to_request(body, served)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from npu_proxy.engine.finish import cast
+from npu_proxy.engine.verbs import ranks_with
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
 from npu_proxy.server.dialect import Dialect, Endpoint, Served, floats
 from npu_proxy.server.openai import Usage
@@ -276,6 +277,7 @@ DIALECT = Dialect(
             Endpoint(
                 path=path,
                 summary="Rank documents (needs a reranker)",
+                fits=ranks_with,
                 body=RerankBody,
                 response=Ranking,
                 to_request=to_rank_request,

@@ -14,7 +14,7 @@ from npu_proxy.engine.tokenize import TextEncoder
 from npu_proxy.errors import EmptyInputError, InputError, ModelNotFoundError, NpuProxyError
 from npu_proxy.models.store import StoredModel
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedRequest, EmbedResult, ModelSpec, TextInput
+from npu_proxy.types import EmbedRequest, EmbedResult, Kind, ModelSpec, TextInput
 
 STATUS: Mapping[str, int] = {
     "invalid": 400,
@@ -195,6 +195,8 @@ class Endpoint:
     to_response: ToResponse
     when: When = lambda _, __: True
     keep_alive: Callable[[Any], float | None] = lambda _: None
+    fits: Callable[[ModelSpec], bool] = lambda spec: Kind.DENSE in spec.kind.gives
+    """Whether a model can answer: of those that stay loaded, the first that can does where a body names none."""
     sides: int = 1
     """Texts that an item of the request has: two where pairs are compared."""
     method: Literal["POST"] = "POST"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from npu_proxy.engine.verbs import classifies, ranks_with
 from npu_proxy.errors import EmptyInputError, NpuProxyError
 from npu_proxy.server.dialect import Dialect, Endpoint, Fields, Served
 from npu_proxy.server.openai import Usage
@@ -141,6 +142,7 @@ DIALECT = Dialect(
         Endpoint(
             path="/rerank",
             summary="Rank documents (needs a reranker)",
+            fits=ranks_with,
             body=RerankBody,
             response=Ranks,
             to_request=to_ranks_request,
@@ -149,6 +151,7 @@ DIALECT = Dialect(
         Endpoint(
             path="/classify",
             summary="Classify (needs a classifier)",
+            fits=classifies,
             body=ClassifyBody,
             response=Classes,
             to_request=to_classes_request,

@@ -27,6 +27,7 @@ from npu_proxy.models.store import StoredModel
 from npu_proxy.server.dialect import Served
 from npu_proxy.server.stock import Stock, plain
 from npu_proxy.settings import Settings
+from npu_proxy.types import ModelSpec
 
 log = logging.getLogger("npu_proxy.server")
 
@@ -156,13 +157,15 @@ class Registry:
 
     # -- use -----------------------------------------------------------------------------------------------------
 
-    async def acquire(self, name: str | None, seconds: float) -> Use:
+    async def acquire(self, name: str | None, seconds: float, fits: Callable[[ModelSpec], bool] | None = None) -> Use:
         """The model for a request, loaded first where that is allowed; it is not unloaded before ``Use`` ends.
+
+        fits: without a name, the first model of the settings that does, or the first.
 
         Raises UnknownModelError, StoppedError, DeadlineError after ``seconds`` of loading, UnavailableError where there is no
         room.
         """
-        one, waited = self._by_name.get(name) if name else None, 0.0
+        one, waited = self._by_name.get(name) if name else self._fitting(fits), 0.0
         if one is None or not one.running:
             one = self.running(name)
             if one is None:
@@ -183,6 +186,10 @@ class Registry:
             foreign=self._foreign,
         )
         return Use(self, one, served)
+
+    def _fitting(self, fits: Callable[[ModelSpec], bool] | None) -> Loaded | None:
+        running = (one for one in self._loaded.values() if one.pinned and one.running)
+        return next((one for one in running if fits is not None and fits(one.engine.spec)), None)
 
     def release(self, one: Loaded, keep_alive: float | None) -> None:
         """A request is done with the model. keep_alive: seconds to stay loaded, negative for ever; None takes the setting."""

@@ -1,4 +1,7 @@
-"""The dialect of text-embeddings-inference: /embed, /similarity, /tokenize, /decode, /info. Source: its router, 1.9."""
+"""The dialect of text-embeddings-inference: /embed, /similarity, /tokenize, /decode, /info. Source: its router, 1.9.
+
+Bodies may name a `model`, an addition of npu-proxy; without one the first that can answer does.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from npu_proxy.engine.manner import prompt_of
-from npu_proxy.engine.verbs import sparse_of, tokens_of
+from npu_proxy.engine.verbs import classifies, ranks_with, sparse_of, tokens_of
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
 from npu_proxy.server.dialect import Action, Dialect, Endpoint, Query, Served, Shelf, floats, header_text
 from npu_proxy.server.ranks import classes, ranks, to_classes, to_rank
@@ -27,6 +30,7 @@ class EmbedBody(msgspec.Struct, kw_only=True):
     truncation_direction: Direction | None = None
     prompt_name: str | None = None
     dimensions: int | None = None
+    model: str | None = None
 
 
 class Similar(msgspec.Struct, kw_only=True):
@@ -49,6 +53,7 @@ class SimilarityBody(msgspec.Struct, kw_only=True):
 
     inputs: Similar
     parameters: SimilarityParameters | None = None
+    model: str | None = None
 
 
 class RootBody(EmbedBody, kw_only=True):
@@ -64,6 +69,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     inputs: str | list[str]
     add_special_tokens: bool | None = None
     prompt_name: str | None = None
+    model: str | None = None
 
 
 class Token(msgspec.Struct, kw_only=True):
@@ -81,6 +87,7 @@ class DecodeBody(msgspec.Struct, kw_only=True):
 
     ids: list[int | list[int]]
     skip_special_tokens: bool | None = None
+    model: str | None = None
 
 
 class AllBody(msgspec.Struct, kw_only=True):
@@ -90,6 +97,7 @@ class AllBody(msgspec.Struct, kw_only=True):
     truncate: bool | None = None
     truncation_direction: Direction | None = None
     prompt_name: str | None = None
+    model: str | None = None
 
 
 class PredictBody(msgspec.Struct, kw_only=True):
@@ -99,6 +107,7 @@ class PredictBody(msgspec.Struct, kw_only=True):
     raw_scores: bool | None = None
     truncate: bool | None = None
     truncation_direction: Direction | None = None
+    model: str | None = None
 
 
 class RerankBody(msgspec.Struct, kw_only=True):
@@ -110,6 +119,7 @@ class RerankBody(msgspec.Struct, kw_only=True):
     return_text: bool | None = None
     truncate: bool | None = None
     truncation_direction: Direction | None = None
+    model: str | None = None
 
 
 class Entry(msgspec.Struct, kw_only=True):
@@ -445,6 +455,7 @@ DIALECT = Dialect(
         Endpoint(
             path="/embed_sparse",
             summary="Weights of vocabulary entries (needs a sparse model)",
+            fits=lambda spec: Kind.SPARSE in spec.kind.gives,
             body=AllBody,
             response=list[list[Entry]],
             to_request=to_sparse_request,
@@ -453,6 +464,7 @@ DIALECT = Dialect(
         Endpoint(
             path="/embed_all",
             summary="A vector a token (needs late interaction, or pooling none)",
+            fits=lambda spec: Kind.TOKENS in spec.kind.gives,
             body=AllBody,
             response=list[Vectors],
             to_request=to_all_request,
@@ -461,6 +473,7 @@ DIALECT = Dialect(
         Endpoint(
             path="/predict",
             summary="Classify (needs a classifier)",
+            fits=classifies,
             body=PredictBody,
             response=list[Prediction | list[Prediction]],
             to_request=to_predict_request,
@@ -469,6 +482,7 @@ DIALECT = Dialect(
         Endpoint(
             path="/rerank",
             summary="Rank texts (needs a reranker)",
+            fits=ranks_with,
             body=RerankBody,
             response=list[Rank],
             to_request=to_ranks_request,

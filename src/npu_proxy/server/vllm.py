@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from npu_proxy.engine.answers import relevance
-from npu_proxy.engine.verbs import check_classifier, check_no_classifier, probabilities, sigmoid
+from npu_proxy.engine.verbs import check_classifier, check_no_classifier, classifies, probabilities, ranks_with, sigmoid
 from npu_proxy.errors import EmptyInputError, InputError
 from npu_proxy.server.cohere import Ranking, RerankBody, to_rank_request, to_ranking
 from npu_proxy.server.dialect import Action, Dialect, Endpoint, Fields, Served, floats, text_inputs
@@ -278,6 +278,7 @@ DIALECT = Dialect(
             Endpoint(
                 path=path,
                 summary="How alike pairs of texts are",
+                fits=lambda spec: spec.kind is Kind.SCORES or Kind.DENSE in spec.kind.gives,
                 body=ScoreBody,
                 response=Scores,
                 to_request=to_score,
@@ -298,6 +299,7 @@ DIALECT = Dialect(
         Endpoint(
             path="/classify",
             summary="Classify (needs a classifier)",
+            fits=classifies,
             body=ClassifyBody,
             response=Classification,
             to_request=to_classify,
@@ -306,6 +308,7 @@ DIALECT = Dialect(
         Endpoint(
             path="/v3/rerank",
             summary="Rank documents (needs a reranker)",
+            fits=ranks_with,
             body=RerankBody,
             response=Ranking,
             to_request=to_rank_request,
