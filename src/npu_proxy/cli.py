@@ -82,7 +82,7 @@ def embed(
     normalize
         Scale each vector to length 1.
     truncate
-        Longer than the model's limit: cut the end, cut the start, or fail.
+        Longer than the model's limit: cut the end, cut the start, fail, or read it in chunks and take their mean.
     dtype
         Numbers of the output.
     input_type

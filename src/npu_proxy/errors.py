@@ -27,9 +27,16 @@ class NpuProxyError(Exception):
 
     kind = "internal"
 
+    text: int | None = None
+    """Which text of several it is about, counted from 0."""
+
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said if self.text is None else f"{said} (text {self.text}, counted from 0)"
 
 
 class InputError(NpuProxyError):

@@ -541,7 +541,8 @@ class EmbedResult:
 
     def raise_first(self) -> EmbedResult:
         """Raise the first text's error, if any; else return self."""
-        for error in self.errors:
+        for index, error in enumerate(self.errors):
             if error is not None:
+                error.text = index if len(self.errors) > 1 else None
                 raise error
         return self

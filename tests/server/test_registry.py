@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import SMALL_SHAPES, fake_engine, golden, smallest_cosine
+from conftest import GOLDEN, SMALL_SHAPES, fake_engine, golden, smallest_cosine
 from npu_proxy import Engine, Settings
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.models.pull import pull
@@ -87,6 +87,28 @@ def test_only_named_models_where_loading_on_demand_is_off(store: Path) -> None:
             assert (await embed(http, "max")).status_code == 200
             assert names(registry) == {"mean", "max"}
             assert [one["id"] for one in (await http.get("/v1/models")).json()["data"]] == ["mean", "max"]
+
+    asyncio.run(run())
+
+
+def test_without_a_name_the_first_model_that_can_answers(store: Path) -> None:
+    others = (str(GOLDEN / "bert_rerank"), str(GOLDEN / "deberta_nli"))
+
+    async def run() -> None:
+        async with serving(store, load_on_demand=False, model=("mean", *others)) as (http, _):
+            texts = {"query": "the cat", "texts": ["sea", "the cat"]}
+            for path, body, status, said in (
+                ("/rerank", texts, 200, "score"),
+                ("/rerank", {**texts, "model": "bert_rerank"}, 200, "score"),
+                ("/rerank", {**texts, "model": "nope"}, 404, "does not exist here"),
+                ("/rerank", {**texts, "model": "mean"}, 424, "no head for ranking"),
+                ("/v1/rerank", {"query": "the cat", "documents": ["sea"]}, 200, "relevance_score"),
+                ("/predict", {"inputs": "the cat"}, 200, "LABEL_2"),
+                ("/embed", {"inputs": "the cat"}, 200, "["),
+                ("/score", {"model": "deberta_nli", "text_1": "a", "text_2": "b"}, 400, "does not rank"),
+            ):
+                answer = await http.post(path, json=body)
+                assert (answer.status_code, said in answer.text) == (status, True), (path, body, answer.text)
 
     asyncio.run(run())
 

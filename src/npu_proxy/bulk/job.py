@@ -54,7 +54,7 @@ def run(engine: Engine, job: FileJob, options: Options) -> Report:
                 for number, error in enumerate(result.errors):
                     if error is not None:
                         where = f"text {report.texts + number} (counted from 0) of `{job.source}`"
-                        raise InputError(f"{where}: {error} --on-error null goes on without it") from error
+                        raise InputError(f"{where}: {error}; --on-error null goes on without it") from error
             target.write(result, report.texts)
             report.texts += len(result.tokens)
             report.tokens += sum(result.tokens)

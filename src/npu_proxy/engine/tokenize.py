@@ -157,7 +157,10 @@ class TextEncoder:
             )
         if not text:
             if self._on_empty == "error":
-                return EmptyInputError("the text is empty; on_empty=`placeholder` embeds `[EMPTY]` instead", param="input")
+                return EmptyInputError(
+                    "the text is empty; leave it out (or set `on_empty` to `placeholder`, which embeds `[EMPTY]`)",
+                    param="input",
+                )
             text = PLACEHOLDER
         text = prompt + text
         return text.lower() if self._lower_case else text

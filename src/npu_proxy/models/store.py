@@ -69,7 +69,10 @@ class Store:
             return path.resolve().name, path
         stored = self.find(name) if _NAME.fullmatch(canonical(name)) else None
         if stored is None:
-            message = f"model `{name}` is not in the local store; fetch it with `npu-proxy pull {name}`"
+            if path.is_absolute() or name.startswith("."):
+                message = f"there is no folder `{name}`"
+            else:
+                message = f"model `{name}` is not in the local store, and no folder here; fetch it with `npu-proxy pull {name}`"
             raise ModelNotFoundError(message, param="model")
         return stored.name, stored.folder
 
