@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import msgspec
@@ -68,6 +69,8 @@ class Exact:
     """
 
     def __init__(self, routes: Sequence[Route], rest: ASGIApp) -> None:
+        for route in routes:  # a pattern's `$` also matches before a line feed at the end
+            route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
         exact = (route for route in routes if "{" not in route.path)
         self._table = {(method, route.path): route.endpoint for route in exact for method in route.methods or ()}
         self._rest = rest
