@@ -214,6 +214,9 @@ CHUNKING = Chunking()
 """Chunks as they are unless a request says otherwise."""
 
 
+_WORDS: Mapping[str, type[StrEnum]] = {"want": Kind, "truncate": Truncate, "dtype": DType, "lane": Lane}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
     """Texts to embed and how. ``deadline`` is a time.monotonic() second; None takes the engine's default."""
@@ -244,8 +247,7 @@ class EmbedRequest:
 
     def __post_init__(self) -> None:
         """Words become members of their enumerations. Raises InputError for what is none, and for what would be ignored."""
-        words: dict[str, type[StrEnum]] = {"want": Kind, "truncate": Truncate, "dtype": DType, "lane": Lane}
-        for name, known in words.items():
+        for name, known in _WORDS.items():
             value = getattr(self, name)
             if type(value) is known or (value is None and name == "lane"):
                 continue
@@ -543,6 +545,7 @@ class EmbedResult:
         """Raise the first text's error, if any; else return self."""
         for index, error in enumerate(self.errors):
             if error is not None:
-                error.text = index if len(self.errors) > 1 else None
+                if isinstance(error, InputError) and len(self.errors) > 1:  # others are shared by the texts of a row
+                    error.text = index
                 raise error
         return self

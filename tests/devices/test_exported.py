@@ -12,6 +12,7 @@ from openvino import opset15 as op
 from conftest import GOLDEN, golden, smallest_cosine
 from npu_proxy import DeviceError, EmbedRequest, Engine, InputError, Kind, ModelError, Pair, Pooling, Settings, SettingsError
 from npu_proxy.devices.exported import with_file
+from npu_proxy.models.foreign import first_position
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.pull import pull
 from npu_proxy.models.store import Store
@@ -98,8 +99,18 @@ def test_a_graph_of_another_width_is_an_error_and_its_data_is_part_of_the_finger
     seen = set()
     for content in (b"one", b"two"):
         data.write_bytes(content)
-        seen.add(with_file(read_spec(folder), "onnx", "onnx/model.onnx").fingerprint)
+        seen.add(with_file(Settings(device="onnx"), read_spec(folder)).fingerprint)
     assert len(seen) == 2
+
+
+def test_positions_count_from_where_the_family_has_them() -> None:
+    for config, first in (
+        ({"model_type": "t5", "pad_token_id": 0}, 0),
+        ({"model_type": "roberta", "pad_token_id": 0}, 1),
+        ({"model_type": "ibert"}, 2),
+        ({"model_type": "mpnet", "pad_token_id": 0}, 2),  # whatever its config says
+    ):
+        assert first_position(config) == first
 
 
 def test_files_may_be_links_as_in_a_hugging_face_cache(tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ def test_aliases() -> None:
         ("config.json onnx/model.onnx onnx/model.onnx_data", "onnx/model_int8.onnx"),
         ("config.json openvino/openvino_model.bin openvino/openvino_model.xml", "onnx/model.onnx"),
         ("2_Dense/model.safetensors config.json onnx/model.onnx onnx/model.onnx.data", ""),
+        ("config.json transformer/model.safetensors", "onnx/model.onnx"),
         ("config.json model.safetensors", "/etc/x.json a//b.json ../c.json d/../e.json ./f.json c:/g.json"),
     ],
 )

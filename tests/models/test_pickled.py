@@ -51,27 +51,27 @@ def test_what_is_no_state_dict_is_an_error(tmp_path: Path, content: bytes) -> No
         read_pickled(tmp_path / "plain.bin")
 
 
-def test_memory_is_not_made_of_nothing(tmp_path: Path) -> None:
-    """A stride of 0 would make any number of numbers of one, and packed entries unpack to any size."""
-    content = (
+def asking_for(numbers: int, stride: int) -> bytes:
+    """A tensor by opcodes, because no torch writes such files: so many numbers of the storage `0`."""
+    return (
         b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(("
-        b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00Kc\x85K\x00\x85\x89}tRs."
+        b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00"
+        b"K%c\x85K%c\x85\x89}tRs." % (numbers, stride)
     )
-    with pytest.raises(ModelError, match="more numbers than are stored"):
-        read_pickled(archive(tmp_path / "wide.bin", content, np.zeros(4, np.float32).tobytes()))
-    plain = archive(tmp_path / "plain.bin", content, bytes(1_000_000))
+
+
+@pytest.mark.parametrize(("stride", "message"), [(1, "beyond its numbers"), (0, "more numbers than are stored")])
+def test_a_tensor_has_no_more_numbers_than_are_there(tmp_path: Path, stride: int, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_pickled(archive(tmp_path / "wide.bin", asking_for(99, stride), np.zeros(4, np.float32).tobytes()))
+
+
+def test_packed_numbers_are_refused(tmp_path: Path) -> None:
+    """They may unpack to any size, and torch packs none."""
+    plain = archive(tmp_path / "plain.bin", asking_for(4, 1), bytes(1_000_000))
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in source.namelist():
             packed.writestr(name, source.read(name))
+    assert read_pickled(plain)["a"].shape == (4,)
     with pytest.raises(ModelError, match="compressed"):
         read_pickled(tmp_path / "packed.bin")
-
-
-def test_a_tensor_beyond_its_numbers_is_an_error(tmp_path: Path) -> None:
-    """Opcodes by hand, because no torch writes such a file: 99 numbers of a storage that holds 4."""
-    content = (
-        b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(("
-        b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00Kc\x85K\x01\x85\x89}tRs."
-    )
-    with pytest.raises(ModelError, match="beyond its numbers"):
-        read_pickled(archive(tmp_path / "beyond.bin", content, np.zeros(4, np.float32).tobytes()))

@@ -191,6 +191,7 @@ def test_models_health_metrics_and_docs() -> None:
             assert (listed["id"], listed["object"]) == ("mean", "model")
             assert (await http.get("/v1/models/mean")).json() == listed
             assert (await http.get("/v1/models/no/such")).status_code == 404
+            assert (await http.get("/v1/models/%0A")).status_code == 404  # a line feed is no end of a path
             await http.post("/v1/embeddings", json={"input": ["a", "b"]})
             health = await http.get("/health")
             assert (health.status_code, health.json()["status"]) == (200, "ok")

@@ -20,7 +20,7 @@ from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.models.pull import pull
 from npu_proxy.models.store import Store
 from npu_proxy.server.app import create_app
-from npu_proxy.server.registry import Loaded, Registry, unloadable
+from npu_proxy.server.registry import Loaded, Registry, _weights, unloadable
 
 _, TEXTS, MEAN = golden("mean")
 
@@ -111,6 +111,13 @@ def test_without_a_name_the_first_model_that_can_answers(store: Path) -> None:
                 assert (answer.status_code, said in answer.text) == (status, True), (path, body, answer.text)
 
     asyncio.run(run())
+
+
+def test_memory_is_counted_by_what_a_model_is_served_from() -> None:
+    exported = GOLDEN / "exported" / "t5_mean"
+    files = [exported / "2_Dense" / "model.safetensors", *(exported / "openvino").iterdir()]
+    assert _weights(exported) == sum(file.stat().st_size for file in files)
+    assert _weights(GOLDEN / "mean") == (GOLDEN / "mean" / "model.safetensors").stat().st_size  # not its ONNX file as well
 
 
 def test_idle_models_are_unloaded_named_ones_never(store: Path) -> None:

@@ -47,7 +47,7 @@ class Queries:
     logits: Scores
 
 
-def read(data: Path) -> tuple[list[str], list[str], list[tuple[str, list[int]]], list[tuple[int, str]]]:
+def read(data: Path) -> tuple[list[str], list[tuple[str, list[int]]], list[tuple[int, str]]]:
     """Documents, training claims with their documents, and sentences and titles with the document that they are from."""
     documents = [json.loads(line) for line in (data / "corpus.jsonl").read_text(encoding="utf-8").split("\n") if line]
     numbers = {document["_id"]: number for number, document in enumerate(documents)}
@@ -64,7 +64,7 @@ def read(data: Path) -> tuple[list[str], list[str], list[tuple[str, list[int]]],
         sentences = [part for part in re.split(r"(?<=[.!?]) +", body) if 7 <= len(part.split()) <= 40]
         own += [(number, sentence) for sentence in random.sample(sentences, min(3, len(sentences)))]
         own += [(number, document["title"])] if random.random() < 0.3 else []
-    return [f"{one['title']} {one['text']}".strip() for one in documents], [one["_id"] for one in documents], claims, own
+    return [f"{one['title']} {one['text']}".strip() for one in documents], claims, own
 
 
 class Judge:
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of 64 pairs")
     arguments = parser.parse_args()
     seed()
-    documents, _, claims, own = read(arguments.data / "scifact")
+    documents, claims, own = read(arguments.data / "scifact")
     known = [*documents, *(text["text"] for text in texts_of(arguments.data))]
     model, tokenizer, written = start(known, ["relevance"])
     judged, unjudged = teach(documents, claims, own)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from npu_proxy.devices.kinds import EXPORTED
 from npu_proxy.engine.verbs import classifies, ranks_with
 from npu_proxy.errors import InputError
 from npu_proxy.prepare.commands import DEFAULTS, Shared
@@ -159,19 +160,15 @@ def _choose(settings: Settings, fits: Callable[[ModelSpec], bool]) -> Settings:
 
 def describe(settings: Settings) -> dict[str, object]:
     """What ``show`` says, by name."""
-    from npu_proxy.devices.chain import served_spec
-    from npu_proxy.devices.profile import settled
-    from npu_proxy.models.layout import read_spec
+    from npu_proxy.devices.chain import served
     from npu_proxy.models.store import Store
 
-    store = Store(settings.store)
-    name, folder = store.resolve(settings.model[0])
-    stored = store.find(name)
-    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
-    spec = served_spec(settled(settings, spec), spec)
+    settings, spec = served(settings)
+    stored = Store(settings.store).find(spec.name)
+    layers = next((spec.config[name] for name in ("num_hidden_layers", "n_layers", "num_layers") if name in spec.config), 0)
     return {
         "model": spec.name,
-        "architecture": f"{spec.family}, {spec.config.get('num_hidden_layers', spec.config.get('n_layers', 0))} layers",
+        "architecture": f"{spec.family}, {layers} layers",
         "gives": [str(kind) for kind in spec.kind.gives],
         "width": spec.width,
         "tokens": spec.max_length,
@@ -185,6 +182,7 @@ def describe(settings: Settings) -> dict[str, object]:
         "default prompt": spec.default_prompt,
         "instruction": spec.instruction,
         "precision": spec.precision,
+        "served from": f"its own graph file, padded (device {settings.device})" if settings.device in EXPORTED else "",
         "source": stored.source if stored else "a folder",
         "licence": licence(spec),
         "weights": f"{sum(file.stat().st_size for file in spec.weight_files) / 1e6:.1f} MB",

@@ -14,17 +14,20 @@ from npu_proxy.devices.blobs import Blob, compile_ahead
 from npu_proxy.devices.breaker import Policy
 from npu_proxy.devices.cache import Cache
 from npu_proxy.devices.certify import Certificates, Verdict
-from npu_proxy.devices.exported import ExportedDevice, with_file
+from npu_proxy.devices.exported import ExportedDevice, graph_file, with_file, with_graph
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
 from npu_proxy.devices.faults import Fault
 from npu_proxy.devices.kinds import EXPORTED, TARGETS, chain
 from npu_proxy.devices.openvino import OpenVinoCpu, available_threads
 from npu_proxy.devices.process import Limits, Task
+from npu_proxy.devices.profile import settled
 from npu_proxy.devices.shapes import dynamic_shapes, static_shapes
 from npu_proxy.errors import ModelError, UnavailableError
 from npu_proxy.models.fingerprint import fingerprint
+from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import int8_spec
+from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec, Output, Pack
 
@@ -93,17 +96,24 @@ def compile_blobs(settings: Settings, spec: ModelSpec, name: str, platform: str)
 
 
 def _exported(settings: Settings, spec: ModelSpec, golden: GoldenRow, name: str) -> Device:
-    threads, file = settings.threads or available_threads(), spec.folder / str(getattr(settings, EXPORTED[name][0]))
+    threads, file = settings.threads or available_threads(), spec.folder / graph_file(settings, name)
     return ExportedDevice(spec, name, file, threads=threads, row_tokens=settings.row_tokens, golden=golden)
+
+
+def served(settings: Settings) -> tuple[Settings, ModelSpec]:
+    """The settings with nothing left open, and the spec of what they serve. Raises ModelError and ModelNotFoundError."""
+    name, folder = Store(settings.store).resolve(settings.model[0])
+    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
+    settings = settled(settings, spec)
+    return settings, served_spec(settings, spec)
 
 
 def served_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:
     """The spec of what the settings `device` and `precision` compute from, with its fingerprint. Raises ModelError."""
     if settings.device in EXPORTED:
-        return with_file(spec, settings.device, str(getattr(settings, EXPORTED[settings.device][0])))
+        return with_file(settings, spec)
     if spec.refused and settings.device != "debug":
-        files = {name: str(getattr(settings, setting)) for name, (setting, _) in EXPORTED.items()}
-        there = [name for name, file in files.items() if (spec.folder / file).is_file()]
+        there = with_graph(settings, spec.folder)
         ways = " or ".join(f"`device` {name} with `{setting}`" for name, (setting, _) in EXPORTED.items())
         cure = f"set `device` to {there[0]}, or leave it out" if there else f"it brings a graph file under another name, for {ways}"
         raise ModelError(f"{spec.name} cannot be served by `device` {settings.device}: {cure} ({spec.refused})")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -27,12 +26,13 @@ from npu_proxy.devices.failure import Failure, RowError, first_line
 from npu_proxy.devices.kinds import EXPORTED, TARGETS
 from npu_proxy.devices.openvino import ROOM_SECONDS
 from npu_proxy.devices.shapes import dynamic_shapes
-from npu_proxy.errors import DeviceError, ModelError, SettingsError
+from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.graph import heads
 from npu_proxy.graph.packed import RowFormat, RowShape
 from npu_proxy.models.fingerprint import file_sha256
+from npu_proxy.models.foreign import first_position
 from npu_proxy.models.jsons import inside
-from npu_proxy.models.layout import first_position
+from npu_proxy.settings import Settings
 from npu_proxy.types import Dense, Kind, ModelSpec, Output, Pack, Pooling, Shaped
 
 Vectors = npt.NDArray[np.float32]
@@ -43,7 +43,7 @@ _RANKS: Mapping[Kind, int] = {Kind.DENSE: 3, Kind.SPARSE: 3, Kind.TOKENS: 3, Kin
 
 
 class Runner(Protocol):
-    """A graph file, loaded. inputs: names in the graph; outputs: dimensions of each by its name; ``run`` is thread-safe."""
+    """A graph file, loaded. inputs: names in the graph; outputs: dimensions of each by its name. One run at a time."""
 
     @property
     def inputs(self) -> Sequence[str]: ...
@@ -57,26 +57,39 @@ class Runner(Protocol):
         ...
 
 
-def with_file(spec: ModelSpec, device: str, file: str) -> ModelSpec:
-    """The spec of the same model computed from ``file`` (relative to its folder). Raises ModelError when it cannot be."""
+def graph_file(settings: Settings, device: str) -> str:
+    """The file in a model's folder that the settings have for a device."""
+    return str(getattr(settings, EXPORTED[device][0]))
+
+
+def with_graph(settings: Settings, folder: Path) -> list[str]:
+    """The devices whose file is in a model's folder."""
+    return [device for device in EXPORTED if (folder / graph_file(settings, device)).is_file()]
+
+
+def with_file(settings: Settings, spec: ModelSpec) -> ModelSpec:
+    """The spec of the same model computed from the file of the setting `device`. Raises ModelError when it cannot be."""
+    device, file = settings.device, graph_file(settings, settings.device)
     setting, example = EXPORTED[device]
     path = inside(spec.folder, file, by=setting)
     if not path.is_file():
-        others = [other for other, (_, usual) in EXPORTED.items() if other != device and (spec.folder / usual).is_file()]
+        others = with_graph(settings, spec.folder)
         cure = f"`device` {others[0]} runs the one it has" if others else f"set `{setting}` to one of its own, such as `{example}`"
         raise ModelError(f"{spec.name} has no file `{file}`; {cure}")
     if spec.kind not in _RANKS:
         raise ModelError(f"{spec.name} gives {spec.kind} answers; device `{device}` computes {', '.join(_RANKS)}")
+    parts = sorted({*path.parent.glob(f"{path.name}[._]data*"), *path.parent.glob(f"{path.stem}.bin")})
     digest = hashlib.sha256(f"{device} {spec.fingerprint} {file_sha256(path)}".encode())
-    for part in sorted({*path.parent.glob(f"{path.name}[._]data*"), *path.parent.glob(f"{path.stem}.bin")}):
+    for part in parts:
         digest.update(file_sha256(part).encode())
-    return replace(spec, fingerprint=digest.hexdigest()[:16])
+    return replace(spec, fingerprint=digest.hexdigest()[:16], weight_files=[path, *parts])
 
 
 class ExportedDevice:
     """A Device over one graph file."""
 
     ready = True
+    streams = most_streams = 1
 
     def __init__(
         self,
@@ -86,12 +99,11 @@ class ExportedDevice:
         *,
         threads: int,
         row_tokens: int = 512,
-        streams: int = 1,
         golden: GoldenRow | None = None,
     ) -> None:
         """threads: for one row. Raises SettingsError without the runtime, ModelError for a graph it cannot feed."""
         self.name = self.kind = device
-        self._runner = _RUNNERS[device](file, threads, streams)
+        self._runner = _RUNNERS[device](file, threads)
         unknown = [name for name in self._runner.inputs if name not in _KNOWN]
         fitting = [name for name, rank in self._runner.outputs.items() if rank == _RANKS[spec.kind]]
         if unknown or not fitting:
@@ -108,8 +120,7 @@ class ExportedDevice:
         self._width = spec.dense[0].weight.shape[1] if spec.dense else spec.width
         self._first = first_position(spec.config)
         self._golden = golden
-        self._busy = threading.BoundedSemaphore(streams)
-        self.streams = self.most_streams = streams
+        self._busy = threading.Lock()
         self.shapes: Sequence[RowShape] = dynamic_shapes(spec.max_length, row_tokens, packed=False)
 
     def takes(self, shape: Shaped) -> bool:
@@ -216,7 +227,7 @@ def _pool(pooling: Pooling, hidden: Vectors, prompt: int = 0) -> Vectors:
 class _Onnx:
     """ONNX Runtime with the execution providers that are installed."""
 
-    def __init__(self, file: Path, threads: int, streams: int) -> None:
+    def __init__(self, file: Path, threads: int) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -238,32 +249,23 @@ class _Onnx:
 class _Ir:
     """OpenVINO on the processor, over its own format (.xml and .bin) or any other that it reads."""
 
-    def __init__(self, file: Path, threads: int, streams: int) -> None:
-        wanted = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
+    def __init__(self, file: Path, threads: int) -> None:
+        wanted = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         core = ov.Core()
         try:
             model = core.read_model(file)
             compiled = core.compile_model(model, "CPU", TARGETS["cpu"].asked("fp32", wanted))
         except RuntimeError as error:
             raise ModelError(f"{file.name} cannot be loaded: {first_line(error)}") from error
-        self._requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
-        for _ in range(streams):
-            self._requests.put(compiled.create_infer_request())
+        self._request = compiled.create_infer_request()
         self.about = f"{file.name} on the processor, padded"
         # A tensor may have several names; that of an output with no known one is whichever comes first.
         self.inputs = [next((name for name in port.get_names() if name in _KNOWN), port.get_any_name()) for port in compiled.inputs]
         self.outputs = {_name_of(port): port.get_partial_shape().rank.get_length() for port in compiled.outputs if _readable(port)}
 
     def run(self, output: str, feed: Lines) -> Vectors:
-        try:
-            request = self._requests.get(timeout=ROOM_SECONDS)
-        except queue.Empty:
-            raise DeviceError("no infer request is free") from None
-        try:
-            request.infer(dict(feed))
-            return np.array(request.get_tensor(output).data, np.float32)
-        finally:
-            self._requests.put(request)
+        self._request.infer(dict(feed))
+        return np.array(self._request.get_tensor(output).data, np.float32)
 
 
 def _readable(port: Any) -> bool:

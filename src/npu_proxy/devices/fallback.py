@@ -42,6 +42,7 @@ class Fallback:
         self._devices = devices
         self._hedge = hedge or math.inf
         self._usual: dict[str, float] = {}
+        self._joined: dict[tuple[int, ...], Sequence[Shaped]] = {}
         self.name = ",".join(device.name for device in devices)
         self.kind = devices[0].kind
         self.most_streams = max(device.most_streams for device in devices)
@@ -73,13 +74,13 @@ class Fallback:
     @property
     def shapes(self) -> Sequence[Shaped]:
         """Those of the first device that is ready, and for texts too long for it those of the ones behind."""
-        ready = [device for device in self._devices if device.ready] or self._devices[:1]
-        shapes = list(ready[0].shapes)
-        for device in ready[1:]:
-            longest = max(shape.positions for shape in shapes)
-            behind = [shape for shape in device.shapes if shape.positions > longest]
-            shapes += [_dear(shape) for shape in behind]
-        return shapes
+        ready = tuple(number for number, device in enumerate(self._devices) if device.ready) or (0,)
+        own = self._devices[ready[0]].shapes
+        if len(ready) == 1:
+            return own
+        if ready not in self._joined:  # asked for several times a row; the shapes of a single device do not change
+            self._joined[ready] = _with_longer([self._devices[number].shapes for number in ready])
+        return self._joined[ready]
 
     def takes(self, shape: Shaped) -> bool:
         """What any of its devices takes."""
@@ -194,8 +195,17 @@ def _patience(pack: Pack) -> float:
     return max(0.05, (min(deadlines) - time.monotonic()) / 2) if deadlines else math.inf
 
 
-def _dear(shape: Shaped) -> RowShape:
-    return RowShape(bins=shape.bins, positions=shape.positions, segments=shape.segments, work=_DEAR * shape.work)
+def _with_longer(shapes: Sequence[Sequence[Shaped]]) -> Sequence[Shaped]:
+    """The first device's shapes, then those of each further one that are longer than all before, dear."""
+    found = list(shapes[0])
+    for behind in shapes[1:]:
+        longest = max(shape.positions for shape in found)
+        found += [
+            RowShape(bins=one.bins, positions=one.positions, segments=one.segments, work=_DEAR * one.work)
+            for one in behind
+            if one.positions > longest
+        ]
+    return found
 
 
 def _why(device: Device) -> str:

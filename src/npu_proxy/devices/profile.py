@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import openvino as ov
 
-from npu_proxy.devices.kinds import EXPORTED, chain
+from npu_proxy.devices.exported import with_graph
+from npu_proxy.devices.kinds import chain
 from npu_proxy.devices.openvino import available_threads
 from npu_proxy.devices.shapes import ROW_TOKENS
 from npu_proxy.settings import Settings
@@ -104,9 +105,7 @@ def settled(settings: Settings, spec: ModelSpec) -> Settings:
     file only gets the device for the one it has.
     """
     if spec.refused and settings.device == "auto":
-        files = {name: str(getattr(settings, setting)) for name, (setting, _) in EXPORTED.items()}
-        there = next((name for name, file in files.items() if (spec.folder / file).is_file()), settings.device)
-        settings = replace(settings, device=there)
+        settings = replace(settings, device=next(iter(with_graph(settings, spec.folder)), settings.device))
     profile = find(settings.store, spec.fingerprint) if settings.profile == "on" else None
     names = chain(settings.device)
     auto = settings.device == "auto"

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 from npu_proxy.cache.vectors import VectorCache, open_tiers
 from npu_proxy.devices.base import Device
-from npu_proxy.devices.chain import open_devices, served_spec
-from npu_proxy.devices.profile import settled
+from npu_proxy.devices.chain import open_devices, served
 from npu_proxy.engine.golden import GoldenRows
 from npu_proxy.engine.tokenize import TextEncoder
-from npu_proxy.models.layout import read_spec
-from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
 from npu_proxy.types import ModelSpec
 
@@ -34,10 +31,7 @@ def load(settings: Settings, stopping: threading.Event) -> Parts:
 
     Raises ModelError, ModelNotFoundError, DeviceError, and UnavailableError when none of the devices can serve.
     """
-    name, folder = Store(settings.store).resolve(settings.model[0])
-    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
-    settings = settled(settings, spec)
-    spec = served_spec(settings, spec)
+    settings, spec = served(settings)
     if spec.refused:
         _log.info("%s is served from its own graph file, padded (device %s): %s", spec.name, settings.device, spec.refused)
     encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)

@@ -20,13 +20,13 @@ __all__ = ["MODEL_TYPES", "canonical_name", "check", "encode", "scores", "scores
 
 MODEL_TYPES = ("mpnet",)
 
-_FIRST = 2  # the padding id is 1, whatever config.json says
+FIRST = 2  # the padding id is 1, whatever config.json says
 _FARTHEST = 128
 
 
 def standard(config: Config) -> Config:
     """The rows of the position table before a text's first are no positions."""
-    return {**config, "max_position_embeddings": config["max_position_embeddings"] - _FIRST}
+    return {**config, "max_position_embeddings": config["max_position_embeddings"] - FIRST}
 
 
 def canonical_name(name: str) -> str:
@@ -50,7 +50,7 @@ def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) ->
         places = op.add(away, op.constant(np.int32(farthest)))
         return op.transpose(op.gather(by_distance, places, integers(0)), integers(0, 3, 1, 2))
 
-    return bert.encode(config, weights, inputs, style, first_position=_FIRST, bias=bias)
+    return bert.encode(config, weights, inputs, style, first_position=FIRST, bias=bias)
 
 
 def _buckets(away: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:

@@ -12,14 +12,24 @@ from npu_proxy.graph.bert import Config, check, scores_pooling
 from npu_proxy.graph.layers import dense, gelu, layer_norm, linear
 from npu_proxy.graph.packed import Node, RowInputs, Style, Weights
 
-__all__ = ["MODEL_TYPES", "canonical_name", "check", "encode", "scores", "scores_pooling", "standard", "vocabulary"]
+__all__ = [
+    "MODEL_TYPES",
+    "canonical_name",
+    "check",
+    "encode",
+    "first_position",
+    "scores",
+    "scores_pooling",
+    "standard",
+    "vocabulary",
+]
 
 MODEL_TYPES = ("roberta", "xlm-roberta", "camembert")
 
 
 def standard(config: Config) -> Config:
     """The rows of the position table before a text's first are no positions."""
-    return {**config, "max_position_embeddings": config["max_position_embeddings"] - _first(config)}
+    return {**config, "max_position_embeddings": config["max_position_embeddings"] - first_position(config)}
 
 
 def canonical_name(name: str) -> str:
@@ -29,7 +39,7 @@ def canonical_name(name: str) -> str:
 
 def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) -> Node:
     """As bert.encode."""
-    return bert.encode(config, weights, inputs, style, first_position=_first(config))
+    return bert.encode(config, weights, inputs, style, first_position=first_position(config))
 
 
 def scores(config: Config, weights: Weights, pooled: Node, style: Style) -> Node:
@@ -45,6 +55,7 @@ def vocabulary(config: Config, weights: Weights, hidden: Node, style: Style) -> 
     return linear(x, weights[stored if stored in weights else tied], bias)
 
 
-def _first(config: Config) -> int:
+def first_position(config: Config) -> int:
+    """The row of the position table that a text's first token has: behind that of padding."""
     pad = config.get("pad_token_id")
     return (1 if pad is None else int(pad)) + 1

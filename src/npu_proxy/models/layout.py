@@ -12,27 +12,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from npu_proxy.errors import ModelError
-from npu_proxy.graph import mpnet, roberta
-from npu_proxy.graph.build import FAMILIES, Family, family
+from npu_proxy.graph.build import FAMILIES, Family
 from npu_proxy.models.catalog import INSTRUCTIONS
 from npu_proxy.models.fingerprint import fingerprint
+from npu_proxy.models.foreign import has_graph, translated, weights_of
 from npu_proxy.models.jsons import Json, existing, inside, read, read_object, where
 from npu_proxy.models.late import Late, pylate, sides_of, stanford
 from npu_proxy.models.modules import Stack, read_dense, skipped
-from npu_proxy.models.weights import NoWeightsError, Tensors, weight_files
+from npu_proxy.models.weights import Tensors, weight_files
 from npu_proxy.types import Activation, Kind, ModelSpec, Pooling, Similarity
 
 _FIRST = ("Transformer", "MLMTransformer", "StaticEmbedding")
 _STATIC_TOKENS = 512
 """Tokens of a text that static models read; their own code stops there as well."""
-_NO_LIMIT = 512
-"""Tokens of a text where positions have no end and nothing else says (T5): what such models were trained with."""
-_FROM_PADDING = (
-    *roberta.MODEL_TYPES,
-    *mpnet.MODEL_TYPES,
-    *("xlm-roberta-xl", "roberta-prelayernorm", "data2vec-text", "ibert", "longformer", "xmod"),
-)
-"""Families whose positions count from the id of padding on."""
 _BGE_M3 = ("sparse_linear.pt", "colbert_linear.pt")
 
 
@@ -48,9 +40,9 @@ def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None 
     pooling = None if pooling is None else Pooling(pooling)
     modules, transformer, limits, about, raw = _files(folder)
     model_type = str(raw.get("model_type") or _missing(transformer / "config.json", "model_type"))
-    weights, refused = _weights(transformer, model_type, raw, graph=_has_graph(folder))
+    weights, refused = weights_of(transformer, model_type, raw, graph=has_graph(folder))
     found = FAMILIES.get(model_type)
-    config = found.standard(raw) if found else _translated(raw)
+    config = found.standard(raw) if found else translated(raw)
     kind = _kind(raw, limits, about, modules, pooling)
     prompts = cast("dict[str, str]", {key: text or "" for key, text in (about.get("prompts") or {}).items()})
     spec = ModelSpec(
@@ -95,47 +87,6 @@ def kind_of(folder: Path, pooling: Pooling | None) -> tuple[Kind, Path, Json]:
     """What a model gives, its transformer's folder and config.json, of any family. Raises ModelError."""
     modules, transformer, limits, about, raw = _files(folder)
     return _kind(raw, limits, about, modules, pooling), transformer, raw
-
-
-def _weights(transformer: Path, model_type: str, raw: Json, *, graph: bool) -> tuple[Sequence[Path], str]:
-    """The files of weights, and why graph/ builds nothing from them, "" where it does. Raises ModelError without a ``graph``."""
-    files: Sequence[Path] = ()
-    reasons: list[ModelError] = []
-    try:
-        family(model_type, raw)
-    except ModelError as error:
-        reasons.append(error)
-    try:
-        files = weight_files(transformer)
-    except NoWeightsError as error:
-        reasons.append(error)
-    if reasons and not graph:
-        raise reasons[0]
-    return files, str(reasons[0]) if reasons else ""
-
-
-def _has_graph(folder: Path) -> bool:
-    """Whether the repository brings a graph file of its own (devices/exported.py)."""
-    return any(any(folder.glob(pattern)) for pattern in ("*.onnx", "*/*.onnx", "*/*.xml"))
-
-
-def _translated(raw: Json) -> Json:
-    """The configuration of a family that is not built here, with the names that are read: what other families call them."""
-    others = {
-        "hidden_size": ("d_model", "n_embd", "dim"),
-        "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
-    }
-    read = {name: next((raw[other] for other in (name, *known) if other in raw), None) for name, known in others.items()}
-    positions = read["max_position_embeddings"] or _NO_LIMIT
-    if raw.get("model_type") in _FROM_PADDING:
-        positions -= first_position(raw)
-    return {**raw, **read, "max_position_embeddings": positions}
-
-
-def first_position(config: Json) -> int:
-    """The row of the position table that the first token has: behind that of padding where RoBERTa's code says so, else 0."""
-    pad = config.get("pad_token_id")
-    return (1 if pad is None else int(pad)) + 1 if config.get("model_type") in _FROM_PADDING else 0
 
 
 def _kind(raw: Json, limits: Json, about: Json, modules: Sequence[Json], pooling: Pooling | None) -> Kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ GRAPHS = (
     ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx.data"),
 )
 """The files of a graph; the first of which a repository without weights has all or some."""
+_BEHIND = re.compile(r"[1-9]\d*_")
 UNWANTED = ("onnx/*", "openvino/*", "train_script.py", "data_config.json", "*/.*", ".*")
 
 Report = Callable[[str], None]
@@ -126,9 +128,9 @@ def _check(job: Pull, files: Mapping[str, Path]) -> None:
 
 
 def is_weight(path: str) -> bool:
-    """Whether a file is one of the transformer's weights: it lies at the top, or in the folder of the first module."""
+    """Whether a file is one of the transformer's weights, and not those of a module behind it, such as `2_Dense`."""
     folder, _, name = path.rpartition("/")
-    return (not folder or folder.startswith("0_")) and any(fnmatch(name, one) for one in ("*.safetensors", *PICKLED))
+    return not _BEHIND.match(folder) and any(fnmatch(name, one) for one in ("*.safetensors", *PICKLED))
 
 
 def chosen(paths: Collection[str]) -> list[str]:

@@ -9,11 +9,9 @@ from typing import Annotated, get_origin
 
 from cyclopts import Parameter
 
-from npu_proxy.devices.kinds import ANY, TARGETS, chain
+from npu_proxy.devices.kinds import ANY, EXPORTED, TARGETS, chain
 from npu_proxy.errors import DeviceError, InputError, ModelError, SettingsError
-from npu_proxy.models.store import Store
 from npu_proxy.settings import Settings
-from npu_proxy.types import ModelSpec
 
 
 def _split(kind: object, value: str, *, delimiter: str | None = None) -> list[str]:
@@ -65,10 +63,11 @@ def certify(model: str = "", /, *, settings: Shared = DEFAULTS) -> None:
         Name, alias or folder; the setting `model` when left out.
     """
     from npu_proxy.devices.chain import certify as judge
+    from npu_proxy.devices.chain import served
     from npu_proxy.engine.golden import GoldenRows
     from npu_proxy.engine.tokenize import TextEncoder
 
-    settings, spec = _served(settings, model)
+    settings, spec = served(_with_model(settings, model))
     name = _accelerator(settings, "the CPU is what others are compared with")
     verdicts, reason = judge(settings, spec, GoldenRows(TextEncoder(spec), spec), name)
     for verdict in verdicts:
@@ -156,12 +155,12 @@ def tune(
             f" {trial.ratio:5.2f}x {trial.mean_cosine:11.6f} {trial.error}".rstrip()
         )
     fastest = profile.usable[0].choice
-    own = next((one.choice for one in profile.usable if one.choice.precision == "fp32" and one.choice.device != "onnx"), None)
+    own = next((one.choice for one in profile.usable if one.choice.precision == "fp32" and one.choice.device not in EXPORTED), None)
     print("\nratio to the CPU in fp32 as it is without tuning, median of the rounds")
     if own:
         print(f"without further settings: {own}")
     if fastest != own:
-        flag = "--device onnx" if fastest.device == "onnx" else f"--precision {fastest.precision}"
+        flag = f"--device {fastest.device}" if fastest.device in EXPORTED else f"--precision {fastest.precision}"
         print(f"faster: {flag} ({fastest}); its vectors must not be mixed with those stored before")
 
 
@@ -200,9 +199,9 @@ def compile_model(model: str = "", /, *, platform: str = ANY, settings: Shared =
         NPU platform to compile for: 3720 (Meteor and Arrow Lake), 4000 (Lunar Lake), 5010 (Panther Lake); `any` is this
         machine's own.
     """
-    from npu_proxy.devices.chain import compile_blobs
+    from npu_proxy.devices.chain import compile_blobs, served
 
-    settings, spec = _served(settings, model)
+    settings, spec = served(_with_model(settings, model))
     name = _accelerator(settings, "the CPU compiles in a second when it starts")
     if platform != ANY and TARGETS[name].openvino != "NPU":
         raise SettingsError(f"device `{name}` has no platforms; leave --platform out", param="platform")
@@ -214,19 +213,6 @@ def compile_model(model: str = "", /, *, platform: str = ANY, settings: Shared =
 
 def _with_model(settings: Settings, model: str) -> Settings:
     return replace(settings, model=(model,) if model else settings.model)
-
-
-def _served(settings: Settings, model: str) -> tuple[Settings, ModelSpec]:
-    """Settings with nothing left open, and the spec they serve."""
-    from npu_proxy.devices.chain import served_spec
-    from npu_proxy.devices.profile import settled
-    from npu_proxy.models.layout import read_spec
-
-    settings = _with_model(settings, model)
-    name, folder = Store(settings.store).resolve(settings.model[0])
-    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
-    settings = settled(settings, spec)
-    return settings, served_spec(settings, spec)
 
 
 def _accelerator(settings: Settings, why: str) -> str:

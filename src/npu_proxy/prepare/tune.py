@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
+from npu_proxy.devices.exported import with_graph
 from npu_proxy.devices.kinds import ALONE, TARGETS, chain
 from npu_proxy.devices.openvino import available_threads
 from npu_proxy.devices.profile import Choice, Profile, Trial, keep, machine
@@ -53,8 +54,9 @@ def sample_texts(count: int, seed: int = 0) -> list[str]:
 def candidates(settings: Settings, spec: ModelSpec) -> Iterator[Choice]:
     """What there is to choose from: the settings' devices (`auto`: all that this machine has), each in all its ways."""
     names = [*chain(settings.device)]
-    if settings.device == "auto" and importlib.util.find_spec("onnxruntime") and (spec.folder / settings.onnx_file).is_file():
-        names.append("onnx")
+    if settings.device == "auto":
+        graphs = with_graph(settings, spec.folder)
+        names += [name for name in graphs if name != "onnx" or importlib.util.find_spec("onnxruntime")]
     int8 = _has_int8(settings, spec)
     for name in names:
         if name in ALONE:

@@ -23,6 +23,7 @@ from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.parts import open_cache
 from npu_proxy.errors import DeadlineError, InputError, StoppedError, UnavailableError
 from npu_proxy.models.cl100k import FILE, NAME, Cl100k
+from npu_proxy.models.pull import chosen
 from npu_proxy.models.store import StoredModel
 from npu_proxy.server.dialect import Served
 from npu_proxy.server.stock import Stock, plain
@@ -323,8 +324,8 @@ class Registry:
 
 def _weights(folder: Path) -> int:
     """Bytes of a model's weights."""
-    patterns = ("*.safetensors", "*.bin", "*.pt", "*.onnx*")
-    return sum(file.stat().st_size for pattern in patterns for file in folder.rglob(pattern))
+    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return sum((folder / file).stat().st_size for file in chosen(files) if not file.endswith(".json"))
 
 
 _NOT_RUNNING = {"new": "the model is loading; try again in a moment", "stopping": "the server is stopping"}
