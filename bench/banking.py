@@ -1,7 +1,7 @@
-"""The split of Banking77 that the example classifier was trained and is judged on.
+"""The split of Banking77 on which the example classifier was trained and is judged.
 
-Of the data set only the 3,080 queries of its test part are here, 40 a class; so of each class ten are held out, chosen by
-hash, and thirty are for training. Figures are therefore not those of the official split.
+Only the 3,080 queries of the data set's test part are here, 40 per class; so ten of each class, chosen by hash, are held out,
+and thirty are for training. The figures are therefore not those of the official split.
 """
 
 import csv
@@ -16,7 +16,7 @@ Labelled = list[tuple[str, str]]
 
 
 def banking(folder: Path) -> tuple[Labelled, Labelled]:
-    """For training, and held out. folder: that of test.csv."""
+    """The queries for training, and those held out. folder: that of test.csv."""
     classes: defaultdict[str, list[str]] = defaultdict(list)
     with (folder / "test.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):

@@ -1,7 +1,7 @@
-"""Every fault of tests/faults under a thousand concurrent requests, with the real model: one row a fault.
+"""Every fault of tests/faults under a thousand concurrent requests, with the real model: one line per fault.
 
-Each request is one text; a right answer has cosine >= 0.99999 to the CPU's. `back` is from the fault's end until the
-device serves again (compiling and certifying included), with the CPU busy answering meanwhile.
+Each request is one text; a right result has cosine >= 0.99999 to the CPU's. `back` is from the fault's end until the
+device serves again (compiling and certifying included), while the CPU is busy with the requests.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     store = Settings().store
     expected = expected_vectors(arguments.model, store, texts(2000))
-    rows, lines = {}, [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    rows: dict[str, Figures] = {}
+    lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     for name, case in CASES.items():
         if arguments.cases not in name:
             continue
@@ -76,8 +77,14 @@ def main() -> None:
         print(lines[-1], f"({time.monotonic() - begun:.0f} s)", flush=True)
     page = f"# Faults\n\n{(__doc__ or '').strip()}\n\nModel {arguments.model}, {arguments.concurrent} requests under way.\n\n"
     arguments.output.write_text(page + "\n".join(lines) + "\n")
-    arguments.output.with_suffix(".json").write_text(json.dumps({name: vars(row) for name, row in rows.items()}, indent=1) + "\n")
-    bad = [name for name, row in rows.items() if row.wrong or row.lost or row.twice or row.errors or row.back == float("inf")]
+    arguments.output.with_suffix(".json").write_text(
+        json.dumps({name: vars(figures) for name, figures in rows.items()}, indent=1) + "\n"
+    )
+    bad = [
+        name
+        for name, figures in rows.items()
+        if figures.wrong or figures.lost or figures.twice or figures.errors or figures.back == float("inf")
+    ]
     print(f"failed: {', '.join(bad)}" if bad else "every request was answered once, rightly and in time, and the device came back")
     raise SystemExit(1 if bad else 0)
 

@@ -1,10 +1,10 @@
-"""Packed and pruned against padded and whole, for models that read one token a text; reranking against sentence-transformers.
+"""Packed and pruned against padded and whole, for models that read one token per text; reranking against sentence-transformers.
 
 Pruned: the last layer is computed for the tokens that are read. `whole` computes it for every token, as others do.
 
-The reranker and the CLS model are the default model's encoder with heads of random numbers: their answers mean nothing, their
-cost is that of any reranker of that size (the answers are compared all the same). Texts: SciFact's claims and abstracts.
-All systems take turns in one run; figures are pairs or texts a second, ratios are medians over the rounds.
+The reranker and the CLS model are the default model's encoder with heads of random numbers: their scores mean nothing, their
+cost is that of any reranker of that size (the scores are compared all the same). Texts: SciFact's claims and abstracts.
+All systems take turns in one run; figures are pairs or texts per second, ratios are medians over the rounds.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from npu_proxy import EmbedRequest, Engine, Kind, Pair, Pooling, Settings
+from npu_proxy import EmbedRequest, Engine, OutputType, Pair, Pooling, Settings
 from npu_proxy.engine import packing
-from npu_proxy.models.catalog import DEFAULT_MODEL
-from npu_proxy.models.store import Store
+from npu_proxy.models.store import ModelStore
+from npu_proxy.settings import DEFAULT_MODEL
 from peers import python_of, version_of
 
 PEER = """
@@ -45,7 +45,7 @@ for line in sys.stdin:
 
 def folders(root: Path) -> tuple[Path, Path]:
     """A cross-encoder and a CLS embedder over the default model's encoder."""
-    source = Store(Settings().store).resolve(DEFAULT_MODEL)[1]
+    source = ModelStore(Settings().store).resolve(DEFAULT_MODEL)[1]
     ranker, reader = root / "ranker", root / "reader"
     for folder in (ranker, reader):
         folder.mkdir()
@@ -62,13 +62,13 @@ def folders(root: Path) -> tuple[Path, Path]:
     made |= {"bert.pooler.dense.weight": rng.normal(0, 0.05, [width, width]), "bert.pooler.dense.bias": np.zeros(width)}
     made |= {"classifier.weight": rng.normal(0, 0.5, [1, width]), "classifier.bias": np.zeros(1)}
     save_file({key: np.asarray(tensor, np.float32) for key, tensor in made.items()}, ranker / "model.safetensors", {"format": "pt"})
-    one = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "score"}, "label2id": {"score": 0}}
-    (ranker / "config.json").write_text(json.dumps({**config, **one}))
+    head = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    (ranker / "config.json").write_text(json.dumps({**config, **head}))
     return ranker, reader
 
 
 def pairs_of(data: Path, queries: int, documents: int) -> dict[str, list[tuple[str, str]]]:
-    """Claims with abstracts that lie behind each other in the corpus, and with texts of all lengths."""
+    """Claims with abstracts in the order of the corpus, and with texts of all lengths."""
 
     def read(name: str, limit: int, step: int = 1) -> list[dict]:
         with (data / name).open(encoding="utf-8") as file:
@@ -76,8 +76,8 @@ def pairs_of(data: Path, queries: int, documents: int) -> dict[str, list[tuple[s
 
     count = queries * documents
     claims = [claim["text"] for claim in read("scifact/queries.jsonl", queries)]
-    abstracts = [f"{one['title']} {one['text']}" for one in read("scifact/corpus.jsonl", count)]
-    mixed = [one["text"] for one in read("corpus.jsonl", 4 * count, step=37)]
+    abstracts = [f"{abstract['title']} {abstract['text']}" for abstract in read("scifact/corpus.jsonl", count)]
+    mixed = [entry["text"] for entry in read("corpus.jsonl", 4 * count, step=37)]
     return {
         "abstracts": [(claims[number // documents], text) for number, text in enumerate(abstracts)],
         "mixed": [(claims[number % queries], text) for number, text in enumerate(mixed)],
@@ -86,17 +86,17 @@ def pairs_of(data: Path, queries: int, documents: int) -> dict[str, list[tuple[s
 
 @dataclass(frozen=True)
 class System:
-    """Something that answers pairs, or their documents, when told to."""
+    """A process that computes scores of pairs, or vectors of their documents, when told to."""
 
     name: str
     command: Sequence[str]
 
-    def start(self) -> subprocess.Popen:
+    def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def systems(ranker: Path, reader: Path) -> list[System]:
-    """A process each, so that one can be another build of the graph."""
+    """Each is a process, so that it can build the graph differently."""
     ways = ("packed", "padded", "padded whole")
     own = [
         System(f"{kind}, {way}", [sys.executable, __file__, "--worker", kind, way, str(folder)])
@@ -112,7 +112,7 @@ def systems(ranker: Path, reader: Path) -> list[System]:
 
 
 def worker(kind: str, way: str, folder: str) -> None:
-    """Answer each line of standard input, a file of pairs, with seconds and numbers."""
+    """For each line of standard input, a file of pairs, print the seconds it takes and the numbers."""
     if way.endswith("whole"):
         _compute_every_token()
     plain = Settings(device="cpu", cache_mb=0, packing=way == "packed", pooling=Pooling.CLS if kind == "CLS" else None)
@@ -124,29 +124,29 @@ def worker(kind: str, way: str, folder: str) -> None:
             if kind == "CLS":
                 found = engine.embed([document for _, document in pairs])[:, 0]
             else:
-                request = EmbedRequest(texts=[Pair(*pair) for pair in pairs], want=Kind.SCORES)
+                request = EmbedRequest(texts=[Pair(*pair) for pair in pairs], output_type=OutputType.SCORES)
                 found = np.asarray(engine.submit(request).result().raise_first().embeddings)[:, 0]
             print(json.dumps([time.perf_counter() - start, found.tolist()]), flush=True)
 
 
 def _compute_every_token() -> None:
-    """What a model costs whose last layer is not pruned: CLS is pooled by a product, like a mean."""
+    """Make models compute the whole last layer: CLS is pooled by a product, as a mean is."""
 
-    def fill(pooling: Pooling, pool: np.ndarray, segment: int, start: int, count: int, skip: int = 0) -> None:
+    def fill_pooling(pooling: Pooling, pool: np.ndarray, segment: int, start: int, count: int, skip: int = 0) -> None:
         pool[segment, start] = 1
 
-    Pooling.prunes = property(lambda _: False)
-    packing.fill_pool = fill
+    Pooling.prunes = property(lambda _: False)  # pyright: ignore[reportAttributeAccessIssue]
+    packing.fill_pooling = fill_pooling  # pyright: ignore[reportPrivateImportUsage]
 
 
 def measure(ranker: Path, reader: Path, given: Sequence[Path], rounds: int) -> list[dict[str, list[float]]]:
-    """Seconds a round, a system, of each file of pairs."""
+    """For each file of pairs, the seconds of each round by system."""
     chosen = systems(ranker, reader)
-    running = {one.name: one.start() for one in chosen}
-    seconds: list[dict[str, list[float]]] = [{one.name: [] for one in chosen} for _ in given]
-    answers: dict[str, np.ndarray] = {}
+    running = {system.name: system.start() for system in chosen}
+    seconds: list[dict[str, list[float]]] = [{system.name: [] for system in chosen} for _ in given]
+    numbers: dict[str, np.ndarray] = {}
 
-    def ask(process: subprocess.Popen, file: Path) -> tuple[float, np.ndarray]:
+    def ask(process: subprocess.Popen[str], file: Path) -> tuple[float, np.ndarray]:
         assert process.stdin
         assert process.stdout
         process.stdin.write(f"{file}\n")
@@ -162,11 +162,11 @@ def measure(ranker: Path, reader: Path, given: Sequence[Path], rounds: int) -> l
     for file, times in zip(given, seconds, strict=True):
         for _ in range(rounds):
             for name, process in running.items():
-                took, answers[name] = ask(process, file)
+                took, numbers[name] = ask(process, file)
                 times[name].append(took)
-        for one, found in answers.items():
-            other = "CLS, packed" if one.startswith("CLS") else "rerank, packed"
-            print(f"{file.stem}: {one} to {other}: largest difference {np.abs(found - answers[other]).max():.2g}")
+        for name, found in numbers.items():
+            packed = "CLS, packed" if name.startswith("CLS") else "rerank, packed"
+            print(f"{file.stem}: {name} to {packed}: largest difference {np.abs(found - numbers[packed]).max():.2g}")
     for process in running.values():
         assert process.stdin
         process.stdin.close()
@@ -175,10 +175,10 @@ def measure(ranker: Path, reader: Path, given: Sequence[Path], rounds: int) -> l
 
 
 RATIOS = [
-    (f"{kind}, packed", other)
+    (f"{kind}, packed", slower)
     for kind in ("rerank", "CLS")
-    for other in (f"{kind}, padded", f"{kind}, padded whole", "sentence-transformers")
-    if kind == "rerank" or other != "sentence-transformers"
+    for slower in (f"{kind}, padded", f"{kind}, padded whole", "sentence-transformers")
+    if kind == "rerank" or slower != "sentence-transformers"
 ]
 
 
@@ -194,16 +194,17 @@ def report(seconds: Mapping[str, dict[str, list[float]]], counts: Mapping[str, i
             "",
             f"## {counts[name]} pairs, {name}",
             "",
-            "| system | a second, median | rounds (s) |",
+            "| system | per second, median | rounds (s) |",
             "| --- | --- | --- |",
         ]
         for system, took in times.items():
-            lines.append(f"| {system} | {counts[name] / statistics.median(took):.1f} | {', '.join(f'{one:.2f}' for one in took)} |")
+            rounds = ", ".join(f"{duration:.2f}" for duration in took)
+            lines.append(f"| {system} | {counts[name] / statistics.median(took):.1f} | {rounds} |")
         lines.append("")
-        for one, other in RATIOS:
-            if other in times:
-                ratio = statistics.median(b / a for a, b in zip(times[one], times[other], strict=True))
-                lines.append(f"- {one} to {other}: {ratio:.2f}")
+        for packed, slower in RATIOS:
+            if slower in times:
+                ratio = statistics.median(b / a for a, b in zip(times[packed], times[slower], strict=True))
+                lines.append(f"- {packed} to {slower}: {ratio:.2f}")
     text = "\n".join(lines) + "\n"
     print(text)
     (Path(__file__).parent / "results" / "heads.md").write_text(text)
@@ -223,7 +224,7 @@ def main() -> None:
         for name, file in files.items():
             file.write_text(json.dumps(pairs[name]))
         seconds = measure(ranker, reader, list(files.values()), arguments.rounds)
-    report(dict(zip(pairs, seconds, strict=True)), {name: len(one) for name, one in pairs.items()}, arguments)
+    report(dict(zip(pairs, seconds, strict=True)), {name: len(chosen) for name, chosen in pairs.items()}, arguments)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 import asyncio
 import time
+from collections.abc import Callable
+from typing import cast
 
 
 class Connection(asyncio.Protocol):
     """Sends one prepared request after another; ``answered(status, seconds)`` says whether to go on."""
 
-    def __init__(self, request, answered) -> None:
+    def __init__(self, request: Callable[[], bytes], answered: Callable[[int, float], bool]) -> None:
         self.request, self.answered = request, answered
         self.buffer = b""
         self.lost = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport) -> None:
-        self.transport = transport
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
         self.send()
 
     def send(self) -> None:
@@ -34,7 +36,7 @@ class Connection(asyncio.Protocol):
         else:
             self.transport.close()
 
-    def connection_lost(self, error) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         if not self.lost.done():
             self.lost.set_result(None)
 
@@ -46,7 +48,7 @@ def prepared(path: str, body: bytes, host: str = "localhost") -> bytes:
 
 
 async def rate(port: int, request: bytes, *, connections: int, seconds: float) -> float:
-    """Requests a second that are answered with 200."""
+    """Requests per second that are answered with 200."""
     end = time.perf_counter() + seconds
     count = 0
 

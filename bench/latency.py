@@ -19,7 +19,7 @@ QUERY = "how do I change the pin of my card"
 class Server:
     """A server process; ``path`` is where it takes OpenAI requests."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     url: str
     model: str
 
@@ -120,5 +120,5 @@ async def _query(client: httpx.AsyncClient, server: Server, number: int) -> floa
 
 async def _post(client: httpx.AsyncClient, server: Server, texts: list[str]) -> None:
     body = {"input": texts, "model": server.model, "encoding_format": "base64"}
-    answer = await client.post(server.url, json=body)
-    answer.raise_for_status()
+    response = await client.post(server.url, json=body)
+    response.raise_for_status()

@@ -22,7 +22,7 @@ def useful_flops(tokens: Sequence[int]) -> float:
 
 
 def best_flops(threads: int, seconds: float = 1.0) -> dict[str, float]:
-    """FLOPs a second of candidates, one after the other: numpy's BLAS, and OpenVINO at the model's own shapes."""
+    """FLOPs per second of candidates, one after the other: numpy's BLAS, and OpenVINO at the model's own shapes."""
     side = 2048
     square = np.random.default_rng(0).random((side, side), np.float32)
     found = {f"numpy {side}x{side}x{side}": _rate(lambda: square @ square, 2 * side**3, seconds)}
@@ -49,9 +49,8 @@ def _openvino(rows: int, depth: int, columns: int, threads: int, seconds: float)
         for inner, outer in ((depth, columns), (columns, depth)):
             x = op.matmul(x, op.constant(rng.random((outer, inner), np.float32) / inner), False, True)
             flops += 2 * rows * inner * outer
-    compiled = ov.Core().compile_model(
-        ov.Model([op.result(x)], [given], "products"), "CPU", {**EXACT, "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads}
-    )
+    model = ov.Model([op.result(x)], [given], "products")  # pyright: ignore[reportGeneralTypeIssues] - a wrong stub
+    compiled = ov.Core().compile_model(model, "CPU", {**EXACT, "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads})
     begin: queue.SimpleQueue[float] = queue.SimpleQueue()
     total: queue.SimpleQueue[float] = queue.SimpleQueue()
 

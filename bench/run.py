@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from latency import latency, server_seconds, start_server
 from limit import best_flops, useful_flops
 from npu_proxy import Settings
-from npu_proxy.devices.openvino import available_threads
-from npu_proxy.models.store import Store
+from npu_proxy.models.store import ModelStore
+from npu_proxy.system import available_threads
 from peers import ROOT, onnx_folder, python_of, version_of
 from report import write
 from worker import LIMIT, SYSTEMS
@@ -82,7 +82,7 @@ def main() -> None:
     arguments.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
     given = arguments.parse_args()
     os.environ.update(environment())
-    stored = Store(Settings().store).find(Settings().model[0])
+    stored = ModelStore(Settings().store).find(Settings().model[0])
     assert stored is not None, "make weights"
     texts, tokens = sample(given.data / "corpus.jsonl", stored.folder, given.tokens)
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,23 +136,25 @@ def measure(given: argparse.Namespace, model: Path, texts: list[str], tokens: li
     flops = useful_flops(tokens)
     for number in range(given.rounds):
         best = best_flops(threads)
-        one: dict = {"matrix_product": max(best.values()), "matrix_products": best, "seconds": {}}
+        measured: dict = {"matrix_product": max(best.values()), "matrix_products": best, "seconds": {}}
         for system in sorted(workers, key=lambda _: random.random()):
-            one["seconds"][system] = workers[system].run(listed)
+            measured["seconds"][system] = workers[system].run(listed)
         for name, server in servers.items():
-            one["seconds"][f"{name} server"] = server_seconds(server, texts)
+            measured["seconds"][f"{name} server"] = server_seconds(server, texts)
         best = best_flops(threads)
-        one["matrix_product"] = max(one["matrix_product"], *best.values())
-        one["of_limit"] = flops / one["seconds"]["npu-proxy"] / one["matrix_product"]
-        results["rounds"].append(one)
-        shown = ", ".join(f"{name} {sum(tokens) / seconds:.0f}" for name, seconds in one["seconds"].items())
-        print(f"round {number + 1}: tokens/s {shown}; {one['of_limit']:.2f} of the limit", file=sys.stderr)
+        measured["matrix_product"] = max(measured["matrix_product"], *best.values())
+        measured["of_limit"] = flops / measured["seconds"]["npu-proxy"] / measured["matrix_product"]
+        results["rounds"].append(measured)
+        shown = ", ".join(f"{name} {sum(tokens) / seconds:.0f}" for name, seconds in measured["seconds"].items())
+        print(f"round {number + 1}: tokens/s {shown}; {measured['of_limit']:.2f} of the limit", file=sys.stderr)
     for system, worker in workers.items():
         results["systems"][system]["peak_mb"] = worker.last["peak_mb"]
         worker.close()
     if servers:
-        row = statistics.median(512 / (sum(tokens) / one["seconds"]["npu-proxy"] / threads) for one in results["rounds"])
-        results["row_seconds"] = row
+        batch_seconds = statistics.median(
+            512 / (sum(tokens) / measured["seconds"]["npu-proxy"] / threads) for measured in results["rounds"]
+        )
+        results["row_seconds"] = batch_seconds
         results["latency"] = {name: latency(server, texts) for name, server in servers.items()}
         for server in servers.values():
             server.close()

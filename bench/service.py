@@ -23,6 +23,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvloop
@@ -40,15 +41,15 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from npu_proxy.server.openai import Embedding, Embeddings, EmbeddingsBody, Usage
+from npu_proxy.server.apis.openai import Embedding, Embeddings, EmbeddingsBody, Usage
 decoder, vector = msgspec.json.Decoder(EmbeddingsBody), "A" * 2048
 async def bare(request: Request) -> Response:
     await request.body()
     return Response(b"x" * 2200, media_type="application/json")
 async def typed(request: Request) -> Response:
     body = decoder.decode(await request.body())
-    answer = Embeddings(data=[Embedding(index=0, embedding=vector)], model=body.model, usage=Usage(prompt_tokens=9, total_tokens=9))
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+    reply = Embeddings(data=[Embedding(index=0, embedding=vector)], model=body.model, usage=Usage(prompt_tokens=9, total_tokens=9))
+    return Response(msgspec.json.encode(reply), media_type="application/json")
 app = Starlette(routes=[Route("/bare", bare, methods=["POST"]), Route("/typed", typed, methods=["POST"])])
 uvicorn.run(app, port=int(sys.argv[1]), access_log=False, log_level="warning", server_header=False)
 """
@@ -73,9 +74,11 @@ class Process:
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
 
     def resident(self) -> float:
-        """Megabytes."""
+        """Its resident set in megabytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1000
+        found = re.search(r"VmRSS:\s+(\d+)", status)
+        assert found is not None
+        return int(found[1]) / 1000
 
     def close(self) -> None:
         self.process.terminate()
@@ -101,8 +104,8 @@ def table(name: str, head: list[str], rows: list[list[str]], notes: str = "") ->
     print(text)
 
 
-def body(text: str | list[str], **more: object) -> bytes:
-    """Of an OpenAI request."""
+def body(text: str | list[str], **more: Any) -> bytes:
+    """The body of an OpenAI request."""
     return json.dumps({"input": text, "model": "all-minilm", **more}).encode()
 
 
@@ -110,7 +113,7 @@ def body(text: str | list[str], **more: object) -> bytes:
 
 
 def engine_hits(seconds: float = 2.0) -> dict[int, float]:
-    """Texts a second from the memory cache, by texts a request."""
+    """Texts per second from the memory cache, by texts per request."""
     texts = corpus()[:2048]
     found = {}
     with Engine() as engine:
@@ -127,13 +130,13 @@ def engine_hits(seconds: float = 2.0) -> dict[int, float]:
 
 
 def cold_cost(rounds: int, tokens: int) -> dict[str, float]:
-    """Throughput over that without a cache, of texts never seen before; medians of ratios within rounds."""
+    """Throughput for texts never seen before, relative to that without a cache; medians of ratios within rounds."""
     texts = iter(corpus(2))
-    kinds = {"none": {"cache_mb": 0}, "memory": {}, "memory and disk": {"cache_disk_mb": 1000}}
+    kinds: dict[str, dict[str, Any]] = {"none": {"cache_mb": 0}, "memory": {}, "memory and disk": {"cache_disk_mb": 1000}}
     ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         engines = {
-            kind: Engine(settings=Settings(profile="off", cache_folder=Path(folder), **more)).start()
+            kind: Engine(settings=Settings(profile=False, cache_folder=Path(folder), **more)).start()
             for kind, more in kinds.items()
         }
         for number in range(rounds + 1):
@@ -177,10 +180,10 @@ def bench_cache(rounds: int) -> None:
         server.close()
         empty.close()
     cold = cold_cost(rounds, 12_000)
-    rows = [[f"hits in the engine, {size} texts a request", f"{speed:,.0f} texts/s", "20,000"] for size, speed in hits.items()]
-    rows.append(["one text a request over HTTP, a hit", f"{statistics.median(http['hit']):,.0f} requests/s", ""])
-    for kind, words in (("typed", "decodes the body, encodes an answer"), ("bare", "reads the body, sends constant bytes")):
-        ratio = statistics.median(one / other for one, other in zip(http[kind], http["hit"], strict=True))
+    rows = [[f"hits in the engine, {size} texts per request", f"{speed:,.0f} texts/s", "20,000"] for size, speed in hits.items()]
+    rows.append(["one text per request over HTTP, a hit", f"{statistics.median(http['hit']):,.0f} requests/s", ""])
+    for kind, words in (("typed", "decodes the body, encodes a reply"), ("bare", "reads the body, sends constant bytes")):
+        ratio = statistics.median(empty_rate / hit_rate for empty_rate, hit_rate in zip(http[kind], http["hit"], strict=True))
         rows.append(
             [f"empty Starlette handler that {words}", f"{statistics.median(http[kind]):,.0f} requests/s, {ratio:.2f}x", "1.2x"]
         )
@@ -227,7 +230,7 @@ def bench_overhead(rounds: int) -> None:
             _until_answers(port, path, name)
         numbers = iter(range(1_000_000))
 
-        async def one(port: int, path: str, count: int) -> list[float]:
+        async def request_seconds(port: int, path: str, count: int) -> list[float]:
             seconds: list[float] = []
 
             def answered(status: int, took: float) -> bool:
@@ -244,7 +247,7 @@ def bench_overhead(rounds: int) -> None:
 
         for number in range(rounds + 1):
             for name, (port, path) in ports.items():
-                taken = uvloop.run(one(port, path, 300))
+                taken = uvloop.run(request_seconds(port, path, 300))
                 if number:
                     found[name] += taken
         model = {"npu-proxy": _own_model(), "infinity": _their_model(python) if python else 0.0}
@@ -325,7 +328,7 @@ class Tally:
 
 
 async def saturated(port: int, requests: list[bytes], *, connections: int, seconds: float) -> float:
-    """Requests a second with so many always under way: what the machine can do."""
+    """Requests per second with ``connections`` always under way: what the machine can do."""
     end, tally, source = time.perf_counter() + seconds, Tally(), iter(requests)
 
     def answered(status: int, took: float) -> bool:
@@ -337,13 +340,18 @@ async def saturated(port: int, requests: list[bytes], *, connections: int, secon
         await loop.create_connection(lambda: Connection(lambda: next(source), answered), "127.0.0.1", port)
         for _ in range(connections)
     ]
-    await asyncio.gather(*(one.lost for _, one in made))
+    await asyncio.gather(*(connection.lost for _, connection in made))
     last = [at for at in tally.done_at if at > end - 0.75 * seconds]
     return len(last) / (last[-1] - last[0])
 
 
-async def pressed(port: int, requests: list[bytes], *, connections: int, per_second: float, seconds: float) -> tuple[Tally, float]:
-    """``per_second`` requests for so many seconds over a pool of connections that are open all the while."""
+async def pressed(
+    port: int, requests: list[bytes], *, connections: int, per_second: float, seconds: float
+) -> tuple[Tally, Tally, float]:
+    """Send ``per_second`` requests for ``seconds`` over a pool of connections that stay open; before that, one on each at once.
+
+    Returns what came of the burst, what came of the rest, and the accepted requests per second of the rest.
+    """
     tally, idle, loop = Tally(), [], asyncio.get_running_loop()
     source = iter(requests)
     begun = 0.0
@@ -368,8 +376,7 @@ async def pressed(port: int, requests: list[bytes], *, connections: int, per_sec
         connection.go()
     while len(idle) < connections:
         await asyncio.sleep(0.05)
-    first = tally
-    tally = Tally()
+    first, tally = tally, Tally()
     begun = time.perf_counter()
     sent = 0
     while (now := time.perf_counter() - begun) < seconds:
@@ -387,8 +394,7 @@ async def pressed(port: int, requests: list[bytes], *, connections: int, per_sec
         await asyncio.sleep(0.05)
     for connection in made:
         connection.transport.close()
-    tally.burst = first
-    return tally, sustained
+    return first, tally, sustained
 
 
 def bench_load(seconds: float, deadline: float) -> None:
@@ -397,15 +403,15 @@ def bench_load(seconds: float, deadline: float) -> None:
     texts = corpus(3)
     requests = [prepared("/v1/embeddings", body(f"{text[:1200]} {number}")) for number, text in enumerate(texts * 12)]
 
-    async def run() -> tuple[float, Tally, float, float, float]:
+    async def run() -> tuple[float, Tally, Tally, float, float, float]:
         capacity = await saturated(server.port, requests, connections=64, seconds=20)
         before = server.resident()
-        tally, sustained = await pressed(server.port, requests, connections=2000, per_second=3 * capacity, seconds=seconds)
+        burst, tally, sustained = await pressed(server.port, requests, connections=2000, per_second=3 * capacity, seconds=seconds)
         again = await saturated(server.port, requests, connections=64, seconds=20)
-        return (capacity + again) / 2, tally, sustained, before, server.resident()
+        return (capacity + again) / 2, burst, tally, sustained, before, server.resident()
 
     try:
-        capacity, tally, sustained, before, after = uvloop.run(run())
+        capacity, burst, tally, sustained, before, after = uvloop.run(run())
     finally:
         server.close()
 
@@ -415,11 +421,11 @@ def bench_load(seconds: float, deadline: float) -> None:
         p50, p99, most = (1000 * float(np.percentile(values, share)) for share in (50, 99, 100))
         return f"{len(values):,}: p50 {p50:,.1f} ms, p99 {p99:,.1f} ms, longest {most:,.1f} ms"
 
-    late = sum(took > deadline for took in tally.accepted + tally.burst.accepted)
+    late = sum(took > deadline for took in tally.accepted + burst.accepted)
     rows = [
         ["sustainable, 64 under way (mean of before and after)", f"{capacity:.1f} requests/s", ""],
-        ["2,000 connections at once, accepted", spread(tally.burst.accepted), f"within {deadline:g} s"],
-        ["2,000 connections at once, refused with 503", spread(tally.burst.refused), "50 ms"],
+        ["2,000 connections at once, accepted", spread(burst.accepted), f"within {deadline:g} s"],
+        ["2,000 connections at once, refused with 503", spread(burst.refused), "50 ms"],
         [f"three times the rate for {seconds:.0f} s, accepted", spread(tally.accepted), f"within {deadline:g} s"],
         [f"three times the rate for {seconds:.0f} s, refused with 503", spread(tally.refused), "50 ms"],
         ["share of refusals within 50 ms", f"{np.mean(np.array(tally.refused) < 0.05):.4f}" if tally.refused else "none", "1"],
@@ -431,7 +437,7 @@ def bench_load(seconds: float, deadline: float) -> None:
         "load",
         ["what", "found", "aim"],
         rows,
-        "One real text of the corpus a request, cache off; client and server share two cores.",
+        "One real text of the corpus per request, cache off; client and server share two cores.",
     )
 
 

@@ -27,14 +27,14 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from load import Load, accelerator, expected_vectors, faulty_engine, texts  # noqa: E402
 
 from npu_proxy import Engine, Settings  # noqa: E402
-from npu_proxy.devices.faults import Fault  # noqa: E402
+from npu_proxy.devices.worker.faults import Fault  # noqa: E402
 
 INJECTED = (Fault.ERROR, Fault.LOST, Fault.NAN, Fault.CRASH, Fault.HANG, Fault.SLOW)
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 
 
 def strike(engine: Engine) -> str:
-    """One random fault; what it was."""
+    """Cause one random fault; returns what it was."""
     device = accelerator(engine)
     pid = device.reports()[0].worker_pid
     fault = random.choice([*INJECTED, *SIGNALS])
@@ -85,12 +85,15 @@ def main() -> None:
             if now >= next_fault:
                 next_fault += arguments.every
                 faults[strike(engine)] += 1
-            one, other = memory(engine)
-            own.setdefault(int(now // 60), []).append(one)
-            if other:
-                worker.setdefault(int(now // 60), []).append(other)
+            own_mb, worker_mb = memory(engine)
+            own.setdefault(int(now // 60), []).append(own_mb)
+            if worker_mb:
+                worker.setdefault(int(now // 60), []).append(worker_mb)
             if int(now) % 60 == 0 and len(own[int(now // 60)]) == 1:
-                print(f"{now:5.0f} s  {load.answered()} answers, {one:.0f} MB, worker {other:.0f} MB, {dict(faults)}", flush=True)
+                print(
+                    f"{now:5.0f} s  {load.answered()} results, {own_mb:.0f} MB, worker {worker_mb:.0f} MB, {dict(faults)}",
+                    flush=True,
+                )
             pause.wait(0.5)
         load.wait_back(60)
         found = load.finish()

@@ -19,7 +19,7 @@ Embed = Callable[[list[str]], object]
 def npu_proxy(model: Path, onnx: Path) -> Embed:
     from npu_proxy import Engine, Settings
 
-    return Engine(model, settings=Settings(profile="off", cache_mb=0)).start().embed
+    return Engine(model, settings=Settings(profile=False, cache_mb=0)).start().embed
 
 
 def sentence_transformers(model: Path, onnx: Path) -> Embed:
@@ -101,7 +101,7 @@ def onnxruntime(model: Path, onnx: Path) -> Embed:
                 for row, i in enumerate(batch):
                     ids[row, : len(encodings[i])], mask[row, : len(encodings[i])] = encodings[i], 1
                 feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-                hidden = session.run(None, {name: value for name, value in feed.items() if name in names})[0]
+                hidden = np.asarray(session.run(None, {name: value for name, value in feed.items() if name in names})[0])
                 pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
                 vectors[batch] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
                 batch = []
@@ -142,7 +142,7 @@ def main() -> None:
         if order.get("vectors"):
             import numpy as np
 
-            np.save(order["vectors"], vectors)
+            np.save(order["vectors"], np.asarray(vectors))
         print(json.dumps({"seconds": seconds, "peak_mb": peak_mb()}), file=answers, flush=True)
 
 

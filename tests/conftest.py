@@ -7,25 +7,26 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings as hypothesis_settings
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from npu_proxy import Engine, Settings
-from npu_proxy.devices import profile
+from npu_proxy.batch import Batch, BatchShape
 from npu_proxy.devices.fake import FakeDevice
-from npu_proxy.engine.parts import Parts
-from npu_proxy.engine.tokenize import TextEncoder
-from npu_proxy.graph.packed import RowShape
-from npu_proxy.models.catalog import DEFAULT_MODEL
+from npu_proxy.engine.components import EngineComponents
+from npu_proxy.engine.tokenize import RequestTokenizer
+from npu_proxy.models import tuning
 from npu_proxy.models.layout import read_spec
-from npu_proxy.models.store import Store
-from npu_proxy.server.app import create_app
-from npu_proxy.server.registry import Registry
+from npu_proxy.models.store import ModelStore
+from npu_proxy.server.http.app import create_app
+from npu_proxy.server.models.loaded import LoadedModels
+from npu_proxy.settings import DEFAULT_MODEL
 
 # How long an example takes says nothing on a shared machine.
 hypothesis_settings.register_profile("untimed", deadline=None)
@@ -33,7 +34,7 @@ hypothesis_settings.load_profile("untimed")
 
 # What somebody tuned on this machine is not what is tested.
 os.environ["NPU_PROXY_PROFILE"] = "off"
-profile.machine = lambda: "the tests' own"
+tuning.machine = lambda: "the tests' own"
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "vectors.npy").exists())
@@ -46,36 +47,46 @@ def golden(name: str) -> tuple[Path, list[str], np.ndarray]:
     return folder, json.loads((folder / "texts.json").read_text()), np.load(folder / "vectors.npy")
 
 
-def smallest_cosine(one: np.ndarray, other: np.ndarray) -> float:
-    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return float(((one * other).sum(1) / lengths).min())
+def smallest_cosine(left: np.ndarray, right: np.ndarray) -> float:
+    """The smallest cosine of two vectors with the same index."""
+    left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return float(((left * right).sum(1) / lengths).min())
 
 
-def fake_engine(device: FakeDevice | None = None, **settings: object) -> Engine:
+def fake_engine(device: FakeDevice | None = None, **settings: Any) -> Engine:
     """An engine with the golden tokenizer and a fake device; not started."""
     spec = read_spec(GOLDEN / "mean")
     device = device or FakeDevice(width=spec.width)
 
-    def parts(settings: Settings, _stopping: threading.Event) -> Parts:
-        encoder = TextEncoder(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
-        return Parts(spec=spec, encoder=encoder, device=device)
+    def components(settings: Settings, _stopping: threading.Event) -> EngineComponents:
+        tokenizer = RequestTokenizer(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
+        return EngineComponents(spec=spec, tokenizer=tokenizer, device=device)
 
-    return Engine(settings=Settings(**settings), parts=parts)
+    return Engine(settings=Settings(**settings), components=components)
 
 
-def app_of(engine: Engine, settings: Settings) -> Starlette:
+def until_set(event: threading.Event, seconds: float = 20) -> Callable[[Batch], None]:
+    """A fake device's script: every batch waits for the event."""
+
+    def script(_batch: Batch) -> None:
+        event.wait(seconds)
+
+    return script
+
+
+def app_of(engine: Engine, settings: Settings) -> ASGIApp:
     """The server's application over an engine that the test starts and stops."""
-    return create_app(Registry(settings, make=lambda _settings, _cache: engine), settings)
+    return create_app(LoadedModels(settings, make=lambda _settings, _cache: engine), settings)
 
 
-SMALL_SHAPES = (RowShape(bins=1, positions=64, segments=4), RowShape(bins=2, positions=64, segments=4))
+SMALL_SHAPES = (BatchShape(bins=1, positions=64, segments=4), BatchShape(bins=2, positions=64, segments=4))
 
 
 @pytest.fixture(scope="session")
 def default_model() -> str:
     """The default model, which `make test` has put into the store."""
-    if Store(Settings().store).find(DEFAULT_MODEL) is None:
+    if ModelStore(Settings().store).find(DEFAULT_MODEL) is None:
         pytest.skip("the default model is not in the store; `make weights` fetches it")
     return DEFAULT_MODEL
 
@@ -96,7 +107,7 @@ def reference() -> tuple[list[dict], np.ndarray]:
 
 
 class Server:
-    """A server in a process of its own, as users run it."""
+    """A server in its own process, as users run it."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         command = [sys.executable, "-m", "npu_proxy", "serve", "--port", "0", *arguments]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_a_file_becomes_a_file(tmp_path: Path) -> None:
     ("arguments", "environment", "message"),
     [
         (["embed", "--max-bacth", "3"], {}, "--max-bacth"),
-        (["embed", "a", "--model", "no/such"], {}, "fetch it with `npu-proxy pull no/such`"),
+        (["embed", "a", "--model", "no/such"], {}, "download it with `npu-proxy pull no/such`"),
         (["embed", "--input", "nowhere.jsonl"], {}, "`nowhere.jsonl` is not a file"),
         (["embed", "a", "--device", "toaster"], {}, "`device` names `toaster`"),
         (["embed", "a", "--timeout", "soon"], {}, "--timeout"),
@@ -62,7 +63,7 @@ def test_a_file_becomes_a_file(tmp_path: Path) -> None:
         (["embed", "a"], {"NPU_PROXY_CONFIG": "nowhere.toml"}, "nowhere.toml"),
         (["embed", "a", "--dimensions", "99"], {}, "dimensions must be between 1 and 32"),
         (["embed", ""], {}, "the text is empty"),
-        (["pull", "a/b/c"], {}, "is no model name"),
+        (["pull", "a/b/c"], {}, "is not a valid model name"),
         (["rm", "not-there"], {}, "not in the local store"),
         (["frobnicate"], {}, "frobnicate"),
     ],
@@ -86,26 +87,26 @@ def test_toml_is_read_flags_win_and_unknown_keys_are_refused(tmp_path: Path) -> 
     assert "timeout" in done.stderr
 
 
-def test_several_values_stand_between_commas_and_names_may_have_spaces(tmp_path: Path) -> None:
+def test_several_values_are_separated_by_commas_and_names_may_have_spaces(tmp_path: Path) -> None:
     shutil.copytree(MODEL, tmp_path / "my model")
     assert call("embed", "the cat", NPU_PROXY_MODEL=f"{tmp_path / 'my model'},{MODEL}").returncode == 0
 
 
 def test_cache_commands(tmp_path: Path) -> None:
-    settings = {"NPU_PROXY_CACHE_FOLDER": str(tmp_path / "vectors"), "NPU_PROXY_STORE": str(tmp_path / "store")}
+    settings: dict[str, Any] = {"NPU_PROXY_CACHE_FOLDER": str(tmp_path / "vectors"), "NPU_PROXY_STORE": str(tmp_path / "store")}
     assert "cache_disk_mb" in call("cache", "stats", **settings).stderr
     assert call("pull", MODEL, **settings).returncode == 0
     assert call("embed", "the cat", "the dog", "--model", "mean", "--cache-disk-mb", "9", **settings).returncode == 0
     shown = call("cache", "stats", **settings).stdout
-    assert "disk: 2 texts" in shown
+    assert "disk: 2 vectors" in shown
     assert shown.split()[-1] == "mean"
-    assert "removed 0 texts" in call("cache", "clear", "--only", "0" * 16, **settings).stdout
-    assert "removed 2 texts" in call("cache", "clear", "--only", "mean", **settings).stdout
+    assert "removed 0 vectors" in call("cache", "clear", "--only", "0" * 16, **settings).stdout
+    assert "removed 2 vectors" in call("cache", "clear", "--only", "mean", **settings).stdout
 
 
 def test_store_commands(tmp_path: Path) -> None:
-    store = {"NPU_PROXY_STORE": str(tmp_path / "store")}
-    assert "fetch the default one" in call("list", **store).stderr
+    store: dict[str, Any] = {"NPU_PROXY_STORE": str(tmp_path / "store")}
+    assert "download the default one" in call("list", **store).stderr
     assert call("pull", MODEL, **store).returncode == 0
     assert call("list", **store).stdout.splitlines()[1].split()[0] == "mean"
     assert call("embed", "the cat", "--model", "mean", **store).returncode == 0

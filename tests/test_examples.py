@@ -20,7 +20,7 @@ def test_the_reranker_puts_what_answers_a_claim_first(device: str, tmp_path: Pat
         "Statins lower cholesterol in patients with coronary disease.",
         "Zebrafish hearts regenerate after injury.",
     ]
-    settings = Settings(device=device, fallback="off", compile_cache=tmp_path, store=tmp_path)
+    settings = Settings(device=device, fallback=False, compile_cache=tmp_path, store=tmp_path)
     with Engine(MODELS / "scifact-reranker", settings=settings) as engine:
         ranked = engine.rerank("Vitamin D lowers the risk of fractures.", documents)
     assert ranked[0].index == 1

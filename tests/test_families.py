@@ -1,116 +1,117 @@
-"""Every family and kind against what the reference libraries computed: packed, padded, alone, under the rules of an NPU."""
+"""Every family and output type against what the reference libraries computed: packed, padded, alone, under the rules of an NPU."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import GOLDEN, smallest_cosine
 from npu_proxy import Engine, Settings
+from npu_proxy.batch import NATIVE_STYLE, BatchShape, GraphShape
 from npu_proxy.graph.build import build, family
-from npu_proxy.graph.packed import NATIVE, Form, RowShape
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.weights import Tensors
-from npu_proxy.types import EmbedRequest, Kind, Pair, Pooling
+from npu_proxy.types import EmbedRequest, OutputType, Pair, Pooling, SparseVector
 
 NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "answers.npz").exists())
 WAYS = {
     "packed": Settings(device="cpu"),
     "padded": Settings(device="cpu", packing=False),
-    "npu-sim": Settings(device="npu-sim", fallback="off", compile_cache_mb=0),
+    "npu-sim": Settings(device="npu-sim", fallback=False, compile_cache_mb=0),
 }
 
 
 @contextmanager
-def engine_of(folder: Path, way: str, tmp_path: Path, **more: object) -> Iterator[Engine]:
-    from dataclasses import replace
-
+def engine_of(folder: Path, way: str, tmp_path: Path, **more: Any) -> Iterator[Engine]:
     with Engine(folder, settings=replace(WAYS[way], compile_cache=tmp_path, store=tmp_path, **more)) as engine:
         yield engine
 
 
-def ask(engine: Engine, texts: list, *, alone: bool = False, **how: object) -> list[np.ndarray]:
-    """Answers as arrays; sparse ones as wide as the vocabulary."""
+def compute(engine: Engine, texts: list, *, alone: bool = False, **options: Any) -> list[np.ndarray]:
+    """Outputs as arrays; sparse vectors as wide as the vocabulary."""
     batches = [[text] for text in texts] if alone else [texts]
-    how = {"want": engine.spec.kind.gives[0], **how}
-    found = []
+    options = {"output_type": engine.spec.output_types[0], **options}
+    found: list[np.ndarray] = []
     for batch in batches:
-        result = engine.submit(EmbedRequest(texts=batch, normalize=False, **how)).result().raise_first()
-        for one in result.embeddings:
-            if isinstance(one, tuple):
+        result = engine.submit(EmbedRequest(texts=batch, normalize=False, **options)).result().raise_first()
+        for output in result.embeddings:
+            if isinstance(output, SparseVector):
                 wide = np.zeros(engine.spec.vocabulary, np.float32)
-                wide[one.indices] = one.values
+                wide[output.indices] = output.values
                 found.append(wide)
             else:
-                found.append(one)
+                assert not isinstance(output, str)
+                found.append(output)
     return found
 
 
-def expected(folder: Path, key: str = "") -> list[np.ndarray]:
+def read_expected(folder: Path, key: str = "") -> list[np.ndarray]:
     arrays = np.load(folder / "answers.npz")
     count = sum(1 for name in arrays.files if name.startswith(key) and name.removeprefix(key).isdigit())
     return [arrays[f"{key}{index}"] for index in range(count)]
 
 
-def check(found: list[np.ndarray], wanted: list[np.ndarray], *, cosine: bool = True) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
+def check(found: list[np.ndarray], expected: list[np.ndarray], *, cosine: bool = True) -> None:
+    assert len(found) == len(expected)
+    for own, stored in zip(found, expected, strict=True):
+        np.testing.assert_allclose(own, stored, atol=1e-4)
     if cosine:
-        rows = [np.atleast_2d(one) for one in found], [np.atleast_2d(one) for one in wanted]
-        assert smallest_cosine(np.concatenate(rows[0]), np.concatenate(rows[1])) >= 0.99999
+        own, stored = (np.concatenate([np.atleast_2d(vector) for vector in vectors]) for vectors in (found, expected))
+        assert smallest_cosine(own, stored) >= 0.99999
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
-def test_answers_are_those_of_the_reference(name: str, way: str, tmp_path: Path) -> None:
+def test_outputs_are_those_of_the_reference(name: str, way: str, tmp_path: Path) -> None:
     folder = GOLDEN / name
     inputs = json.loads((folder / "texts.json").read_text())
     with engine_of(folder, way, tmp_path) as engine:
-        kind = engine.spec.kind
-        if kind is Kind.SCORES:
+        output_type = engine.spec.output_type
+        if output_type is OutputType.SCORES:
             pairs = [Pair(*pair) for pair in inputs["pairs"]]
-            check(ask(engine, pairs), expected(folder), cosine=False)
-            check(ask(engine, pairs, alone=True), expected(folder), cosine=False)
-            check(ask(engine, inputs["texts"]), expected(folder, "single"), cosine=False)
-        elif kind is Kind.TOKENS:
+            check(compute(engine, pairs), read_expected(folder), cosine=False)
+            check(compute(engine, pairs, alone=True), read_expected(folder), cosine=False)
+            check(compute(engine, inputs["texts"]), read_expected(folder, "single"), cosine=False)
+        elif output_type is OutputType.TOKENS:
             for side, key in (("document", ""), ("query", "query")):
-                result = engine.submit(EmbedRequest(texts=inputs, want=kind, input_type=side)).result().raise_first()
-                check(list(result.embeddings), expected(folder, key))
+                result = engine.submit(EmbedRequest(texts=inputs, output_type=output_type, input_type=side)).result().raise_first()
+                check([np.asarray(vectors) for vectors in result.embeddings], read_expected(folder, key))
         else:
-            check(ask(engine, inputs), expected(folder))
-            check(ask(engine, inputs, alone=True), expected(folder))
-            if kind is Kind.DENSE and (queries := expected(folder, "query")):
-                check(ask(engine, inputs, input_type="query"), queries)
+            check(compute(engine, inputs), read_expected(folder))
+            check(compute(engine, inputs, alone=True), read_expected(folder))
+            if output_type is OutputType.DENSE and (queries := read_expected(folder, "query")):
+                check(compute(engine, inputs, input_type="query"), queries)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_bge_m3_gives_three_answers_in_one_pass(way: str, tmp_path: Path) -> None:
+def test_bge_m3_computes_three_outputs_in_one_pass(way: str, tmp_path: Path) -> None:
     folder = GOLDEN / "bge_m3"
     texts = json.loads((folder / "texts.json").read_text())
     with engine_of(folder, way, tmp_path, pooling=Pooling.NONE) as engine:
-        assert engine.spec.kind is Kind.MULTI
-        check(ask(engine, texts), expected(folder))
-        rows = engine.stats().counters.rows
-        check(ask(engine, texts, want=Kind.TOKENS), expected(folder, "tokens"))
+        assert engine.spec.output_type is OutputType.MULTI
+        check(compute(engine, texts), read_expected(folder))
+        batches = engine.stats().counters.batches
+        check(compute(engine, texts, output_type=OutputType.TOKENS), read_expected(folder, "tokens"))
         sparse = []
-        for entries in expected(folder, "sparse"):
+        for entries in read_expected(folder, "sparse"):
             wide = np.zeros(engine.spec.vocabulary, np.float32)
             wide[entries[:, 0].astype(int)] = entries[:, 1]
             sparse.append(wide)
-        np.testing.assert_allclose(ask(engine, texts, want=Kind.SPARSE), sparse, atol=1e-4)
-        assert engine.stats().counters.rows == rows  # the first pass had them all
+        np.testing.assert_allclose(compute(engine, texts, output_type=OutputType.SPARSE), sparse, atol=1e-4)
+        assert engine.stats().counters.batches == batches  # the first pass had them all
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if read_spec(GOLDEN / name).pooling.prunes])
-def test_the_last_layer_is_computed_for_pooled_rows_only(name: str) -> None:
+def test_the_last_layer_is_computed_for_pooled_tokens_only(name: str) -> None:
     spec = read_spec(GOLDEN / name)
-    shape = RowShape(bins=2, positions=32, segments=4)
+    shape = BatchShape(bins=2, positions=32, segments=4)
     weights = Tensors(spec.weight_files, family(spec.family, spec.config).canonical_name)
-    model = build(spec, weights, Form.of(shape), NATIVE)
+    model = build(spec, weights, GraphShape.static(shape), NATIVE_STYLE)
     rows = [
         next(iter(node.get_output_shape(0)))
         for node in model.get_ops()
@@ -124,4 +125,4 @@ def test_token_vectors_of_a_dense_model_pool_to_its_vectors(tmp_path: Path) -> N
     folder = GOLDEN / "mpnet_mean"
     texts = json.loads((folder / "texts.json").read_text())
     with engine_of(folder, "packed", tmp_path, pooling=Pooling.NONE) as engine:
-        check([one.mean(axis=0) for one in ask(engine, texts)], expected(folder))
+        check([vectors.mean(axis=0) for vectors in compute(engine, texts)], read_expected(folder))

@@ -8,7 +8,7 @@ from conftest import smallest_cosine
 from npu_proxy import Engine, Settings
 
 
-def test_every_reference_text(real_engine: Engine, reference) -> None:
+def test_every_reference_text(real_engine: Engine, reference: tuple[list[dict], np.ndarray]) -> None:
     rows, vectors = reference
     found = real_engine.embed([row["text"] for row in rows])
     assert found.dtype == np.float32
@@ -16,19 +16,21 @@ def test_every_reference_text(real_engine: Engine, reference) -> None:
     assert smallest_cosine(found, vectors) >= 0.99999
 
 
-def test_alone_padded_and_in_other_company_agree(real_engine: Engine, reference, default_model: str) -> None:
+def test_alone_padded_and_in_other_company_agree(
+    real_engine: Engine, reference: tuple[list[dict], np.ndarray], default_model: str
+) -> None:
     rows, vectors = reference
     texts = [row["text"] for row in rows]
     order = random.Random(3).sample(range(len(texts)), 60) + list(range(300, 319))
     shuffled = real_engine.embed([texts[i] for i in order])
     alone = np.stack([real_engine.embed([texts[i]])[0] for i in order])
     with Engine(default_model, settings=Settings(packing=False)) as padded:
-        one_a_bin = padded.embed([texts[i] for i in order])
-    for found in (shuffled, alone, one_a_bin):
+        one_per_bin = padded.embed([texts[i] for i in order])
+    for found in (shuffled, alone, one_per_bin):
         assert smallest_cosine(found, vectors[order]) >= 0.99999
 
 
-def test_token_counts_are_exact(real_engine: Engine, reference) -> None:
+def test_token_counts_are_exact(real_engine: Engine, reference: tuple[list[dict], np.ndarray]) -> None:
     rows, _ = reference
     (result,) = real_engine.results([row["text"] for row in rows], batch_size=400)
     assert list(result.tokens) == [min(row["tokens"], 256) for row in rows]

@@ -1,4 +1,4 @@
-"""Write npu-proxy.json, the Grafana board: python deploy/grafana/make.py. A panel is a row of the table."""
+"""Write npu-proxy.json, the Grafana dashboard: python deploy/grafana/make.py. Each panel is one row of PANELS."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ PANELS = [
     ("Requests", "reqps", [("sum by (path) (rate(npu_proxy_request_count_total[$__rate_interval]))", "{{path}}")]),
     ("Errors by kind", "reqps", [("sum by (err) (rate(npu_proxy_request_failure_total[$__rate_interval]))", "{{err}}")]),
     (
-        "Time of a request",
+        "Request duration",
         "s",
         [
             (
@@ -19,7 +19,7 @@ PANELS = [
         ],
     ),
     (
-        "Where it goes (mean)",
+        "Mean duration by stage",
         "s",
         [
             (
@@ -38,7 +38,7 @@ PANELS = [
     ),
     ("Tokens", "ops", [(f"{BY_MODEL} (rate(npu_proxy_embed_tokens_total[$__rate_interval]))", "{{model}}")]),
     (
-        "Positions a useful token (waste)",
+        "Positions per useful token (waste)",
         "none",
         [
             (
@@ -69,12 +69,12 @@ PANELS = [
         ],
     ),
     (
-        "Cache trouble",
+        "Cache problems",
         "ops",
         [(f"sum(rate(npu_proxy_cache_{name}_total[$__rate_interval]))", name) for name in ("errors", "dropped", "bypassed")],
     ),
     ("Device ready", "none", [("npu_proxy_device_ready", "{{model}} {{device}}")]),
-    ("Breaker (1 is open)", "none", [("npu_proxy_breaker_open", "{{model}} {{device}}")]),
+    ("Breaker (1 = open)", "none", [("npu_proxy_breaker_open", "{{model}} {{device}}")]),
     (
         "Weights in memory",
         "bytes",
@@ -85,7 +85,7 @@ PANELS = [
 
 
 def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) -> dict:
-    """A time series, half the board wide."""
+    """A time series panel, half as wide as the dashboard."""
     source = {"type": "prometheus", "uid": "${source}"}
     return {
         "id": number + 1,

@@ -1,9 +1,8 @@
 """npu-proxy: embeds text on Intel NPUs, GPUs and CPUs, as a Python library and as a server."""
 
 from npu_proxy.engine.async_engine import AsyncEngine
-from npu_proxy.engine.compact import calibrate, dequantize, quantize_embeddings, rescore
 from npu_proxy.engine.engine import Engine
-from npu_proxy.engine.verbs import Label, Ranked
+from npu_proxy.engine.vector_quantization import calibrate, dequantize, quantize_embeddings, rescore
 from npu_proxy.errors import (
     DeadlineError,
     DeviceError,
@@ -22,7 +21,20 @@ from npu_proxy.errors import (
     UnsupportedError,
 )
 from npu_proxy.settings import Settings
-from npu_proxy.types import Chunking, DType, EmbedRequest, EmbedResult, Kind, Lane, Pair, Pooling, SparseVector, Truncate
+from npu_proxy.types import (
+    Chunking,
+    DType,
+    EmbedRequest,
+    EmbedResult,
+    Label,
+    Lane,
+    OutputType,
+    Pair,
+    Pooling,
+    RerankResult,
+    SparseVector,
+    Truncate,
+)
 from npu_proxy.version import __version__
 
 __all__ = [
@@ -36,18 +48,18 @@ __all__ = [
     "EmptyInputError",
     "Engine",
     "InputError",
-    "Kind",
     "Label",
     "Lane",
     "ModelError",
     "ModelNotFoundError",
     "NothingLeftError",
     "NpuProxyError",
+    "OutputType",
     "OverloadedError",
     "Pair",
     "Pooling",
     "PullError",
-    "Ranked",
+    "RerankResult",
     "Settings",
     "SettingsError",
     "SparseVector",

@@ -1,5 +1,5 @@
 """``python -m npu_proxy``."""
 
-from npu_proxy.cli import main
+from npu_proxy.commands.app import main
 
 main()

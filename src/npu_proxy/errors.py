@@ -1,46 +1,50 @@
-"""Every error that npu-proxy raises on purpose.
+"""The public exceptions of npu-proxy.
 
 NpuProxyError
-├── InputError                 what the caller sent is wrong; sending it again cannot help
-│   ├── EmptyInputError        a text (or the list of texts) is empty
+├── InputError                 the request is wrong; sending it again cannot help
+│   ├── EmptyInputError        a text, or the list of texts, is empty
 │   ├── TooLongError           a text is longer than the model's limit and truncation is off
+│   ├── NothingLeftError       the token limit leaves no room for the text
 │   ├── ModelNotFoundError     no model of that name is served or stored
-│   └── UnsupportedError       the model is of another kind than what is asked of it
+│   └── UnsupportedError       the model does not support what was requested
 ├── SettingsError              a setting is unknown, malformed or contradicts another
 ├── ModelError                 a model's files are missing, contradictory or not supported
 │   └── PullError              a model could not be fetched or did not match its checksum
-├── UnavailableError           nothing wrong with the request; it may be sent again
-│   ├── OverloadedError        the queue is at its limit; ``retry_after`` seconds may help
+├── UnavailableError           nothing is wrong with the request; it may be sent again
+│   ├── OverloadedError        the queue is full; a retry after ``retry_after`` seconds may succeed
 │   └── StoppedError           the engine is not running or is stopping
-├── DeadlineError              the request's time ran out
-└── DeviceError                a device failed, or answered with numbers that are not finite
+├── DeadlineError              the request's deadline passed
+└── DeviceError                a device failed or returned numbers that are not finite
 
-``kind`` is what protocols and logs branch on; ``param`` names the request field or setting at fault. Messages say what
-happened, then what to do, and never show a path of the server or a stack trace to a client.
+Further subclasses are in server/errors.py (HTTP requests), cache/tier.py (TierError), models/weights.py (NoWeightsError,
+MissingTensorError) and devices/failure.py (BatchError).
+
+APIs and logs distinguish errors by ``kind``; ``param`` names the request field or setting at fault. A message says what
+happened, then what to do. Clients never see a path of the server or a stack trace.
 """
 
 from __future__ import annotations
 
 
 class NpuProxyError(Exception):
-    """Base of the tree. ``str(error)`` is the message."""
+    """Base class of all errors. ``str(error)`` is the message."""
 
     kind = "internal"
 
     text: int | None = None
-    """Which text of several it is about, counted from 0."""
+    """Index of the text that caused the error, if the request has several; counted from 0."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
     def __str__(self) -> str:
-        said = super().__str__()
-        return said if self.text is None else f"{said} (text {self.text}, counted from 0)"
+        message = super().__str__()
+        return message if self.text is None else f"{message} (text {self.text}, counted from 0)"
 
 
 class InputError(NpuProxyError):
-    """What the caller sent is wrong; sending it again cannot help."""
+    """The request is wrong; sending it again cannot help."""
 
     kind = "invalid"
 
@@ -52,14 +56,14 @@ class EmptyInputError(InputError):
 
 
 class TooLongError(InputError):
-    """A text of ``tokens`` tokens, or of ``more``, exceeds the model's ``limit`` and truncation is off."""
+    """A text of ``tokens`` tokens (or more, if ``more``) exceeds the model's ``limit`` and truncation is off."""
 
     kind = "too_long"
 
     def __init__(self, *, limit: int, tokens: int, more: bool = False, param: str | None = "input") -> None:
         super().__init__(
             f"This model's maximum context length is {limit} tokens, however you requested {'over ' * more}{tokens} tokens "
-            "in one input. Shorten it, or set truncate to `end`, `start` or `chunk`, or to true where it is yes or no.",
+            "in one input. Shorten the input, or set `truncate` to `end`, `start` or `chunk` (to true if it is a boolean).",
             param=param,
         )
         self.limit = limit
@@ -67,7 +71,7 @@ class TooLongError(InputError):
 
 
 class NothingLeftError(InputError):
-    """So few tokens are allowed that nothing is left of a text beside the special tokens."""
+    """The token limit is so small that nothing is left of a text after adding the special tokens."""
 
     kind = "nothing_left"
 
@@ -79,7 +83,7 @@ class ModelNotFoundError(InputError):
 
 
 class UnsupportedError(InputError):
-    """The model is of another kind than what is asked of it."""
+    """The model does not support what was requested."""
 
     kind = "unsupported"
 
@@ -109,7 +113,7 @@ class UnavailableError(NpuProxyError):
 
 
 class OverloadedError(UnavailableError):
-    """The queue is at its limit; trying again after ``retry_after`` seconds may help."""
+    """The queue is full; a retry after ``retry_after`` seconds may succeed."""
 
     kind = "overloaded"
 
@@ -119,18 +123,18 @@ class OverloadedError(UnavailableError):
 
 
 class StoppedError(UnavailableError):
-    """The engine is not running, or stops."""
+    """The engine is not running or is stopping."""
 
     kind = "stopped"
 
 
 class DeadlineError(NpuProxyError):
-    """The request's time ran out."""
+    """The request's deadline passed."""
 
     kind = "deadline"
 
 
 class DeviceError(NpuProxyError):
-    """A device failed, or answered with numbers that are not finite."""
+    """A device failed or returned numbers that are not finite."""
 
     kind = "device"

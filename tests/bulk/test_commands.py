@@ -24,17 +24,18 @@ def test_rerank_takes_documents_from_arguments_files_and_standard_input(tmp_path
     ]
     assert [way.returncode for way in ways] == [0, 0, 0], ways
     found = [json.loads(line) for line in ways[0].stdout.splitlines()]
-    assert sorted(one["index"] for one in found) == [0, 1, 2]
-    assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
-    assert all(one["document"] == documents[one["index"]] for one in found)
+    assert sorted(result["index"] for result in found) == [0, 1, 2]
+    scores = [result["score"] for result in found]
+    assert scores == sorted(scores, reverse=True)
+    assert all(result["document"] == documents[result["index"]] for result in found)
     assert ways[1].stdout == ways[2].stdout == ways[0].stdout
 
 
 def test_classify_similarity_and_show() -> None:
     classified = run("classify", "the cat", "--model", str(GOLDEN / "roberta_labels"), "--top-n", "3", "--json")
-    assert [one["label"] for one in json.loads(classified.stdout)["labels"]] == ["LABEL_1", "LABEL_0", "LABEL_2"]
-    alike = run("similarity", "the cat", "sea", "the cat", "--model", str(GOLDEN / "mean"), "--json")
-    found = [json.loads(line) for line in alike.stdout.splitlines()]
+    assert [label["label"] for label in json.loads(classified.stdout)["labels"]] == ["LABEL_1", "LABEL_0", "LABEL_2"]
+    compared = run("similarity", "the cat", "sea", "the cat", "--model", str(GOLDEN / "mean"), "--json")
+    found = [json.loads(line) for line in compared.stdout.splitlines()]
     assert found[0]["index"] == 1
     assert abs(found[0]["similarity"] - 1) < 1e-5
     shown = json.loads(run("show", str(GOLDEN / "colbert"), "--json").stdout)
@@ -46,8 +47,8 @@ def test_classify_similarity_and_show() -> None:
 def test_what_is_wrong_is_said_on_one_line() -> None:
     for arguments, words in (
         (["rerank", "q", "d", "--model", str(GOLDEN / "mean")], "has no head for ranking"),
-        (["classify", "--model", str(GOLDEN / "roberta_labels")], "there is no text"),
-        (["similarity", "a", "--model", str(GOLDEN / "mean")], "nothing to compare with"),
+        (["classify", "--model", str(GOLDEN / "roberta_labels")], "there are no texts to classify"),
+        (["similarity", "a", "--model", str(GOLDEN / "mean")], "no text to compare with"),
         (["embed", "a", "--model", str(GOLDEN / "bert_rerank")], "has no head for dense vectors"),
     ):
         done = run(*arguments)

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from npu_proxy.cache.entry import KEY_BYTES, Keys, from_bytes, to_bytes
-from npu_proxy.types import Embedded, Pair, Truncate
+from npu_proxy.cache.entry import KEY_BYTES, CacheKeys, from_bytes, to_bytes
+from npu_proxy.types import Pair, TextResult, Truncate
 
 entries = st.builds(
-    Embedded,
+    TextResult,
     st_numpy.arrays(np.float32, st.integers(1, 40), elements=st.floats(-4, 4, width=32)),
     st.integers(0, 2**31),
     st.booleans(),
@@ -19,7 +19,7 @@ entries = st.builds(
 
 
 @given(entries)
-def test_an_entry_comes_back_from_its_bytes(entry: Embedded) -> None:
+def test_an_entry_comes_back_from_its_bytes(entry: TextResult) -> None:
     back = from_bytes(to_bytes(entry))
     assert back is not None
     np.testing.assert_array_equal(back.vector, entry.vector)
@@ -27,7 +27,7 @@ def test_an_entry_comes_back_from_its_bytes(entry: Embedded) -> None:
 
 
 @given(entries, st.data())
-def test_damaged_bytes_are_no_entry(entry: Embedded, data: st.DataObject) -> None:
+def test_damaged_bytes_are_no_entry(entry: TextResult, data: st.DataObject) -> None:
     value = to_bytes(entry)
     assert from_bytes(value[: data.draw(st.integers(0, len(value) - 1))]) is None
     place = data.draw(st.integers(0, len(value) - 1))
@@ -37,29 +37,29 @@ def test_damaged_bytes_are_no_entry(entry: Embedded, data: st.DataObject) -> Non
 
 @given(st.lists(st.text() | st.lists(st.integers(0, 9)), min_size=2, max_size=2, unique_by=repr))
 def test_different_texts_have_different_keys(texts: list) -> None:
-    one, other = Keys("f" * 16, "none").of(texts, ("", Truncate.END, 256))
-    assert one != other
-    assert len(one) == len(other) == KEY_BYTES
-    assert Keys("f" * 16, "none").of(texts, ("", Truncate.END, 256)) == [one, other]
+    left, right = CacheKeys("f" * 16, "none").make(texts, ("", Truncate.END, 256))
+    assert left != right
+    assert len(left) == len(right) == KEY_BYTES
+    assert CacheKeys("f" * 16, "none").make(texts, ("", Truncate.END, 256)) == [left, right]
 
 
 @pytest.mark.parametrize(
-    ("keys", "how"),
+    ("keys", "options"),
     [
-        (Keys("e" * 16, "none"), ("", Truncate.END, 256)),
-        (Keys("f" * 16, "nfkc"), ("", Truncate.END, 256)),
-        (Keys("f" * 16, "none", "prefix"), ("", Truncate.END, 256)),
-        (Keys("f" * 16, "none"), ("query: ", Truncate.END, 256)),
-        (Keys("f" * 16, "none"), ("", Truncate.START, 256)),
-        (Keys("f" * 16, "none"), ("", Truncate.END, 128)),
+        (CacheKeys("e" * 16, "none"), ("", Truncate.END, 256)),
+        (CacheKeys("f" * 16, "nfkc"), ("", Truncate.END, 256)),
+        (CacheKeys("f" * 16, "none", "prefix"), ("", Truncate.END, 256)),
+        (CacheKeys("f" * 16, "none"), ("query: ", Truncate.END, 256)),
+        (CacheKeys("f" * 16, "none"), ("", Truncate.START, 256)),
+        (CacheKeys("f" * 16, "none"), ("", Truncate.END, 128)),
     ],
 )
-def test_whatever_changes_the_vector_changes_the_key(keys: Keys, how: tuple) -> None:
-    assert keys.of(["text"], how) != Keys("f" * 16, "none").of(["text"], ("", Truncate.END, 256))
+def test_whatever_changes_the_vector_changes_the_key(keys: CacheKeys, options: tuple) -> None:
+    assert keys.make(["text"], options) != CacheKeys("f" * 16, "none").make(["text"], ("", Truncate.END, 256))
 
 
 def test_a_prompt_and_its_text_are_not_run_together() -> None:
-    keys = Keys("f" * 16)
-    assert keys.of(["b"], ("a", Truncate.END, 9)) != keys.of(["ab"], ("", Truncate.END, 9))
-    assert keys.of(["\ud800"], ("", Truncate.END, 9)) != keys.of(["?"], ("", Truncate.END, 9))
-    assert keys.of([Pair("ab", "c")], ()) != keys.of([Pair("a", "bc")], ())
+    keys = CacheKeys("f" * 16)
+    assert keys.make(["b"], ("a", Truncate.END, 9)) != keys.make(["ab"], ("", Truncate.END, 9))
+    assert keys.make(["\ud800"], ("", Truncate.END, 9)) != keys.make(["?"], ("", Truncate.END, 9))
+    assert keys.make([Pair("ab", "c")], ()) != keys.make([Pair("a", "bc")], ())

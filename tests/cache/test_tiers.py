@@ -95,7 +95,7 @@ def test_the_disk_keeps_to_its_limit_and_what_is_used(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, limit)
     tier.open()
     for number in range(0, 20_000, 100):
-        tier.put_many([(key(one), value(one)) for one in range(number, number + 100)])
+        tier.put_many([(key(index), value(index)) for index in range(number, number + 100)])
         assert tier.get_many([key(0), key(1)]) == [value(0), value(1)], number  # read again and again
     assert tier.stats().size <= 1.2 * limit
     assert (tmp_path / "data.mdb").stat().st_size < 3 * limit
@@ -103,12 +103,12 @@ def test_the_disk_keeps_to_its_limit_and_what_is_used(tmp_path: Path) -> None:
     tier.close()
 
 
-def test_a_damaged_file_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_replaced_by_a_new_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "data.mdb").write_bytes(os.urandom(100_000))
     tier = DiskTier(tmp_path, 1_000_000)
     tier.put_many([(key(1), value(1))])
     assert tier.get_many([key(1)]) == [value(1)]
-    assert "beginning anew" in caplog.text
+    assert "replaced by an empty one" in caplog.text
     with pytest.raises(TierError, match="share one cache"):
         DiskTier(tmp_path, 1_000_000).open()
     tier.close()
@@ -122,7 +122,7 @@ tier = DiskTier(Path(sys.argv[1]), 100_000_000)
 tier.open()
 number = int(sys.argv[2])
 while True:
-    tier.put_many([(b"a" * 16 + one.to_bytes(32, "big"), one.to_bytes(8, "big") * 187) for one in range(number, number + 20)])
+    tier.put_many([(b"a" * 16 + index.to_bytes(32, "big"), index.to_bytes(8, "big") * 187) for index in range(number, number + 20)])
     number += 20
     print(number, flush=True)
 """
@@ -148,7 +148,7 @@ def test_kill_9_loses_no_committed_entry_and_two_processes_share_a_folder(tmp_pa
             assert committed > start
             numbers = range(start, committed)
             assert reader.get_many([key(number) for number in numbers]) == [value(number, 1496) for number in numbers]
-    reader.put_many([(key(77, "z"), value(77))])  # the lock of the killed ones is free
+    reader.put_many([(key(77, "z"), value(77))])  # the lock of the killed processes is free
     assert reader.get_many([key(77, "z")]) == [value(77)]
     reader.close()
 
@@ -163,11 +163,11 @@ tier = DiskTier(Path(sys.argv[1]), 100_000_000)
 kept, failed = 0, 0
 for number in range(40):
     try:
-        tier.put_many([(b"a" * 16 + one.to_bytes(32, "big"), b"v" * 1500) for one in range(20 * number, 20 * number + 20)])
+        tier.put_many([(b"a" * 16 + index.to_bytes(32, "big"), b"v" * 1500) for index in range(20 * number, 20 * number + 20)])
         kept += 20
     except TierError:
         failed += 1
-found = tier.get_many([b"a" * 16 + one.to_bytes(32, "big") for one in range(kept)])
+found = tier.get_many([b"a" * 16 + index.to_bytes(32, "big") for index in range(kept)])
 print(kept, failed, found.count(None))
 """
 
@@ -205,11 +205,11 @@ def test_a_file_that_is_full_makes_room_and_a_lower_limit_takes_over(tmp_path: P
     large = DiskTier(tmp_path, 40_000_000)
     large.open()
     for number in range(0, 20_000, 500):
-        large.put_many([(key(one), value(one)) for one in range(number, number + 500)])
+        large.put_many([(key(index), value(index)) for index in range(number, number + 500)])
     large.close()
     small = DiskTier(tmp_path, 2_000_000)
     for number in range(100_000, 110_000, 500):
-        small.put_many([(key(one), value(one)) for one in range(number, number + 500)])
+        small.put_many([(key(index), value(index)) for index in range(number, number + 500)])
     assert small.get_many([key(109_999)]) == [value(109_999)]
     assert small.stats().size < 2_000_000 + 2 * 500 * 4096  # a generation ends with the batch that fills it
     small.close()
@@ -228,7 +228,7 @@ with tier._env.begin() as read:
 """
 
 
-def test_one_who_was_killed_while_reading_does_not_let_the_file_grow(tmp_path: Path) -> None:
+def test_a_process_killed_while_reading_does_not_let_the_file_grow(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 4_000_000)
     tier.open()
     tier.put_many([(key(1), value(1))])
@@ -238,15 +238,15 @@ def test_one_who_was_killed_while_reading_does_not_let_the_file_grow(tmp_path: P
     reader.kill()
     reader.communicate()
     for number in range(0, 40_000, 500):
-        tier.put_many([(key(one), value(one)) for one in range(number, number + 500)])
+        tier.put_many([(key(index), value(index)) for index in range(number, number + 500)])
     assert (tmp_path / "data.mdb").stat().st_size < 24_000_000
     tier.close()
 
 
-def test_a_file_cut_short_begins_anew_and_ends_no_process(tmp_path: Path) -> None:
+def test_a_file_cut_short_is_replaced_and_ends_no_process(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 4_000_000)
     for number in range(0, 1000, 100):
-        tier.put_many([(key(one), value(one)) for one in range(number, number + 100)])
+        tier.put_many([(key(index), value(index)) for index in range(number, number + 100)])
     tier.close()
     os.truncate(tmp_path / "data.mdb", (tmp_path / "data.mdb").stat().st_size // 2)
     code = "import sys; from pathlib import Path; from npu_proxy.cache.disk import DiskTier; "

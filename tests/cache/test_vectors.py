@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,29 +15,43 @@ from npu_proxy.cache.disk import DiskTier
 from npu_proxy.cache.tier import TierError, TierStats
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.fake import FakeDevice
-from npu_proxy.types import Embedded, Truncate
+from npu_proxy.types import TextResult, Truncate
 
 FOLDER, TEXTS, VECTORS = golden("mean")
 
 
-def entry(number: float) -> Embedded:
-    return Embedded(np.full(8, number, np.float32), 3, truncated=False, device="cpu")
+def entry(number: float) -> TextResult:
+    return TextResult(np.full(8, number, np.float32), 3, truncated=False, device="cpu")
 
 
-def until(condition, seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         threading.Event().wait(0.01)
 
 
+def disk_of(engine: Engine) -> DiskTier:
+    assert engine.cache is not None
+    tier = engine.cache._tiers[0]
+    assert isinstance(tier, DiskTier)
+    return tier
+
+
 def test_every_shape_is_cut_from_one_entry() -> None:
     with (
-        Engine(settings=Settings(model=str(FOLDER), device="cpu")) as engine,
+        Engine(settings=Settings(model=(str(FOLDER),), device="cpu")) as engine,
         Engine(str(FOLDER), "cpu", Settings(cache_mb=0)) as bare,
     ):
         engine.embed(TEXTS)
-        for options in ({}, {"dimensions": 8}, {"normalize": False}, {"dtype": "int8"}, {"dtype": "base64", "dimensions": 4}):
+        variants: list[dict[str, Any]] = [
+            {},
+            {"dimensions": 8},
+            {"normalize": False},
+            {"dtype": "int8"},
+            {"dtype": "base64", "dimensions": 4},
+        ]
+        for options in variants:
             np.testing.assert_array_equal(engine.embed(TEXTS, **options), bare.embed(TEXTS, **options))
         assert engine.stats().counters.texts == len(set(TEXTS))
         result = engine.submit(EmbedRequest(texts=[*TEXTS, "a new text"])).result()
@@ -59,16 +74,17 @@ def test_errors_are_not_cached_and_cut_texts_say_so_again() -> None:
 
 
 def test_a_disk_is_shared_by_engines_one_after_another(tmp_path: Path) -> None:
-    settings = Settings(model=str(FOLDER), device="cpu", cache_disk_mb=10, cache_folder=tmp_path)
+    settings = Settings(model=(str(FOLDER),), device="cpu", cache_disk_mb=10, cache_folder=tmp_path)
     with Engine(settings=settings) as first:
         expected = first.embed(TEXTS)
     with Engine(settings=settings) as second:
         assert second.cache is not None
-        until(lambda: second.cache.fetch([b"?" * 48], 0.0) is not None and second.cache._tiers[0]._env is not None)
+        cache, disk = second.cache, disk_of(second)
+        until(lambda: cache.fetch([b"?" * 48], 0.0) is not None and disk._env is not None)
         np.testing.assert_array_equal(second.embed(TEXTS), expected)
         assert second.stats().counters.texts == 0
         assert second.cache.counts().hits["disk"] == len(TEXTS)
-    other = Settings(model=str(FOLDER), device="cpu", cache_disk_mb=10, cache_folder=tmp_path, cache_prefix="other")
+    other = Settings(model=(str(FOLDER),), device="cpu", cache_disk_mb=10, cache_folder=tmp_path, cache_prefix="other")
     with Engine(settings=other) as third:
         third.embed(TEXTS)
         assert third.stats().counters.texts == len(set(TEXTS))
@@ -109,6 +125,7 @@ class Broken:
 def test_a_broken_tier_is_never_a_request_s_trouble(how: str) -> None:
     tier = Broken(how)
     with VectorCache(memory=0, tiers=[tier]) as cache, fake_engine(FakeDevice(width=32, shapes=SMALL_SHAPES)) as engine:
+        assert engine._pipeline is not None
         engine._cache, engine._pipeline._cache = cache, cache
         for number in range(30):
             assert engine.embed([f"text {number}"]).shape == (1, 32)
@@ -125,7 +142,7 @@ def test_memory_keeps_what_was_used_last() -> None:
             cache.keep(bytes([number]), entry(number))
         cache.recall([b"\0"])
         cache.keep(b"new", entry(1))
-        assert [one is not None for one in cache.recall([b"\0", b"\1", b"\2", b"new"])] == [True, False, True, True]
+        assert [found is not None for found in cache.recall([b"\0", b"\1", b"\2", b"new"])] == [True, False, True, True]
         counts = cache.counts()
         assert (counts.entries, counts.hits["memory"], counts.misses) == (10, 4, 1)
 
@@ -133,7 +150,11 @@ def test_memory_keeps_what_was_used_last() -> None:
 def test_a_flood_of_new_entries_is_dropped_and_not_kept_waiting(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 1_000_000)
     release = threading.Event()
-    tier.open = lambda: release.wait(20)  # another process holds the lock
+
+    def wait() -> None:
+        release.wait(20)
+
+    tier.open = wait  # another process holds the lock
     with VectorCache(memory=0, tiers=[tier]) as cache:
         start = time.monotonic()
         for number in range(5000):
@@ -212,12 +233,13 @@ def test_an_engine_whose_cache_cannot_be_opened_closes_its_device() -> None:
 
 def test_texts_that_the_disk_knows_are_not_refused_for_a_long_queue(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(3000)]
-    settings = {"cache_disk_mb": 50, "cache_folder": tmp_path, "cache_mb": 0}
+    settings: dict[str, Any] = {"cache_disk_mb": 50, "cache_folder": tmp_path, "cache_mb": 0}
     with fake_engine(FakeDevice(width=32, shapes=SMALL_SHAPES), **settings) as first:
         first.embed(texts)
     slow = FakeDevice(width=32, shapes=SMALL_SHAPES, seconds=0.2)
     with fake_engine(slow, **settings) as second:
-        until(lambda: second.cache is not None and second.cache._tiers[0]._env is not None)
+        disk = disk_of(second)
+        until(lambda: disk._env is not None)
         second.embed(["a text to tell how slow it is"])
         deadline = time.monotonic() + 20
         futures = [

@@ -5,12 +5,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from conftest import Server
 
 FOLDER = Path(__file__).parent / "npm"
 
 
-def test_npm_clients(many_names, reference) -> None:
+def test_npm_clients(many_names: Server, reference: tuple[list[dict], np.ndarray]) -> None:
     if shutil.which("node") is None or not (FOLDER / "node_modules").is_dir():
         pytest.skip("the npm clients are not installed; `make clients` does it")
     rows, vectors = reference

@@ -8,21 +8,25 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
 import pytest
+from openai.types import CreateEmbeddingResponse
 
 from conftest import Server, smallest_cosine
 
 
 @pytest.fixture(scope="module")
-def client(server: Server):
+def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as made:
         yield made
 
 
-def vectors_of(response) -> np.ndarray:
+def vectors_of(response: CreateEmbeddingResponse) -> np.ndarray:
     return np.array([entry.embedding for entry in response.data], np.float32)
 
 
@@ -30,13 +34,14 @@ def vectors_of(response) -> np.ndarray:
     "options", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}], ids=["default", "float", "base64"]
 )
 @pytest.mark.parametrize("model", ["all-minilm", "sentence-transformers/all-MiniLM-L6-v2"])
-def test_vectors(client: openai.OpenAI, reference, options: dict, model: str) -> None:
+def test_vectors(client: openai.OpenAI, reference: tuple[list[dict], np.ndarray], options: dict, model: str) -> None:
     rows, vectors = reference
     response = client.embeddings.create(model=model, input=[row["text"] for row in rows[:40]], **options)
     if options.get("encoding_format") == "base64":
         import base64
 
-        found = np.stack([np.frombuffer(base64.b64decode(entry.embedding), "<f4") for entry in response.data])
+        coded: list[Any] = [entry.embedding for entry in response.data]  # strings, which the SDK's types do not know
+        found = np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in coded])
     else:
         found = vectors_of(response)
     assert smallest_cosine(found, vectors[:40]) >= 0.99999
@@ -44,7 +49,7 @@ def test_vectors(client: openai.OpenAI, reference, options: dict, model: str) ->
     assert response.model == model
 
 
-def test_async_client_dimensions_and_token_ids(server: Server, reference) -> None:
+def test_async_client_dimensions_and_token_ids(server: Server, reference: tuple[list[dict], np.ndarray]) -> None:
     rows, vectors = reference
 
     async def run() -> None:
@@ -103,7 +108,7 @@ def test_sigterm_drains_and_exits_0(default_model: str) -> None:
     assert own.stop() == 0
 
 
-def test_a_model_that_is_not_there_ends_the_server_with_code_2(tmp_path) -> None:
+def test_a_model_that_is_not_there_ends_the_server_with_code_2(tmp_path: Path) -> None:
     server = Server("--model", "no/such", NPU_PROXY_STORE=str(tmp_path))
     with pytest.raises(AssertionError, match="npu-proxy pull no/such"):
         server.wait_ready()

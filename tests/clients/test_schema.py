@@ -1,6 +1,6 @@
 """schemathesis over the OpenAPI document: no 5xx, nothing undocumented, errors in their dialect's shape.
 
-Left out: the parameter `timeout`, since a deadline of nothing is rightly a 504, and the check that whatever fits the
+Left out: the parameter `timeout`, since a deadline of zero seconds is rightly a 504, and the check that whatever fits the
 schema is accepted, since a schema cannot know the model's width, its prompts, or that it embeds.
 """
 
@@ -27,7 +27,7 @@ def test_every_answer_is_as_documented(default_model: str, tmp_path: Path) -> No
     document = json.load(urllib.request.urlopen(f"{server.url}/openapi.json"))
     for methods in document["paths"].values():
         for operation in methods.values():
-            operation["parameters"] = [one for one in operation.get("parameters", []) if one["name"] != "timeout"]
+            operation["parameters"] = [parameter for parameter in operation.get("parameters", []) if parameter["name"] != "timeout"]
     (tmp_path / "openapi.json").write_text(json.dumps(document))
     command = [COMMAND, "run", "openapi.json", "--url", server.url, "--checks", CHECKS, "--max-examples", "30", "--no-color"]
     command += ["--max-time", "90", "--continue-on-failure", "--request-timeout", "30", "--suppress-health-check", "all"]

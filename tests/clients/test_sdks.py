@@ -6,24 +6,29 @@ Run by `make clients`. Vectors are held against the reference of sentence-transf
 import asyncio
 import base64
 import gc
-import importlib.util
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-pytest.importorskip("litellm", reason="these clients live in .venv-clients; `make clients` runs them")
+from conftest import Server
 
-TOKENIZERS = Path(importlib.util.find_spec("litellm").origin).parent / "litellm_core_utils" / "tokenizers"
+installed = pytest.importorskip("litellm", reason="these clients live in .venv-clients; `make clients` runs them")
+
+TOKENIZERS = Path(installed.__file__).parent / "litellm_core_utils" / "tokenizers"
 MODEL = "text-embedding-3-small"
 SOME = [0, 1, 2, 150, 299]
+Reference = tuple[list[dict], np.ndarray]
+Check = Callable[..., None]
 unclosed = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # clients without a way to close them
 litellm_types = pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning")
 
 
 @pytest.fixture(scope="module")
-def url(many_names) -> str:
+def url(many_names: Server) -> str:
     """Where the server is; what these clients read from variables is set before they are imported."""
     os.environ["TIKTOKEN_CACHE_DIR"] = str(TOKENIZERS)
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -33,20 +38,20 @@ def url(many_names) -> str:
 
 
 @pytest.fixture(scope="module")
-def every(reference) -> list[str]:
+def every(reference: Reference) -> list[str]:
     return [row["text"] for row in reference[0]]
 
 
 @pytest.fixture(scope="module")
-def texts(every) -> list[str]:
+def texts(every: list[str]) -> list[str]:
     return [every[index] for index in SOME]
 
 
 @pytest.fixture(scope="module")
-def check(reference):
+def check(reference: Reference) -> Check:
     """Holds vectors against the reference rows ``at``."""
 
-    def held(found, at=SOME, least: float = 0.99999, *, unit: bool = True) -> None:
+    def held(found: Any, at: Sequence[int] = SOME, least: float = 0.99999, *, unit: bool = True) -> None:
         found = np.asarray(found, np.float32)
         wanted = reference[1][list(at)][:, : found.shape[1]]
         assert found.shape == wanted.shape
@@ -60,25 +65,25 @@ def check(reference):
 
 
 @pytest.fixture(autouse=True)
-def _collected():
+def _collected() -> Iterator[None]:
     yield
     gc.collect()
 
 
-def unpacked(coded) -> list[np.ndarray]:
-    return [np.frombuffer(base64.b64decode(one), "<f4") for one in coded]
+def unpacked(coded: Iterable[Any]) -> list[np.ndarray]:
+    return [np.frombuffer(base64.b64decode(vector), "<f4") for vector in coded]
 
 
 # -- OpenAI ----------------------------------------------------------------------------------------------------------
 
 
-def test_openai(url, texts, every, check) -> None:
+def test_openai(url: str, texts: list[str], every: list[str], check: Check) -> None:
     from openai import BadRequestError, NotFoundError, OpenAI
 
     with OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
 
-        def embed(given=texts, **more):
-            return [one.embedding for one in client.embeddings.create(model=MODEL, input=given, **more).data]
+        def embed(given: str | list[str] = texts, **more: Any) -> list[Any]:
+            return [entry.embedding for entry in client.embeddings.create(model=MODEL, input=given, **more).data]
 
         check(embed())
         check(embed(encoding_format="float"))
@@ -86,7 +91,7 @@ def test_openai(url, texts, every, check) -> None:
         check(embed(dimensions=256))
         check(embed(texts[0]), at=[0])
         check(embed(every), at=range(len(every)))
-        assert {MODEL, "sentence-transformers/all-MiniLM-L6-v2"} <= {one.id for one in client.models.list()}
+        assert {MODEL, "sentence-transformers/all-MiniLM-L6-v2"} <= {model.id for model in client.models.list()}
         assert client.models.retrieve(MODEL).id == MODEL
         with pytest.raises(NotFoundError) as error:
             client.embeddings.create(model="no-such", input="x")
@@ -95,20 +100,20 @@ def test_openai(url, texts, every, check) -> None:
             client.embeddings.create(model=MODEL, input=[])
 
 
-def test_openai_async(url, texts, check) -> None:
+def test_openai_async(url: str, texts: list[str], check: Check) -> None:
     from openai import AsyncOpenAI
 
-    async def run():
+    async def run() -> Any:
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key="unused") as client:
             return await asyncio.gather(*(client.embeddings.create(model=MODEL, input=text) for text in texts))
 
-    check([one.data[0].embedding for one in asyncio.run(run())])
+    check([response.data[0].embedding for response in asyncio.run(run())])
 
 
 # -- Ollama ----------------------------------------------------------------------------------------------------------
 
 
-def test_ollama(url, texts, check) -> None:
+def test_ollama(url: str, texts: list[str], check: Check) -> None:
     from ollama import Client, ResponseError
 
     with Client(host=url) as client:
@@ -125,10 +130,10 @@ def test_ollama(url, texts, check) -> None:
         assert error.value.status_code == 403
 
 
-def test_ollama_async(url, texts, check) -> None:
+def test_ollama_async(url: str, texts: list[str], check: Check) -> None:
     from ollama import AsyncClient
 
-    async def run():
+    async def run() -> Any:
         async with AsyncClient(host=url) as client:
             return (await client.embed(model="all-minilm", input=texts)).embeddings
 
@@ -140,12 +145,12 @@ def test_ollama_async(url, texts, check) -> None:
 COHERE = {"model": "embed-english-v3.0", "input_type": "search_document"}
 
 
-def test_cohere_v2(url, texts, every, check) -> None:
+def test_cohere_v2(url: str, texts: list[str], every: list[str], check: Check) -> None:
     import cohere
 
     with cohere.ClientV2(api_key="unused", base_url=url) as client:
 
-        def embed(kind="float", given=texts, **more):
+        def embed(kind: str = "float", given: list[str] = texts, **more: Any) -> Any:
             made = client.embed(**COHERE, texts=given, embedding_types=[kind], **more).embeddings
             return getattr(made, "float_" if kind == "float" else kind)
 
@@ -167,7 +172,7 @@ def test_cohere_v2(url, texts, every, check) -> None:
     "ignore:Accessing the 'model_fields' attribute on the instance:DeprecationWarning",
     "ignore:The `parse_obj` method is deprecated:DeprecationWarning",
 )
-def test_cohere_v1_in_batches(url, texts, every, check) -> None:
+def test_cohere_v1_in_batches(url: str, texts: list[str], every: list[str], check: Check) -> None:
     import cohere
 
     with cohere.Client(api_key="unused", base_url=url) as client:
@@ -179,13 +184,13 @@ def test_cohere_v1_in_batches(url, texts, every, check) -> None:
 # -- LangChain -------------------------------------------------------------------------------------------------------
 
 
-def langchain(url: str, **more):
+def langchain(url: str, **more: Any) -> Any:
     from langchain_openai import OpenAIEmbeddings
 
     return OpenAIEmbeddings(model=MODEL, base_url=f"{url}/v1", api_key="unused", **more)
 
 
-def test_langchain_openai_as_it_comes_sends_ids_of_cl100k(url, every, check, reference) -> None:
+def test_langchain_openai_as_it_comes_sends_ids_of_cl100k(url: str, every: list[str], check: Check, reference: Reference) -> None:
     embedder = langchain(url)
     # 36 is longer than LangChain sends at once: it averages the parts itself.
     whole = [index for index in range(len(every)) if index != 36]
@@ -195,7 +200,7 @@ def test_langchain_openai_as_it_comes_sends_ids_of_cl100k(url, every, check, ref
         assert np.dot(embedder.embed_query(query), text.embed_query(query)) > 0.99999
 
 
-def test_langchain_openai_sending_texts(url, texts, every, check) -> None:
+def test_langchain_openai_sending_texts(url: str, texts: list[str], every: list[str], check: Check) -> None:
     embedder = langchain(url, check_embedding_ctx_length=False)
     check(embedder.embed_documents(texts))
     check([embedder.embed_query(texts[0])], at=[0])
@@ -204,7 +209,7 @@ def test_langchain_openai_sending_texts(url, texts, every, check) -> None:
 
 
 @unclosed
-def test_langchain_ollama(url, texts, check) -> None:
+def test_langchain_ollama(url: str, texts: list[str], check: Check) -> None:
     from langchain_core.vectorstores import InMemoryVectorStore
     from langchain_ollama import OllamaEmbeddings
 
@@ -223,7 +228,7 @@ def test_langchain_ollama(url, texts, check) -> None:
 
 @unclosed
 @pytest.mark.parametrize("kind", ["openai", "openai-ada", "openai-like", "ollama", "tei"])
-def test_llama_index(url, texts, check, kind: str) -> None:
+def test_llama_index(url: str, texts: list[str], check: Check, kind: str) -> None:
     from llama_index.embeddings.ollama import OllamaEmbedding
     from llama_index.embeddings.openai import OpenAIEmbedding
     from llama_index.embeddings.openai_like import OpenAILikeEmbedding
@@ -246,7 +251,7 @@ def test_llama_index(url, texts, check, kind: str) -> None:
 # -- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
-def test_huggingface_hub(url, texts, check, reference) -> None:
+def test_huggingface_hub(url: str, texts: list[str], check: Check, reference: Reference) -> None:
     from huggingface_hub import AsyncInferenceClient, InferenceClient
 
     client = InferenceClient(base_url=url)
@@ -256,19 +261,19 @@ def test_huggingface_hub(url, texts, check, reference) -> None:
     check(client.feature_extraction(texts, normalize=True, truncate=True, truncation_direction="right"))
     check(client.feature_extraction(texts, normalize=False), unit=False)
     check(client.feature_extraction(texts, model=f"{url}/embed"))
-    alike = reference[1][SOME[1:]] @ reference[1][SOME[0]]
-    np.testing.assert_allclose(client.sentence_similarity(texts[0], texts[1:]), alike, atol=1e-4)
+    wanted = reference[1][SOME[1:]] @ reference[1][SOME[0]]
+    np.testing.assert_allclose(client.sentence_similarity(texts[0], texts[1:]), wanted, atol=1e-4)
     hosted = InferenceClient(model=url, provider="hf-inference")
     assert hosted.get_endpoint_info()["model_id"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert hosted.health_check()
 
-    async def run():
+    async def run() -> Any:
         async with AsyncInferenceClient(base_url=url) as later:
             return await later.feature_extraction(texts), await later.sentence_similarity(texts[0], texts[1:])
 
     vectors, cosines = asyncio.run(run())
     check(vectors)
-    np.testing.assert_allclose(cosines, alike, atol=1e-4)
+    np.testing.assert_allclose(cosines, wanted, atol=1e-4)
 
 
 # -- LiteLLM ---------------------------------------------------------------------------------------------------------
@@ -289,22 +294,22 @@ LITELLM = {
 @unclosed
 @litellm_types
 @pytest.mark.parametrize("kind", LITELLM)
-def test_litellm(url, texts, check, kind: str) -> None:
+def test_litellm(url: str, texts: list[str], check: Check, kind: str) -> None:
     import litellm
 
     given = {**LITELLM[kind], "api_base": url + LITELLM[kind]["api_base"], "api_key": "unused", "input": texts}
-    check([one["embedding"] for one in litellm.embedding(**given).data])
+    check([entry["embedding"] for entry in litellm.embedding(**given).data])
 
-    async def run():
+    async def run() -> Any:
         return await litellm.aembedding(**given)
 
-    check([one["embedding"] for one in asyncio.run(run()).data])
+    check([entry["embedding"] for entry in asyncio.run(run()).data])
 
 
 @unclosed
 @litellm_types
 @pytest.mark.parametrize("name", ["cohere", "infinity", "hosted_vllm", "huggingface"])
-def test_litellm_is_told_that_the_model_has_no_head_for_reranking(url, name: str) -> None:
+def test_litellm_is_told_that_the_model_has_no_head_for_reranking(url: str, name: str) -> None:
     import litellm
 
     with pytest.raises((litellm.exceptions.APIError, litellm.BadRequestError), match="no head"):
@@ -318,7 +323,7 @@ def test_litellm_is_told_that_the_model_has_no_head_for_reranking(url, name: str
 
 @unclosed
 @pytest.mark.parametrize("kind", ["openai", "openai-narrow", "ollama", "ollama-default", "hf", "cohere"])
-def test_chromadb(url, texts, every, check, kind: str) -> None:
+def test_chromadb(url: str, texts: list[str], every: list[str], check: Check, kind: str) -> None:
     import chromadb
     from chromadb.config import Settings
     from chromadb.utils import embedding_functions as functions
@@ -336,17 +341,17 @@ def test_chromadb(url, texts, every, check, kind: str) -> None:
     collection = chromadb.EphemeralClient(settings=settings).create_collection(f"of-{kind}", embedding_function=function)
     collection.add(ids=[str(number) for number in range(100)], documents=every[:100])
     found = collection.query(query_texts=[every[7], every[42]], n_results=3)
-    assert [one[0] for one in found["documents"]] == [every[7], every[42]]
+    assert [documents[0] for documents in found["documents"]] == [every[7], every[42]]
     assert found["distances"][0][0] < 1e-5
 
 
-def test_qdrant_takes_the_vectors_of_the_openai_client(url, every) -> None:
+def test_qdrant_takes_the_vectors_of_the_openai_client(url: str, every: list[str]) -> None:
     """Qdrant's own hooks embed in this process (fastembed) or in its cloud; none asks a server of the user's."""
     from openai import OpenAI
     from qdrant_client import QdrantClient, models
 
     with OpenAI(base_url=f"{url}/v1", api_key="unused") as client:
-        vectors = [one.embedding for one in client.embeddings.create(model=MODEL, input=every[:100]).data]
+        vectors = [entry.embedding for entry in client.embeddings.create(model=MODEL, input=every[:100]).data]
     store = QdrantClient(":memory:")
     store.create_collection("texts", vectors_config=models.VectorParams(size=384, distance=models.Distance.COSINE))
     points = [

@@ -1,17 +1,17 @@
-"""The breaker and the ladder are values: what must hold after any history of failures and recoveries."""
+"""The breaker and the steps of recovery are values: what must hold after any history of failures and recoveries."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_proxy.devices.breaker import AT_ONCE, Breaker, Circuit, Policy, Rung, backoff
-from npu_proxy.devices.failure import Failure, classify, first_line
+from npu_proxy.devices.accelerator.breaker import AT_ONCE, Breaker, BreakerPolicy, Circuit, Recovery, backoff
+from npu_proxy.devices.failure import Failure, classify_failure, first_line
 
 chances = st.floats(0, 1, exclude_max=True)
 steps = st.lists(st.tuples(st.sampled_from([*Failure, None]), st.floats(0.001, 100), chances), max_size=60)
 
 
 @given(steps)
-def test_any_history_keeps_the_breaker_sane(history: list) -> None:
+def test_any_history_keeps_the_breaker_sane(history: list[tuple[Failure | None, float, float]]) -> None:
     breaker, now = Breaker(), 0.0
     for failure, pause, chance in history:
         now += pause
@@ -26,11 +26,11 @@ def test_any_history_keeps_the_breaker_sane(history: list) -> None:
             assert now < breaker.until <= now + longest
             assert breaker.opens >= 1
         if before.state is Circuit.OPEN:
-            assert breaker == before  # rows that were under way do not open it again
+            assert breaker == before  # batches that were under way do not open it again
 
 
 def test_failures_are_counted_within_a_window_only() -> None:
-    policy = Policy(failures=3, window=10)
+    policy = BreakerPolicy(failures=3, window=10)
     breaker = Breaker(policy=policy)
     for moment in (0, 6, 12, 18):  # never three within ten seconds
         breaker = breaker.failed(Failure.ERROR, moment, 0.5)
@@ -38,8 +38,8 @@ def test_failures_are_counted_within_a_window_only() -> None:
     assert breaker.failed(Failure.ERROR, 19, 0.5).state is Circuit.OPEN
 
 
-def test_the_backoff_doubles_until_the_device_has_been_well_for_a_while() -> None:
-    policy = Policy(window=10, first=1, longest=8)
+def test_the_backoff_doubles_until_the_device_has_worked_for_a_while() -> None:
+    policy = BreakerPolicy(window=10, first=1, longest=8)
     breaker, now, waits = Breaker(policy=policy), 100.0, []
     for _ in range(6):
         breaker = breaker.failed(Failure.LOST, now, 0.999999)
@@ -53,24 +53,25 @@ def test_the_backoff_doubles_until_the_device_has_been_well_for_a_while() -> Non
 
 @given(st.sampled_from(list(Failure)), st.integers(1, 50), chances)
 def test_backoff_has_jitter_in_its_upper_half(failure: Failure, opens: int, chance: float) -> None:
-    policy = Policy()
+    policy = BreakerPolicy()
     assert backoff(policy, failure, opens, 0.0) * 2 >= backoff(policy, failure, opens, chance)
     assert backoff(policy, failure, opens + 1, chance) >= backoff(policy, failure, opens, chance)
 
 
-def test_the_ladder_recompiles_once_and_then_restarts() -> None:
+def test_recovery_recompiles_once_and_then_restarts() -> None:
     breaker = Breaker().failed(Failure.LOST, 0, 0.5)
-    assert breaker.rung is Rung.RECOMPILE
-    assert not breaker.hopeless
+    assert breaker.recovery is Recovery.RECOMPILE
+    assert not breaker.needs_operator
     breaker = breaker.probing().failed(Failure.LOST, 1, 0.5)
-    assert breaker.rung is Rung.RESTART
+    assert breaker.recovery is Recovery.RESTART
     for moment in (2, 3):
         breaker = breaker.probing().failed(Failure.LOST, moment, 0.5)
-    assert breaker.hopeless
-    assert all(Breaker().failed(kind, 0, 0.5).rung is Rung.RESTART for kind in (Failure.CRASH, Failure.HANG, Failure.COMPILE))
+    assert breaker.needs_operator
+    restarting = (Failure.CRASH, Failure.HANG, Failure.COMPILE)
+    assert all(Breaker().failed(failure, 0, 0.5).recovery is Recovery.RESTART for failure in restarting)
 
 
-def test_errors_are_told_apart_by_their_words() -> None:
+def test_kinds_of_failure_are_recognized_by_the_words_of_an_error() -> None:
     words = {
         "NPU driver wasn't found!": Failure.ABSENT,
         "Could not find an NPU device": Failure.ABSENT,
@@ -82,10 +83,10 @@ def test_errors_are_told_apart_by_their_words() -> None:
         "Failed Pass StopLocationVerifierPass on Operation": Failure.COMPILE,
         "something new": Failure.ERROR,
     }
-    assert {text: classify(text) for text in words} == words
+    assert {text: classify_failure(text) for text in words} == words
 
 
-def test_the_line_that_says_most_is_shown() -> None:
+def test_the_most_telling_line_is_shown() -> None:
     text = "Exception from src/inference/src/cpp/core.cpp:268:\nCheck 'x' failed\nCannot load library: libOpenCL.so.1\n"
     assert first_line(RuntimeError(text)) == "Cannot load library: libOpenCL.so.1"
     assert first_line(RuntimeError("")) == "RuntimeError"

@@ -1,8 +1,9 @@
-"""Graph files of a repository give the model's vectors, under a fingerprint of their own; families not built here, too."""
+"""Graph files of a repository compute the model's vectors, under a fingerprint of their own; also for families not built here."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -10,12 +11,11 @@ import pytest
 from openvino import opset15 as op
 
 from conftest import GOLDEN, golden, smallest_cosine
-from npu_proxy import DeviceError, EmbedRequest, Engine, InputError, Kind, ModelError, Pair, Pooling, Settings, SettingsError
-from npu_proxy.devices.exported import with_file
-from npu_proxy.models.foreign import first_position
+from npu_proxy import DeviceError, EmbedRequest, Engine, InputError, ModelError, OutputType, Pair, Pooling, Settings, SettingsError
+from npu_proxy.models.graph_files import first_position, from_graph_file
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.pull import pull
-from npu_proxy.models.store import Store
+from npu_proxy.models.store import ModelStore
 from npu_proxy.prepare.convert import convert
 
 
@@ -40,22 +40,23 @@ def test_scores_of_pairs_are_those_of_the_model() -> None:
     answers = dict(np.load(folder / "answers.npz"))
     with Engine(folder, device="onnx") as engine:
         for texts, key in (([Pair(*pair) for pair in stored["pairs"]], ""), (stored["texts"], "single")):
-            found = engine.submit(EmbedRequest(texts=texts, want=Kind.SCORES)).result().raise_first().embeddings
-            np.testing.assert_allclose(found, [answers[f"{key}{index}"] for index in range(len(texts))], atol=2e-5)
+            found = engine.submit(EmbedRequest(texts=texts, output_type=OutputType.SCORES)).result().raise_first().embeddings
+            np.testing.assert_allclose(np.asarray(found), [answers[f"{key}{index}"] for index in range(len(texts))], atol=2e-5)
         assert engine.rerank("the cat", ["sea", "the cat sleeps"])
-    with pytest.raises(ModelError, match="multi answers"):
+    with pytest.raises(ModelError, match="multi output"):
         Engine(GOLDEN / "bge_m3", device="onnx", settings=Settings(onnx_file="config.json", pooling=Pooling.NONE)).start()
 
 
-def test_a_family_that_is_not_built_gives_the_vectors_of_its_own_code() -> None:
+def test_a_family_that_is_not_built_here_has_the_vectors_of_its_own_code() -> None:
     folder = GOLDEN / "exported" / "t5_mean"
     texts = json.loads((folder / "texts.json").read_text())
     answers = dict(np.load(folder / "answers.npz"))
     with Engine(folder) as engine:  # auto: no family, but a graph file
         assert (engine.device.name, engine.spec.width, engine.spec.family) == ("ir", 48, "t5")
-        for key, how in (("", {}), ("query", {"prompt_name": "query"})):
+        variants: list[tuple[str, dict[str, Any]]] = [("", {}), ("query", {"prompt_name": "query"})]
+        for key, options in variants:
             wanted = np.stack([answers[f"{key}{index}"] for index in range(len(texts))])
-            found = engine.embed(texts, normalize=False, **how)
+            found = engine.embed(texts, normalize=False, **options)
             np.testing.assert_allclose(found, wanted, atol=1e-4)
             assert smallest_cosine(found, wanted) > 0.99999
         engine.device.probe()
@@ -66,17 +67,17 @@ def test_a_reranker_of_another_family_ranks_as_its_own_code_does() -> None:
     stored, answers = json.loads((folder / "texts.json").read_text()), dict(np.load(folder / "answers.npz"))
     with Engine(folder) as engine:
         for texts, key in (([Pair(*pair) for pair in stored["pairs"]], ""), (stored["texts"], "single")):
-            found = engine.submit(EmbedRequest(texts=texts, want=Kind.SCORES)).result().raise_first().embeddings
-            np.testing.assert_allclose(found, [answers[f"{key}{index}"] for index in range(len(texts))], atol=1e-4)
+            found = engine.submit(EmbedRequest(texts=texts, output_type=OutputType.SCORES)).result().raise_first().embeddings
+            np.testing.assert_allclose(np.asarray(found), [answers[f"{key}{index}"] for index in range(len(texts))], atol=1e-4)
 
 
 def test_such_a_model_says_where_it_can_be_served(tmp_path: Path) -> None:
     folder = GOLDEN / "exported" / "t5_mean"
     spec = read_spec(folder)
     assert "model_type `t5` is not supported" in spec.refused
-    with pytest.raises(ModelError, match=r"cannot be served by `device` cpu: set `device` to ir, or leave it out"):
+    with pytest.raises(ModelError, match=r"cannot be served by `device` cpu: set `device` to ir, or leave it unset"):
         Engine(folder, device="cpu").start()
-    with pytest.raises(ModelError, match="`device` ir runs the one it has"):
+    with pytest.raises(ModelError, match="set `device` to ir, for which it has a file"):
         Engine(folder, device="onnx").start()
     bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("openvino")))
     shutil.copy(GOLDEN / "mean" / "model.safetensors", bare)
@@ -92,14 +93,15 @@ def test_a_graph_of_another_width_is_an_error_and_its_data_is_part_of_the_finger
         node.output(0).set_names({name, "12"})
     narrow = op.unsqueeze(op.convert(op.add(ids, mask), "f32"), op.constant(2))
     narrow.output(0).set_names({"1020", "last_hidden_state"})
-    ov.save_model(ov.Model([narrow], [ids, mask], "narrow"), folder / "openvino" / "openvino_model.xml")
-    with Engine(folder, device="ir") as engine, pytest.raises(DeviceError, match=r"answered with 1 numbers where .* say 32"):
+    model = ov.Model([narrow], [ids, mask], "narrow")  # pyright: ignore[reportGeneralTypeIssues] - a wrong stub
+    ov.save_model(model, folder / "openvino" / "openvino_model.xml")
+    with Engine(folder, device="ir") as engine, pytest.raises(DeviceError, match=r"computed 1 numbers per vector, .* specify 32"):
         engine.embed(["the cat"])
     data = folder / "onnx" / "model.onnx.data"
     seen = set()
     for content in (b"one", b"two"):
         data.write_bytes(content)
-        seen.add(with_file(Settings(device="onnx"), read_spec(folder)).fingerprint)
+        seen.add(from_graph_file(Settings(device="onnx"), read_spec(folder)).fingerprint)
     assert len(seen) == 2
 
 
@@ -116,7 +118,7 @@ def test_positions_count_from_where_the_family_has_them() -> None:
 def test_files_may_be_links_as_in_a_hugging_face_cache(tmp_path: Path) -> None:
     for name in ("exported/t5_mean", "mean"):
         source, folder = GOLDEN / name, tmp_path / name
-        for file in (one for one in source.rglob("*") if one.is_file()):
+        for file in (path for path in source.rglob("*") if path.is_file()):
             (folder / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             (folder / file.relative_to(source)).symlink_to(file)
         with Engine(folder) as engine, Engine(source) as plain:
@@ -125,7 +127,7 @@ def test_files_may_be_links_as_in_a_hugging_face_cache(tmp_path: Path) -> None:
 
 
 def test_a_converted_model_survives_a_pull(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = ModelStore(tmp_path)
     stored = pull(store, str(GOLDEN / "exported" / "t5_mean"), mirrors=(), report=print)
     assert (stored.folder / "openvino" / "openvino_model.bin").is_file()
     with Engine(stored.name, settings=Settings(store=tmp_path)) as engine:
@@ -135,7 +137,7 @@ def test_a_converted_model_survives_a_pull(tmp_path: Path) -> None:
 def test_convert_says_what_it_needs(tmp_path: Path) -> None:
     settings = Settings(model=(str(GOLDEN / "mean"),))
     (tmp_path / "there").mkdir()
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         convert(settings, tmp_path / "there", trust=False, say=print)
     with pytest.raises(SettingsError, match=r"pip install 'npu-proxy\[convert\]'"):
         convert(settings, tmp_path / "new", trust=False, say=print)
@@ -146,12 +148,12 @@ def test_convert_says_what_it_needs(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     for file, message in (("onnx/model_quantized.onnx", "set `onnx_file`"), ("../cls/onnx/model.onnx", "leads out")):
         with pytest.raises(ModelError, match=message):
-            Engine(settings=Settings(model=str(golden("mean")[0]), device="onnx", onnx_file=file)).start()
+            Engine(settings=Settings(model=(str(golden("mean")[0]),), device="onnx", onnx_file=file)).start()
     with pytest.raises(ModelError, match=r"config\.json cannot be loaded"):
-        Engine(settings=Settings(model=str(golden("mean")[0]), device="onnx", onnx_file="config.json")).start()
+        Engine(settings=Settings(model=(str(golden("mean")[0]),), device="onnx", onnx_file="config.json")).start()
 
 
-def test_made_up_vectors_have_a_fingerprint_that_says_so() -> None:
+def test_debug_vectors_have_a_fingerprint_that_says_so() -> None:
     with Engine(golden("mean")[0], device="debug") as engine:
         assert engine.spec.fingerprint.startswith("debug-")
         assert engine.embed(["one", "two"]).shape == (2, 32)

@@ -1,150 +1,139 @@
-"""The chain over fake devices: order, reasons, lateness, and that the last device's word is final."""
+"""The chain over fake devices: order, reasons, late batches, and which error is raised when all fail."""
 
-import math
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import GOLDEN
+from conftest import GOLDEN, until_set
 from npu_proxy import DeviceError, EmbedRequest, Engine, Settings, SettingsError, UnavailableError
-from npu_proxy.devices.base import LateError
+from npu_proxy.batch import Batch, BatchShape, Encoding, Output, Slot
 from npu_proxy.devices.fake import FakeDevice, fail
 from npu_proxy.devices.fallback import Fallback
-from npu_proxy.devices.kinds import TARGETS, chain, supported
-from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Encoding, Job, Lane, Pack, Slot
+from npu_proxy.targets import TARGETS, device_chain, supported
 
-SHAPE = RowShape(bins=1, positions=8, segments=1)
+SHAPE = BatchShape(bins=1, positions=8, segments=1)
 
 
-def row(ids: int = 3) -> Pack:
-    job = Job(encoding=Encoding(np.arange(1, ids + 1, dtype=np.int32), truncated=False), lane=Lane.BULK, queued_at=0, waiters=[])
+def make_batch(ids: int = 3) -> Batch:
+    """One text, due in an hour."""
+    encoding = Encoding(np.arange(1, ids + 1, dtype=np.int32), truncated=False)
     arrays = {"input_ids": np.zeros((1, 8), np.int32), "segment_ids": np.full((1, 8), -1, np.int32)}
-    arrays["input_ids"][0, :ids], arrays["segment_ids"][0, :ids] = job.encoding.ids, 0
-    pack = Pack([job], [Slot(0, 0)], SHAPE, arrays)
-    job.waiters.append((_Ticket(), 0))
-    return pack
+    arrays["input_ids"][0, :ids], arrays["segment_ids"][0, :ids] = encoding.ids, 0
+    return Batch([encoding], [Slot(0, 0)], SHAPE, arrays, deadline=time.monotonic() + 3600)
 
 
-class _Ticket:
-    deadline = time.monotonic() + 3600
+def run(chain: Fallback) -> Output:
+    return chain.submit(make_batch()).result(timeout=10)
 
 
-class Late(FakeDevice):
-    """Late in every row; what it was late with comes after ``seconds``, or fails."""
+def late(seconds: float, *, fails: bool = False, name: str = "late") -> FakeDevice:
+    """A device that finishes or fails only after ``seconds``."""
 
-    def __init__(self, seconds: float, *, fails: bool = False) -> None:
-        super().__init__(name="late")
-        self._late, self._fails = seconds, fails
+    def script(_: Batch) -> None:
+        threading.Event().wait(seconds)
+        if fails:
+            raise DeviceError("it never came")
 
-    def infer(self, pack: Pack, late: float = math.inf):
-        def pending():
-            threading.Event().wait(self._late)
-            if self._fails:
-                raise DeviceError("it never came")
-            return super(Late, self).infer(pack)
-
-        raise LateError("late", pending)
+    return FakeDevice(name=name, script=script)
 
 
 def test_the_first_that_is_ready_answers_and_the_reason_is_told() -> None:
     first, second = FakeDevice(name="one", script=fail("broken")), FakeDevice(name="two")
-    with_reason = Fallback([first, second], probe_every=0).infer(row())
+    with_reason = run(Fallback([first, second], probe_every=0))
     assert (with_reason.device, with_reason.fallback) == ("two", "broken")
     first.ready = False
-    assert "one is serving" in Fallback([first, second], probe_every=0).infer(row()).fallback
-    alone = Fallback([second], probe_every=0).infer(row())
+    assert "one is serving" in run(Fallback([first, second], probe_every=0)).fallback
+    alone = run(Fallback([second], probe_every=0))
     assert (alone.device, alone.fallback) == ("two", "")
 
 
-def test_shapes_and_streams_are_those_of_whoever_would_answer() -> None:
+def test_shapes_and_streams_are_those_of_the_device_that_would_answer() -> None:
     first, second = FakeDevice(name="one", streams=8), FakeDevice(name="two", streams=2, shapes=[SHAPE])
     chain = Fallback([first, second], probe_every=0)
-    assert (chain.streams, chain.most_streams) == (8, 8)
+    assert (chain.streams, chain.max_streams) == (8, 8)
     first.ready = False
-    assert (chain.streams, chain.most_streams, chain.shapes) == (2, 8, [SHAPE])
+    assert (chain.streams, chain.max_streams, chain.shapes) == (2, 8, [SHAPE])
     assert chain.ready
     second.ready = False
     assert not chain.ready
     with pytest.raises(UnavailableError, match="one is serving; two is serving"):
-        chain.infer(row())
+        run(chain)
 
 
-def test_the_last_error_stands_when_all_fail() -> None:
+def test_the_last_error_is_raised_when_all_fail() -> None:
     with pytest.raises(DeviceError, match="second"):
-        Fallback([FakeDevice(script=fail("first")), FakeDevice(script=fail("second"))], probe_every=0).infer(row())
+        run(Fallback([FakeDevice(script=fail("first")), FakeDevice(script=fail("second"))], probe_every=0))
 
 
-def test_a_late_row_is_started_on_the_next_device_and_the_first_answer_counts() -> None:
-    chain = Fallback([Late(0.3), FakeDevice(name="two")], hedge=0.01, probe_every=0)
-    output = chain.infer(row())
-    assert (output.device, output.fallback) == ("two", "late")
-    chain = Fallback([Late(0.01), FakeDevice(name="two", seconds=0.3)], hedge=0.01, probe_every=0)
-    assert chain.infer(row()).device == "late"
-    chain = Fallback([Late(0.01), FakeDevice(name="two", script=fail())], hedge=0.01, probe_every=0)
-    assert chain.infer(row()).device == "late"
-    chain = Fallback([Late(0.0, fails=True), FakeDevice(name="two", seconds=0.1)], hedge=0.01, probe_every=0)
-    assert chain.infer(row()).device == "two"
+def test_a_late_batch_is_started_on_the_next_device_and_the_first_answer_counts() -> None:
+    chain = Fallback([late(0.3), FakeDevice(name="two")], hedge=0.01, probe_every=0)
+    output = run(chain)
+    assert (output.device, output.fallback) == ("two", "late did not finish a batch in time")
+    chain = Fallback([late(0.1), FakeDevice(name="two", seconds=0.5)], hedge=0.01, probe_every=0)
+    output = run(chain)
+    assert (output.device, output.fallback) == ("late", "")
+    chain = Fallback([late(0.1), FakeDevice(name="two", script=fail())], hedge=0.01, probe_every=0)
+    assert run(chain).device == "late"
+    second = FakeDevice(name="two", seconds=0.3)
+    chain = Fallback([late(0.1, fails=True), second], hedge=0.01, probe_every=0)
+    assert run(chain).device == "two"
+    assert len(second.batches) == 1
     with pytest.raises(DeviceError, match="scripted failure"):
-        Fallback([Late(0.0, fails=True), FakeDevice(name="two", script=fail())], hedge=0.01, probe_every=0).infer(row())
+        run(Fallback([late(0.1, fails=True), FakeDevice(name="two", script=fail())], hedge=0.01, probe_every=0))
     chain.close()
-    assert chain._devices[1].closed
+    assert second.closed
 
 
-def test_a_late_row_goes_down_the_whole_chain() -> None:
-    """The second is late as well, the third is the one that answers; a device that is no longer ready is passed over."""
-    chain = Fallback([Late(0.5), Late(0.5), FakeDevice(name="three")], hedge=0.01, probe_every=0)
-    output = chain.infer(row())
-    assert (output.device, output.fallback) == ("three", "late; late")
+def test_a_late_batch_goes_down_the_whole_chain() -> None:
+    """The second is late as well, and the third answers; a device that is no longer ready is skipped."""
+    chain = Fallback([late(0.5, name="one"), late(0.5, name="two"), FakeDevice(name="three")], hedge=0.01, probe_every=0)
+    output = run(chain)
+    reasons = "one did not finish a batch in time; two did not finish a batch in time"
+    assert (output.device, output.fallback) == ("three", reasons)
     down = FakeDevice(name="two", script=fail())
     down.ready = False
-    output = Fallback([Late(0.5), down, FakeDevice(name="three")], hedge=0.01, probe_every=0).infer(row())
+    output = run(Fallback([late(0.5), down, FakeDevice(name="three")], hedge=0.01, probe_every=0))
     assert output.device == "three"
-    assert not down.packs
+    assert not down.batches
     chain.close()
 
 
 def test_a_chain_is_read_and_what_is_wrong_with_it_is_named() -> None:
-    assert chain("npu, GPU,cpu") == ["npu", "gpu", "cpu"]
-    assert chain("auto")[-1] == "cpu"
+    assert device_chain("npu, GPU,cpu") == ["npu", "gpu", "cpu"]
+    assert device_chain("auto")[-1] == "cpu"
     for wrong, words in {
         "toaster": "names `toaster`",
-        "cpu,npu": "behind `cpu`",
+        "cpu,npu": "after `cpu`",
         "npu,npu": "each device once",
         "": "each device once",
-        "npu,debug": "only stand alone",
-        "auto,cpu": "only stand alone",
+        "npu,debug": "only be used alone",
+        "auto,cpu": "only be used alone",
     }.items():
         with pytest.raises(SettingsError, match=words):
-            chain(wrong)
+            device_chain(wrong)
 
 
 def test_a_device_is_the_same_however_it_is_written() -> None:
     for written, meant in {"ONNX": "onnx", " Debug,": "debug", "AUTO": "auto", "NPU-sim , cpu": "npu-sim,cpu"}.items():
         assert Settings(device=written).device == meant
-    with pytest.raises(SettingsError, match="knows only fp32"):
+    with pytest.raises(SettingsError, match="supports only fp32"):
         Settings(device="ONNX", precision="int8")
 
 
-def test_no_more_rows_race_than_there_are_places() -> None:
-    """Behind a slow device the next one is not flooded: who finds no place waits for the late row."""
+def test_no_more_batches_are_hedged_than_there_are_places() -> None:
+    """Behind a slow device the next one is not flooded: a batch without a place waits for the late run."""
     gate = threading.Event()
-    first, second = Late(0.2), FakeDevice(name="two", script=lambda pack: gate.wait(5) and None)
-    first.streams = first.most_streams = 1
-    second.streams = second.most_streams = 1
+    first = FakeDevice(name="late", streams=1, seconds=0.2)
+    second = FakeDevice(name="two", streams=1, script=until_set(gate, 5))
     chain = Fallback([first, second], hedge=0.01, probe_every=0)
-    answers = []
-    threads = [threading.Thread(target=lambda: answers.append(chain.infer(row()).device)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(5)
-    assert answers == ["late"] * 4
-    assert len(second.packs) == 1
+    runs: list[Future[Output]] = [chain.submit(make_batch()) for _ in range(4)]
+    assert [future.result(timeout=5).device for future in runs] == ["late"] * 4
+    assert len(second.batches) == 1
     gate.set()
     chain.close()
 
@@ -161,12 +150,12 @@ def test_npu_sim_has_the_rules_of_an_npu() -> None:
     assert TARGETS["npu"].kind.isolated
 
 
-def test_a_row_packed_for_another_device_goes_to_one_that_takes_it() -> None:
+def test_a_batch_packed_for_another_device_goes_to_one_that_takes_it() -> None:
     first = FakeDevice(name="one")
     first.takes = lambda shape: False
-    output = Fallback([first, FakeDevice(name="two")], probe_every=0).infer(row())
-    assert (output.device, output.fallback) == ("two", "one was not ready when the row was packed")
-    assert not first.packs
+    output = run(Fallback([first, FakeDevice(name="two")], probe_every=0))
+    assert (output.device, output.fallback) == ("two", "one was not ready when the batch was packed")
+    assert not first.batches
 
 
 def test_texts_too_long_for_an_accelerator_go_to_the_device_behind_it(tmp_path: Path) -> None:
@@ -177,9 +166,9 @@ def test_texts_too_long_for_an_accelerator_go_to_the_device_behind_it(tmp_path: 
         end = time.monotonic() + 60
         while engine.device.reports()[0].state != "serving" and time.monotonic() < end:
             time.sleep(0.05)
-        for text, device, reason in ((short, "npu-sim", ""), (long, "cpu", "npu-sim takes no row for a text that long")):
+        for text, device, reason in ((short, "npu-sim", ""), (long, "cpu", "npu-sim does not take texts of this length")):
             result = engine.submit(EmbedRequest(texts=[text])).result(timeout=60).raise_first()
             assert (result.device, result.fallback) == (device, reason)
-            np.testing.assert_allclose(result.embeddings, cpu.embed([text]), atol=1e-4)
-    with Engine(folder, settings=replace(settings, device="npu-sim")) as alone:  # nothing stands behind it
+            np.testing.assert_allclose(np.asarray(result.embeddings), cpu.embed([text]), atol=1e-4)
+    with Engine(folder, settings=replace(settings, device="npu-sim")) as alone:  # without a device behind it
         assert alone.submit(EmbedRequest(texts=[long])).result(timeout=60).raise_first().device == "npu-sim"

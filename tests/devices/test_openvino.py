@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from conftest import golden
-from npu_proxy.devices.kinds import TARGETS
-from npu_proxy.devices.openvino import OpenVinoCpu, available_threads, compile_static, open_core
+from npu_proxy.batch import Batch, BatchShape
+from npu_proxy.devices.openvino import OpenVinoCpu, open_core
+from npu_proxy.devices.worker.compile import compile_static
 from npu_proxy.errors import DeviceError
-from npu_proxy.graph.packed import RowShape
 from npu_proxy.models.layout import read_spec
-from npu_proxy.types import Pack
+from npu_proxy.system import available_threads
+from npu_proxy.targets import TARGETS
 
 
 def test_threads_are_those_this_process_may_use() -> None:
@@ -19,22 +20,22 @@ def test_threads_are_those_this_process_may_use() -> None:
 
 
 def test_an_npu_takes_static_shapes_only() -> None:
-    """Also the one that is only played: the processor behind it would compile a dynamic graph."""
+    """The simulated one too: the processor behind it would compile a dynamic graph."""
     target = TARGETS["npu-sim"]
     core = open_core(target)
     spec = read_spec(golden("mean")[0])
-    static = RowShape(bins=1, positions=32, segments=4)
+    static = BatchShape(bins=1, positions=32, segments=4)
     compiled = compile_static(core, target, spec, [static], {"NPU_TURBO": True})[static]  # a property it does not list
     assert not compiled.input("input_ids").partial_shape.is_dynamic
     with pytest.raises(RuntimeError, match="static shapes only"):
-        compile_static(core, target, spec, [RowShape(bins=1, positions=32, segments=-1)], {})
+        compile_static(core, target, spec, [BatchShape(bins=1, positions=32, segments=-1)], {})
 
 
-def test_a_row_that_does_not_fit_is_a_device_error_and_the_device_goes_on() -> None:
+def test_a_batch_that_does_not_fit_is_a_device_error_and_the_device_goes_on() -> None:
     device = OpenVinoCpu(read_spec(golden("mean")[0]), threads=1)
     assert device.streams == 1
     shape = device.shapes[0]
-    assert isinstance(shape, RowShape)
+    assert isinstance(shape, BatchShape)
     good = {
         "input_ids": np.zeros((shape.bins, shape.positions), np.int32),
         "position_ids": np.zeros((shape.bins, shape.positions), np.int32),
@@ -43,5 +44,5 @@ def test_a_row_that_does_not_fit_is_a_device_error_and_the_device_goes_on() -> N
     }
     for _ in range(3):
         with pytest.raises(DeviceError, match="the CPU failed"):
-            device.infer(Pack([], [], shape, good | {"input_ids": np.zeros((1, 2, 3), np.int32)}))
-        assert device.infer(Pack([], [], shape, good)).vectors.shape == (shape.bins, shape.segments, 32)
+            device.submit(Batch([], [], shape, good | {"input_ids": np.zeros((1, 2, 3), np.int32)})).result()
+        assert device.submit(Batch([], [], shape, good)).result().vectors.shape == (shape.bins, shape.segments, 32)

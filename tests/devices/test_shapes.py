@@ -2,7 +2,7 @@
 
 import pytest
 
-from npu_proxy.devices.shapes import CPU_COST, NPU_COST, dynamic_shapes, static_shapes
+from npu_proxy.devices.shapes import CPU_COST, NPU_COST, Cost, dynamic_shapes, static_shapes
 
 
 @pytest.mark.parametrize(("limit", "longest"), [(256, 256), (512, 512), (128, 128), (100, 128), (20, 32), (8192, 8192)])
@@ -16,7 +16,7 @@ def test_shapes_hold_every_text_and_are_few(limit: int, longest: int) -> None:
 
 
 @pytest.mark.parametrize("cost", [CPU_COST, NPU_COST])
-def test_longer_bins_and_smaller_rows_cost_more_a_token(cost) -> None:
+def test_longer_bins_and_smaller_batches_cost_more_per_token(cost: Cost) -> None:
     assert cost.work(8, 64) < cost.work(4, 128) < cost.work(2, 256)
     assert cost.work(1, 64) / 64 > cost.work(8, 64) / 512
 

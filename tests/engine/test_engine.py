@@ -6,15 +6,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import SMALL_SHAPES, fake_engine, golden, smallest_cosine
+from conftest import SMALL_SHAPES, fake_engine, golden, smallest_cosine, until_set
 from npu_proxy import (
     AsyncEngine,
     DeadlineError,
@@ -29,6 +31,7 @@ from npu_proxy import (
     StoppedError,
     TooLongError,
 )
+from npu_proxy.batch import Batch, Output
 from npu_proxy.devices.fake import FakeDevice, fail, fake_vector
 from npu_proxy.types import Lane
 
@@ -40,11 +43,11 @@ texts_of_words = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=
 def gate() -> tuple[threading.Event, FakeDevice]:
     """A device that answers only when the event is set."""
     event = threading.Event()
-    return event, FakeDevice(width=32, shapes=SMALL_SHAPES, script=lambda pack: event.wait(20) and None)
+    return event, FakeDevice(width=32, shapes=SMALL_SHAPES, script=until_set(event))
 
 
 @pytest.fixture(scope="module")
-def shared():
+def shared() -> Iterator[Engine]:
     with fake_engine(FakeDevice(width=32, shapes=SMALL_SHAPES)) as engine:
         yield engine
 
@@ -52,21 +55,22 @@ def shared():
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(texts_of_words, min_size=1, max_size=5))
 def test_every_text_is_answered_once_in_order_and_alone(shared: Engine, requests: list[list[str]]) -> None:
-    answers: dict[int, int] = {}
+    callbacks: dict[int, int] = {}
     futures = []
     for number, texts in enumerate(requests):
         future = shared.submit(EmbedRequest(texts=texts, normalize=False))
-        future.add_done_callback(lambda _, number=number: answers.__setitem__(number, answers.get(number, 0) + 1))
+        future.add_done_callback(lambda _, number=number: callbacks.__setitem__(number, callbacks.get(number, 0) + 1))
         futures.append(future)
     for texts, future in zip(requests, futures, strict=True):
         result = future.result(timeout=20).raise_first()
         for text, vector in zip(texts, result.embeddings, strict=True):
-            # What the fake gives to these ids, whoever shared the row.
-            ids = shared._parts.encoder.plain([text])[0].ids
-            np.testing.assert_array_equal(vector, fake_vector(ids, 32))
-    assert answers == dict.fromkeys(range(len(requests)), 1)
-    for pack in shared.device.packs:
-        assert all(np.count_nonzero(row >= 0) <= pack.shape.positions for row in pack.inputs["segment_ids"])
+            # What the fake gives to these ids, whoever shared the batch.
+            ids = shared.tokenizer.plain([text])[0].ids
+            np.testing.assert_array_equal(vector, fake_vector(ids.tolist(), 32))
+    assert callbacks == dict.fromkeys(range(len(requests)), 1)
+    assert isinstance(shared.device, FakeDevice)
+    for batch in shared.device.batches:
+        assert all(np.count_nonzero(bin >= 0) <= batch.shape.positions for bin in batch.inputs["segment_ids"])
 
 
 def test_equal_texts_in_flight_are_embedded_once() -> None:
@@ -78,18 +82,18 @@ def test_equal_texts_in_flight_are_embedded_once() -> None:
         event.set()
         assert np.ptp(first.result(5).embeddings, axis=0).max() == 0
         second.result(5).raise_first()
-        assert sum(len(pack.jobs) for pack in device.packs) <= 3  # two distinct texts, one of them perhaps begun twice
+        assert sum(len(batch.encodings) for batch in device.batches) <= 3  # two distinct texts, one of them perhaps begun twice
 
 
 def test_a_device_failure_fails_its_jobs_and_the_engine_goes_on() -> None:
-    calls = []
+    calls: list[Batch] = []
 
-    def script(pack) -> None:
-        calls.append(pack)
+    def script(batch: Batch) -> None:
+        calls.append(batch)
         if len(calls) == 1:
             raise RuntimeError("something nobody foresaw")
         if len(calls) == 2:
-            fail("lost")(pack)
+            fail("lost")(batch)
 
     with fake_engine(FakeDevice(width=32, shapes=SMALL_SHAPES, script=script)) as engine:
         with pytest.raises(Exception, match="the device failed: RuntimeError"):
@@ -102,10 +106,10 @@ def test_a_device_failure_fails_its_jobs_and_the_engine_goes_on() -> None:
 
 def test_numbers_that_are_not_finite_fail_their_text_alone() -> None:
     class Rotten(FakeDevice):
-        def infer(self, pack):
-            output = super().infer(pack)
-            for job, slot in zip(pack.jobs, pack.slots, strict=True):
-                if job.encoding.tokens == 5:
+        def infer(self, batch: Batch) -> Output:
+            output = super().infer(batch)
+            for encoding, slot in zip(batch.encodings, batch.slots, strict=True):
+                if encoding.tokens == 5:
                     output.vectors[slot.bin, slot.segment, 3] = np.nan
             return output
 
@@ -113,7 +117,7 @@ def test_numbers_that_are_not_finite_fail_their_text_alone() -> None:
         result = engine.submit(EmbedRequest(texts=["cat", "cat dog moon", "dog"])).result(5)
         assert [type(error) for error in result.errors] == [type(None), DeviceError, type(None)]
         assert np.isnan(result.embeddings[1]).all()
-        assert np.isfinite(result.embeddings[[0, 2]]).all()
+        assert np.isfinite(np.asarray(result.embeddings)[[0, 2]]).all()
 
 
 def test_one_bad_text_fails_alone() -> None:
@@ -188,10 +192,10 @@ def test_a_deadline_answers_in_time_even_when_the_device_hangs() -> None:
 def test_cancelled_requests_cost_no_inference() -> None:
     event, device = gate()
     with fake_engine(device) as engine:
-        blockers = []
-        for number, word in enumerate(("moon", "star"), 1):  # one row for each of the two streams
+        blockers: list[Future] = []
+        for number, word in enumerate(("moon", "star"), 1):  # one batch for each of the two streams
             blockers.append(engine.submit(EmbedRequest(texts=[word])))
-            while len(device.packs) < number:
+            while len(device.batches) < number:
                 time.sleep(0.001)
         future = engine.submit(EmbedRequest(texts=["cat dog"]))
         assert future.cancel()
@@ -201,11 +205,11 @@ def test_cancelled_requests_cost_no_inference() -> None:
         engine.embed(["tree"])
         with pytest.raises(CancelledError):
             future.result(0)
-        ids = engine._parts.encoder.plain(["cat dog"])[0].ids
-        assert not any(np.array_equal(job.encoding.ids, ids) for pack in device.packs for job in pack.jobs)
+        ids = engine.tokenizer.plain(["cat dog"])[0].ids
+        assert not any(np.array_equal(encoding.ids, ids) for batch in device.batches for encoding in batch.encodings)
 
 
-def test_overload_is_refused_at_the_door() -> None:
+def test_overload_is_refused_when_it_is_submitted() -> None:
     event, device = gate()
     with fake_engine(device, max_queue_items=20) as engine:
         futures = [engine.submit(EmbedRequest(texts=[f"{word} {n}" for word in WORDS[:10]])) for n in range(2)]
@@ -227,13 +231,14 @@ def test_a_request_larger_than_the_limit_is_taken_when_nothing_waits() -> None:
 def test_streams_are_ordered_lazy_and_bounded(shared: Engine) -> None:
     read = [0]
 
-    def endless():
+    def endless() -> Iterator[str]:
         while True:
             read[0] += 1
             yield f"{WORDS[read[0] % 7]} {WORDS[read[0] % 11]}"
 
     stream = shared.stream(endless(), batch_size=16, normalize=False)
     vectors = [next(stream) for _ in range(100)]
+    assert isinstance(stream, Generator)
     stream.close()
     assert read[0] < 100 + 1024 + 64
     for number, vector in enumerate(vectors, 1):
@@ -254,7 +259,7 @@ def test_parallel_workers_give_the_same_vectors_in_order() -> None:
     assert smallest_cosine(found, np.concatenate([vectors] * 8)) >= 0.99999
 
 
-def test_a_worker_that_cannot_start_is_an_error_not_a_hang(tmp_path) -> None:
+def test_a_worker_that_cannot_start_is_an_error_not_a_hang(tmp_path: Path) -> None:
     engine = Engine(tmp_path / "nothing")
     with pytest.raises(DeviceError, match="worker process"):
         list(engine.stream(["a"], parallel=1))
@@ -279,7 +284,14 @@ def test_options_do_what_they_say() -> None:
         assert not np.array_equal(engine.embed([long]), engine.embed([long], truncate="start"))
         with pytest.raises(TooLongError, match="48 tokens, however you requested 103"):
             engine.embed([long], truncate="error")
-        for wrong in ({"dimensions": 0}, {"dimensions": 33}, {"dtype": "int4"}, {"prompt_name": "no"}, {"truncate": "middle"}):
+        mistakes: list[dict[str, Any]] = [
+            {"dimensions": 0},
+            {"dimensions": 33},
+            {"dtype": "int4"},
+            {"prompt_name": "no"},
+            {"truncate": "middle"},
+        ]
+        for wrong in mistakes:
             with pytest.raises(InputError):
                 engine.embed(["cat"], **wrong)
         with pytest.raises(InputError, match="divisible by 8"):
@@ -325,7 +337,8 @@ def test_aging_and_lanes_in_the_running_engine() -> None:
 def test_settings_refuse_nonsense() -> None:
     from npu_proxy import SettingsError
 
-    for wrong in ({"device": "toaster"}, {"window": 0}, {"timeout": 0}, {"row_tokens": 8}, {"threads": -1}):
+    mistakes: list[dict[str, Any]] = [{"device": "toaster"}, {"window": 0}, {"timeout": 0}, {"row_tokens": 8}, {"threads": -1}]
+    for wrong in mistakes:
         with pytest.raises(SettingsError, match=f"`{next(iter(wrong))}`"):
             Settings(**wrong)
 
@@ -333,13 +346,13 @@ def test_settings_refuse_nonsense() -> None:
 def test_workers_that_read_different_versions_of_a_model_are_not_mixed() -> None:
     from types import SimpleNamespace
 
-    from npu_proxy.engine.parallel import _Same
+    from npu_proxy.engine.parallel import _SameModel
 
-    same = _Same()
-    one, other = SimpleNamespace(fingerprint="a"), SimpleNamespace(fingerprint="b")
-    assert same([one, one]) == [one, one]
+    same_model = _SameModel()
+    results: list[Any] = [SimpleNamespace(fingerprint=version) for version in ("a", "a", "b")]
+    assert same_model(results[:2]) == results[:2]
     with pytest.raises(DeviceError, match="different versions of the model"):
-        same([one, other])
+        same_model(results[1:])
 
 
 def test_what_cannot_be_done_in_time_is_refused_at_once_and_counted() -> None:
@@ -365,29 +378,30 @@ def test_answered_requests_are_forgotten_whatever_their_deadline() -> None:
         engine.embed(["a"])
         now = time.monotonic()
         held = engine.submit(EmbedRequest(texts=["b"], deadline=now + 5))
-        tickets = engine._pipeline._tickets
-        gone = []
+        assert engine._pipeline is not None
+        pending = engine._pipeline._pending
+        gone: list[weakref.ref[Future]] = []
         for number in range(20):
             future = engine.submit(EmbedRequest(texts=[f"c {number}"], deadline=now + 3000))
             gone.append(weakref.ref(future))
             future.result()
             del future
         held.result()
-        device.packs.clear()  # the fake remembers every row
+        device.batches.clear()  # the fake remembers every batch
         gc.collect()
-        assert not tickets
-        assert sum(one() is not None for one in gone) <= 2  # what a stage's thread has in hand
+        assert not pending
+        assert sum(reference() is not None for reference in gone) <= 2  # what a stage's thread has in hand
 
 
-def test_a_slow_first_row_of_one_text_refuses_nobody() -> None:
+def test_a_slow_first_batch_of_one_text_refuses_nobody() -> None:
     release = threading.Event()
-    device = FakeDevice(shapes=SMALL_SHAPES, streams=1, script=lambda pack: release.wait(0.5) and None)
+    device = FakeDevice(shapes=SMALL_SHAPES, streams=1, script=until_set(release, 0.5))
     with fake_engine(device, cache_mb=0) as engine:
         engine.embed(["a"])  # two tokens in half a second
         release.set()
-        open_one = engine.submit(EmbedRequest(texts=["b"]))
+        still_open = engine.submit(EmbedRequest(texts=["b"]))
         many = engine.submit(EmbedRequest(texts=[f"the cat {number}" for number in range(2000)], lane=Lane.BULK))
-        assert open_one.result().errors == (None,)
+        assert still_open.result().errors == (None,)
         assert set(many.result().errors) == {None}
 
 
@@ -396,8 +410,8 @@ def test_a_program_that_forgets_to_stop_ends_in_peace() -> None:
         "from npu_proxy import EmbedRequest, Engine, Pair, Settings\n"
         f"engine = Engine({str(ROOT / 'examples' / 'models' / 'scifact-reranker')!r}, device='cpu').start()\n"
         "pairs = [Pair(f'claim {number}', 'word ' * 600) for number in range(2000)]\n"
-        "engine.submit(EmbedRequest(texts=pairs, want='scores'))\n"
-        "while not engine.stats().counters.rows: pass\n"
+        "engine.submit(EmbedRequest(texts=pairs, output_type='scores'))\n"
+        "while not engine.stats().counters.batches: pass\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -22,7 +22,7 @@ def test_norms_are_one_or_zero(given: np.ndarray) -> None:
 
 
 @given(vectors)
-def test_a_row_is_cast_as_it_would_be_alone(given: np.ndarray) -> None:
+def test_a_vector_is_cast_as_it_would_be_alone(given: np.ndarray) -> None:
     unit = normalize(given)
     for dtype in DType:
         together = cast(unit, dtype)
@@ -30,12 +30,18 @@ def test_a_row_is_cast_as_it_would_be_alone(given: np.ndarray) -> None:
             np.testing.assert_array_equal(np.asarray(together)[number], np.asarray(cast(unit[number : number + 1], dtype))[0])
 
 
+def numbers(vectors: np.ndarray, dtype: DType) -> np.ndarray:
+    found = cast(vectors, dtype)
+    assert isinstance(found, np.ndarray)
+    return found
+
+
 def test_types_mean_what_they_say() -> None:
     vector = np.array([[0.6, -0.8, 0, 0, 0, 0, -0.0, 1e-9]], np.float32)
-    assert cast(vector, DType.INT8).tolist() == [[76, -102, 0, 0, 0, 0, 0, 0]]
-    assert cast(vector, DType.UINT8).tolist() == [[204, 26, 128, 128, 128, 128, 128, 128]]
-    assert cast(vector, DType.UBINARY).tolist() == [[0b10111111]]
-    assert cast(vector, DType.BINARY).tolist() == [[0b10111111 - 128]]
+    assert numbers(vector, DType.INT8).tolist() == [[76, -102, 0, 0, 0, 0, 0, 0]]
+    assert numbers(vector, DType.UINT8).tolist() == [[204, 26, 128, 128, 128, 128, 128, 128]]
+    assert numbers(vector, DType.UBINARY).tolist() == [[0b10111111]]
+    assert numbers(vector, DType.BINARY).tolist() == [[0b10111111 - 128]]
     (text,) = cast(vector, DType.BASE64)
     np.testing.assert_array_equal(np.frombuffer(base64.b64decode(text), "<f4"), vector[0])
-    assert cast(vector, DType.FLOAT16).dtype == np.float16
+    assert numbers(vector, DType.FLOAT16).dtype == np.float16

@@ -9,22 +9,36 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import GOLDEN, golden
-from npu_proxy.engine.frames import chunks, longest_first
-from npu_proxy.engine.manner import Manner
-from npu_proxy.engine.tokenize import TextEncoder
-from npu_proxy.errors import InputError, TooLongError
+from npu_proxy.batch import Encoding
+from npu_proxy.engine.chunking import ChunkedText, chunk_ranges
+from npu_proxy.engine.encode_options import EncodeOptions
+from npu_proxy.engine.special_tokens import longest_first
+from npu_proxy.engine.tokenize import RequestTokenizer, Sanitize
+from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError, TooLongError
 from npu_proxy.models.layout import read_spec
-from npu_proxy.types import Chunked, Chunking, Encoding, Truncate
+from npu_proxy.types import Chunking, TextInput, Truncate
 
 SPEC = read_spec(GOLDEN / "mean")
-ENCODER = TextEncoder(SPEC)
+TOKENIZER = RequestTokenizer(SPEC)
 PLAIN = Tokenizer.from_file(str(GOLDEN / "mean" / "tokenizer.json"))
 PLAIN.no_padding()
 PLAIN.no_truncation()
 
 
-def one(text, truncate=Truncate.END, encoder=ENCODER, prompt=""):
-    (encoding,) = encoder.encode([text], Manner(prompt=prompt, truncate=truncate, limit=SPEC.max_length))
+def encode(
+    text: TextInput, truncate: Truncate = Truncate.END, tokenizer: RequestTokenizer = TOKENIZER, prompt: str = ""
+) -> Encoding | ChunkedText | NpuProxyError:
+    """What becomes of a single text."""
+    (encoding,) = tokenizer.encode([text], EncodeOptions(prompt=prompt, truncate=truncate, limit=SPEC.max_length))
+    return encoding
+
+
+def encoded(
+    text: TextInput, truncate: Truncate = Truncate.END, tokenizer: RequestTokenizer = TOKENIZER, prompt: str = ""
+) -> Encoding:
+    """The encoding of a single text that can be encoded."""
+    encoding = encode(text, truncate, tokenizer, prompt)
+    assert isinstance(encoding, Encoding)
     return encoding
 
 
@@ -34,7 +48,7 @@ def test_ids_are_the_tokenizers_own_cut_to_the_limit(text: str, times: int) -> N
     text = (text + " ") * times  # long ones go through the shortcut
     whole = PLAIN.encode(text).ids
     inner = whole[1:-1]
-    end, start = one(text), one(text, Truncate.START)
+    end, start = encoded(text), encoded(text, Truncate.START)
     keep = SPEC.max_length - 2
     assert end.ids.tolist() == [whole[0], *inner[:keep], whole[-1]]
     assert start.ids.tolist() == [whole[0], *inner[len(inner) - min(keep, len(inner)) :], whole[-1]]
@@ -42,34 +56,32 @@ def test_ids_are_the_tokenizers_own_cut_to_the_limit(text: str, times: int) -> N
 
 
 def test_too_long_says_how_long() -> None:
-    error = one("cat " * 2000, Truncate.ERROR)
+    error = encode("cat " * 2000, Truncate.ERROR)
     assert isinstance(error, TooLongError)
     assert (error.limit, error.tokens) == (48, 2002)
 
 
 def test_token_ids_get_the_special_tokens() -> None:
     ids = PLAIN.encode("the cat", add_special_tokens=False).ids
-    np.testing.assert_array_equal(one(ids).ids, one("the cat").ids)
-    assert isinstance(one([SPEC.vocabulary]), InputError)
-    assert isinstance(one([-1]), InputError)
+    np.testing.assert_array_equal(encoded(ids).ids, encoded("the cat").ids)
+    assert isinstance(encode([SPEC.vocabulary]), InputError)
+    assert isinstance(encode([-1]), InputError)
 
 
 @pytest.mark.parametrize(("how", "text", "same"), [("basic", "c\0at\ud800", "cat"), ("nfkc", "ｃａｔ", "cat")])
-def test_sanitizing(how: str, text: str, same: str) -> None:
-    encoder = TextEncoder(SPEC, sanitize=how)
-    np.testing.assert_array_equal(one(text, encoder=encoder).ids, one(same).ids)
+def test_sanitizing(how: Sanitize, text: str, same: str) -> None:
+    sanitizing = RequestTokenizer(SPEC, sanitize=how)
+    np.testing.assert_array_equal(encoded(text, tokenizer=sanitizing).ids, encoded(same).ids)
 
 
 def test_empty_texts() -> None:
-    assert one("").kind == "empty"
-    placeholder = one("", encoder=TextEncoder(SPEC, on_empty="placeholder"))
-    assert isinstance(placeholder, Encoding)
-    assert placeholder.tokens > 2
-    assert isinstance(one("   "), Encoding)
+    assert isinstance(encode(""), EmptyInputError)
+    assert encoded("", tokenizer=RequestTokenizer(SPEC, on_empty="placeholder")).tokens > 2
+    assert isinstance(encode("   "), Encoding)
 
 
 def test_prompts_come_first() -> None:
-    np.testing.assert_array_equal(one("cat", prompt="one two ").ids, one("one two cat").ids)
+    np.testing.assert_array_equal(encoded("cat", prompt="one two ").ids, encoded("one two cat").ids)
 
 
 WORDS = ["a", "sea", "the cat", "unbelievably", ",", "x" * 150, "é", "海", "\u200b", "ab\u0301c", "-", "don't"]
@@ -83,15 +95,12 @@ WORDS = ["a", "sea", "the cat", "unbelievably", ",", "x" * 150, "é", "海", "\u
 )
 def test_a_long_text_is_cut_as_if_all_of_it_were_tokenized(words: list[str], between: str, times: int, truncate: Truncate) -> None:
     text = between.join(words * times * 30)
-    encoder = TextEncoder(read_spec(golden("mean")[0]))
-    found = one(text, truncate, encoder)
-    whole = TextEncoder(read_spec(golden("mean")[0]))
+    found = encoded(text, truncate, RequestTokenizer(read_spec(golden("mean")[0])))
+    whole = RequestTokenizer(read_spec(golden("mean")[0]))
     whole._splits_words = False
-    wanted = one(text, truncate, whole)
-    assert isinstance(found, Encoding)
-    assert isinstance(wanted, Encoding)
-    np.testing.assert_array_equal(found.ids, wanted.ids)
-    assert found.truncated == wanted.truncated
+    expected = encoded(text, truncate, whole)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    assert found.truncated == expected.truncated
 
 
 @pytest.mark.parametrize(
@@ -99,24 +108,24 @@ def test_a_long_text_is_cut_as_if_all_of_it_were_tokenized(words: list[str], bet
 )
 @pytest.mark.parametrize("truncate", [Truncate.ERROR, Truncate.END, Truncate.START])
 def test_however_long_a_text_is_little_of_it_is_tokenized(text: str, truncate: Truncate) -> None:
-    encoder = TextEncoder(read_spec(golden("mean")[0]))
-    asked: list[int] = []
+    tokenizer = RequestTokenizer(read_spec(golden("mean")[0]))
+    sizes: list[int] = []
 
     class Counting:
-        def __init__(self, inner: object) -> None:
+        def __init__(self, inner: Tokenizer) -> None:
             self.inner = inner
 
         def encode(self, part: str, **options: bool) -> object:
-            asked.append(len(part))
+            sizes.append(len(part))
             return self.inner.encode(part, **options)
 
         def encode_batch_fast(self, parts: list[str], **options: bool) -> object:
-            asked.extend(map(len, parts))
+            sizes.extend(map(len, parts))
             return self.inner.encode_batch_fast(parts, **options)
 
-    encoder._tokenizer = Counting(encoder._tokenizer)
-    found = one(text, truncate, encoder)
-    assert sum(asked) <= (200_000 if text[0] != "x" else 8_000_000)
+    tokenizer._tokenizer = Counting(tokenizer._tokenizer)  # type: ignore[assignment]  # it has what is called of it
+    found = encode(text, truncate, tokenizer)
+    assert sum(sizes) <= (200_000 if text[0] != "x" else 8_000_000)
     if text[0] == "x":  # one word: a single unknown token, or more than is worth looking at
         assert isinstance(found, Encoding | InputError)
     elif truncate is Truncate.ERROR:
@@ -131,7 +140,7 @@ def test_however_long_a_text_is_little_of_it_is_tokenized(text: str, truncate: T
 def test_chunks_cover_a_text_and_overlap(tokens: int, room: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, room - 1))
     ends = data.draw(st.sets(st.integers(0, tokens)))
-    parts = chunks(0, tokens, room, overlap, ends)
+    parts = chunk_ranges(0, tokens, room, overlap, ends)
     assert parts[0][0] == 0
     assert parts[-1][1] == tokens
     assert all(0 < stop - start <= room for start, stop in parts)
@@ -140,24 +149,22 @@ def test_chunks_cover_a_text_and_overlap(tokens: int, room: int, data: st.DataOb
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 200))
 def test_a_pair_is_cut_as_the_tokenizer_cuts_it(first: int, second: int, room: int) -> None:
-    encode = Tokenizer.from_file(str(GOLDEN / "bert_rerank" / "tokenizer.json"))
-    encode.no_padding()
-    encode.enable_truncation(room + 3)
-    types = np.array(encode.encode("cat " * first, "dog " * second).type_ids)
+    tokenizer = Tokenizer.from_file(str(GOLDEN / "bert_rerank" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(room + 3)
+    types = np.array(tokenizer.encode("cat " * first, "dog " * second).type_ids)
     if first + second <= room:
         return
-    ones, twos = longest_first(first, second, room)
-    assert (ones, twos) == (len(types) - types.sum() - 2, types.sum() - 1)
+    assert longest_first(first, second, room) == (len(types) - types.sum() - 2, types.sum() - 1)
 
 
-def test_chunks_of_a_text_say_where_they_lie() -> None:
+def test_chunks_of_a_text_say_where_they_are() -> None:
     text = "the cat sleeps. " * 40
-    encoder = TextEncoder(SPEC)
-    manner = Manner(truncate=Truncate.CHUNK, limit=SPEC.max_length, chunking=Chunking(overlap=4, sentences=True))
-    (found,) = encoder.encode([text], manner)
-    assert isinstance(found, Chunked)
+    options = EncodeOptions(truncate=Truncate.CHUNK, limit=SPEC.max_length, chunking=Chunking(overlap=4, sentences=True))
+    (found,) = TOKENIZER.encode([text], options)
+    assert isinstance(found, ChunkedText)
     assert found.spans[0][0] == 0
     assert found.spans[-1][1] == len(text.rstrip())
     for encoding, (start, stop) in zip(found.encodings, found.spans, strict=True):
-        np.testing.assert_array_equal(encoding.ids, one(text[start:stop]).ids)
+        np.testing.assert_array_equal(encoding.ids, encoded(text[start:stop]).ids)
         assert text[:stop].rstrip().endswith(".")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from load import Load, accelerator
 
 from npu_proxy import Engine
-from npu_proxy.devices.faults import SLOW_SECONDS, Fault
+from npu_proxy.devices.worker.faults import SLOW_SECONDS, Fault
 
 
 def pid(engine: Engine) -> int:
@@ -48,10 +48,10 @@ def three_errors(engine: Engine, load: Load) -> None:
 
 
 def broken_compiler(fault: Fault) -> Callable[[Engine, Load], None]:
-    """The worker dies, and compiling the model again goes wrong as well, once."""
+    """The worker dies, and compiling the model again fails as well, once."""
 
     def case(engine: Engine, load: Load) -> None:
-        accelerator(engine).inject(fault)  # strikes at the next compilation
+        accelerator(engine).inject(fault)  # happens at the next compilation
         os.kill(pid(engine), signal.SIGKILL)
         load.wait_down()
 
@@ -59,7 +59,7 @@ def broken_compiler(fault: Fault) -> Callable[[Engine, Load], None]:
 
 
 def slow_first(engine: Engine, load: Load) -> None:
-    """One inference takes three seconds; where that is beyond `row_timeout`, the worker is started anew."""
+    """One inference takes three seconds; where that is beyond `row_timeout`, the worker is restarted."""
     accelerator(engine).inject(Fault.SLOW)
     load.wait_down(SLOW_SECONDS + 0.5)
 
@@ -68,7 +68,7 @@ CASES: dict[str, Callable[[Engine, Load], None]] = {
     "killed ten times": killed_ten_times,
     "stopped (SIGSTOP)": stopped,
     "native crash": injected(Fault.CRASH),
-    "hangs in the row": injected(Fault.HANG),
+    "hangs in the batch": injected(Fault.HANG),
     "NaN": injected(Fault.NAN),
     "device lost": injected(Fault.LOST),
     "three errors": three_errors,

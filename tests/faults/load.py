@@ -1,4 +1,4 @@
-"""A closed loop of concurrent requests over an engine whose first device can be made to fail, and what came of each."""
+"""A closed loop of concurrent requests over an engine whose first device can be made to fail, and the outcome of each."""
 
 from __future__ import annotations
 
@@ -9,48 +9,49 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from npu_proxy import EmbedRequest, EmbedResult, Engine, NpuProxyError, Settings
-from npu_proxy.devices.accelerator import Accelerator
-from npu_proxy.devices.chain import open_devices, served_spec
-from npu_proxy.devices.faults import Fault
-from npu_proxy.devices.profile import settled
-from npu_proxy.engine.golden import GoldenRows
-from npu_proxy.engine.parts import Parts
-from npu_proxy.engine.tokenize import TextEncoder
-from npu_proxy.models.layout import read_spec
-from npu_proxy.models.store import Store
+from npu_proxy.devices.accelerator.accelerator import Accelerator
+from npu_proxy.devices.chain import open_devices
+from npu_proxy.devices.fallback import Fallback
+from npu_proxy.devices.worker.faults import Fault
+from npu_proxy.engine.components import EngineComponents
+from npu_proxy.engine.golden import GoldenBatches
+from npu_proxy.engine.tokenize import RequestTokenizer
+from npu_proxy.models.resolve import resolve
 
 WORDS = "the cat dog house red green blue runs sleeps eats one two three four five moon star".split()
-ALIKE = 0.99999
+SAME = 0.99999
 
 
-def faulty_engine(**settings: object) -> Engine:
+def faulty_engine(**settings: Any) -> Engine:
     """An engine on npu-sim,cpu (or the device given) whose npu-sim obeys `inject`; started, npu-sim serving."""
-    engine = Engine(settings=Settings(**{"device": "npu-sim,cpu", "profile": "off", **settings}), parts=faulty_parts()).start()
-    accelerator(engine).settle(120)
+    chosen = Settings(**{"device": "npu-sim,cpu", "profile": False, **settings})
+    engine = Engine(settings=chosen, components=faulty_components()).start()
+    accelerator(engine).wait_decided(120)
     return engine
 
 
-def faulty_parts(first: Fault = Fault.NONE) -> Callable[[Settings, threading.Event], Parts]:
-    """How such an engine is loaded; the fault ``first`` strikes from the start."""
+def faulty_components(first: Fault = Fault.NONE) -> Callable[[Settings, threading.Event], EngineComponents]:
+    """How such an engine is loaded; the fault ``first`` happens from the start."""
 
-    def parts(settings: Settings, stopping: threading.Event) -> Parts:
-        name, folder = Store(settings.store).resolve(settings.model[0])
-        spec = read_spec(folder, name=name, pooling=settings.pooling)
-        settings = settled(settings, spec)
-        spec = served_spec(settings, spec)
-        encoder = TextEncoder(spec)
-        golden = GoldenRows(encoder, spec)
-        return Parts(spec=spec, encoder=encoder, device=open_devices(settings, spec, golden, stopping, fault=first))
+    def components(settings: Settings, stopping: threading.Event) -> EngineComponents:
+        settings, spec = resolve(settings)
+        tokenizer = RequestTokenizer(spec)
+        device = open_devices(settings, spec, GoldenBatches(tokenizer, spec), stopping, fault=first)
+        return EngineComponents(spec=spec, tokenizer=tokenizer, device=device)
 
-    return parts
+    return components
 
 
 def accelerator(engine: Engine) -> Accelerator:
-    return engine.device._devices[0]
+    assert isinstance(engine.device, Fallback)
+    first = engine.device._devices[0]
+    assert isinstance(first, Accelerator)
+    return first
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -61,16 +62,16 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 @dataclass
 class Figures:
-    """What came of a load. seconds: the slowest answer, and from the fault until the device serves again."""
+    """The outcome of a load. Seconds: of the slowest answer, beyond the timeout, and until the device serves again."""
 
     requests: int = 0
     right: int = 0
     wrong: int = 0
     twice: int = 0
     lost: int = 0
-    errors: Counter = field(default_factory=Counter)
-    devices: Counter = field(default_factory=Counter)
-    reasons: Counter = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter[str])
+    devices: Counter[str] = field(default_factory=Counter[str])
+    reasons: Counter[str] = field(default_factory=Counter[str])
     least_cosine: float = 1.0
     slowest: float = 0.0
     late: float = 0.0
@@ -89,7 +90,7 @@ class Load:
         self._lock = threading.Lock()
         self._open = 0
         self._going = True
-        self._answers: Counter = Counter()
+        self._answers: Counter[int] = Counter()
         for _ in range(concurrent):
             self._submit()
 
@@ -117,8 +118,8 @@ class Load:
             else:
                 cosine = float(result.embeddings[0] @ self._expected[text])
                 figures.least_cosine = min(figures.least_cosine, cosine)
-                figures.right += cosine >= ALIKE
-                figures.wrong += not cosine >= ALIKE
+                figures.right += cosine >= SAME
+                figures.wrong += not cosine >= SAME
                 figures.devices[result.device] += 1
                 if result.fallback:
                     figures.reasons[result.fallback] += 1
@@ -136,13 +137,13 @@ class Load:
             return sum(self._answers.values())
 
     def wait_for(self, more: int, seconds: float = 60.0) -> None:
-        """Until so many more answers have come."""
+        """Wait for so many more answers."""
         goal, pause, end = self.answered() + more, threading.Event(), time.monotonic() + seconds
         while self.answered() < goal and time.monotonic() < end:
             pause.wait(0.01)
 
     def wait_back(self, seconds: float = 60.0) -> float:
-        """Until the first device serves again; how long it took, infinity when it did not come back."""
+        """Wait until the first device serves again; returns how long it took, infinity when it did not."""
         start, pause = time.monotonic(), threading.Event()
         while time.monotonic() - start < seconds:
             if accelerator(self._engine).ready:
@@ -154,13 +155,13 @@ class Load:
         return float("inf")
 
     def wait_down(self, seconds: float = 30.0) -> None:
-        """Until the first device is known to have failed."""
+        """Wait until the first device is known to have failed."""
         pause, end = threading.Event(), time.monotonic() + seconds
         while accelerator(self._engine).ready and time.monotonic() < end:
             pause.wait(0.002)
 
     def finish(self) -> Figures:
-        """No further requests; wait for those under way."""
+        """Send no further requests, and wait for those under way."""
         with self._lock:
             self._going = False
         pause, end = threading.Event(), time.monotonic() + self._timeout + 10
@@ -170,7 +171,7 @@ class Load:
         return self.figures
 
 
-def expected_vectors(model: str | Path, store: Path, some: list[str]) -> dict[str, np.ndarray]:
-    """What the CPU gives."""
-    with Engine(model, device="cpu", settings=Settings(store=store, profile="off")) as engine:
-        return dict(zip(some, engine.embed(some), strict=True))
+def expected_vectors(model: str | Path, store: Path, texts: list[str]) -> dict[str, np.ndarray]:
+    """The CPU's vectors, by text."""
+    with Engine(model, device="cpu", settings=Settings(store=store, profile=False)) as engine:
+        return dict(zip(texts, engine.embed(texts), strict=True))

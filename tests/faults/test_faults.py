@@ -1,4 +1,4 @@
-"""Every fault under a thousand concurrent requests: each answered once, rightly, in time, by the device the result names."""
+"""Every fault under a thousand concurrent requests: each answered once, correctly, in time, by the device the result names."""
 
 import os
 import re
@@ -9,18 +9,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cases import CASES
-from load import Load, accelerator, expected_vectors, faulty_engine, faulty_parts, texts
+from load import Load, accelerator, expected_vectors, faulty_components, faulty_engine, texts
 
 from conftest import golden
-from npu_proxy import EmbedRequest, Engine, Settings, StoppedError, UnavailableError
-from npu_proxy.devices.faults import Fault
-from npu_proxy.devices.kinds import TARGETS
+from npu_proxy import EmbedRequest, EmbedResult, Engine, Settings, StoppedError, UnavailableError
+from npu_proxy.devices.worker.faults import Fault
+from npu_proxy.targets import TARGETS
 
-QUICK = {
+QUICK: dict[str, Any] = {
     "heartbeat_timeout": 1.0,
     "row_timeout": 2.0,
     "compile_timeout": 20.0,
@@ -50,7 +51,7 @@ def engine(store: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     running.stop(0)
 
 
-def ask(engine: Engine, text: str = "the cat sleeps"):
+def ask(engine: Engine, text: str = "the cat sleeps") -> EmbedResult:
     return engine.submit(EmbedRequest(texts=[text])).result(timeout=40)
 
 
@@ -88,12 +89,12 @@ def test_wrong_vectors_are_found_by_the_probe(engine: Engine) -> None:
     accelerator(engine).inject(Fault.NONE)
 
 
-def test_a_device_that_never_was_right_is_quarantined_and_stays_so(tmp_path: Path) -> None:
+def test_a_device_that_never_was_right_is_quarantined_and_stays_quarantined(tmp_path: Path) -> None:
     settings = QUICK | {"model": MODEL, "store": tmp_path}
     for fault in (Fault.WRONG, Fault.NONE):  # the second time nothing is wrong, but the verdict is known
-        engine = Engine(settings=Settings(device="npu-sim,cpu", **settings), parts=faulty_parts(fault)).start()
+        engine = Engine(settings=Settings(device="npu-sim,cpu", **settings), components=faulty_components(fault)).start()
         try:
-            assert accelerator(engine).settle(30)
+            assert accelerator(engine).wait_decided(30)
             report = engine.device.reports()[0]
             assert report.state == "quarantined"
             assert "cosine" in report.reason
@@ -104,7 +105,7 @@ def test_a_device_that_never_was_right_is_quarantined_and_stays_so(tmp_path: Pat
             engine.stop(0)
 
 
-@pytest.mark.parametrize("engine", [{"fallback": "off"}], indirect=True)
+@pytest.mark.parametrize("engine", [{"fallback": False}], indirect=True)
 def test_without_fallback_there_is_a_clear_error_and_then_an_answer_again(engine: Engine) -> None:
     assert [report.name for report in engine.device.reports()] == ["npu-sim"]
     accelerator(engine).inject(Fault.LOST)
@@ -120,20 +121,20 @@ def test_without_fallback_there_is_a_clear_error_and_then_an_answer_again(engine
 
 
 @pytest.mark.parametrize("engine", [{"hedge": 0.2, "row_timeout": 20.0}], indirect=True)
-def test_a_late_row_is_answered_by_the_next_device_first(engine: Engine) -> None:
+def test_a_late_batch_is_answered_by_the_next_device_first(engine: Engine) -> None:
     assert ask(engine).device == "npu-sim"
     accelerator(engine).inject(Fault.SLOW)
     start = time.monotonic()
     result = ask(engine, "a text of its own")
     assert result.device == "cpu"
-    assert "not done after" in result.fallback
+    assert "did not finish a batch in time" in result.fallback
     assert time.monotonic() - start < 2.5
     assert accelerator(engine).ready
 
 
 @pytest.mark.parametrize("engine", [{"hedge": 0.2, "row_timeout": 20.0, "requests": 1}], indirect=True)
-def test_rows_behind_a_hanging_one_do_not_wait_for_it(engine: Engine) -> None:
-    """The only slot hangs, for longer than the requests live: each of them goes to the next device in time."""
+def test_batches_behind_a_hanging_one_do_not_wait_for_it(engine: Engine) -> None:
+    """The only slot hangs for longer than the requests may take: each of them goes to the next device in time."""
     accelerator(engine).inject(Fault.HANG)
     start = time.monotonic()
     answers = [ask(engine, f"text {number} of its own") for number in range(5)]
@@ -142,11 +143,11 @@ def test_rows_behind_a_hanging_one_do_not_wait_for_it(engine: Engine) -> None:
 
 
 def test_an_absent_device_costs_nothing(store: Path) -> None:
-    """It is looked for now and then; between the looks its thread rests."""
+    """Its thread looks for it now and then, and waits in between."""
     if not TARGETS["npu"].missing():
         pytest.skip("this machine has an NPU")
-    with Engine(settings=Settings(device="npu,cpu", model=MODEL, store=store, **QUICK)) as engine:
-        accelerator(engine).settle(10)
+    with Engine(settings=Settings(device="npu,cpu", model=(MODEL,), store=store, **QUICK)) as engine:
+        accelerator(engine).wait_decided(10)
         threading.Event().wait(0.5)
         start = time.process_time()
         threading.Event().wait(1.0)
@@ -158,10 +159,9 @@ def test_an_absent_device_costs_nothing(store: Path) -> None:
 
 
 def test_an_engine_that_waits_for_its_only_device_can_be_stopped(store: Path) -> None:
-    parts = faulty_parts(Fault.COMPILE_HANG)
-    engine = Engine(
-        settings=Settings(device="npu-sim", model=MODEL, store=store, **(QUICK | {"compile_timeout": 60.0})), parts=parts
-    )
+    slow: dict[str, Any] = {**QUICK, "compile_timeout": 60.0}
+    settings = Settings(device="npu-sim", model=(MODEL,), store=store, **slow)
+    engine = Engine(settings=settings, components=faulty_components(Fault.COMPILE_HANG))
     failures: list[Exception] = []
 
     def start() -> None:
@@ -222,7 +222,7 @@ import sys
 from pathlib import Path
 from npu_proxy import Engine, Settings
 engine = Engine(settings=Settings(model=sys.argv[1], store=Path(sys.argv[2]), device="npu-sim,cpu")).start()
-engine.device._devices[0].settle(60)
+engine.device._devices[0].wait_decided(60)
 print("pid", engine.device.reports()[0].worker_pid, flush=True)
 sys.stdin.read()
 """

@@ -1,4 +1,4 @@
-"""What a client of the server sees of a fault: the device in the header, the reason, the metrics, health by the device."""
+"""What a client of the server sees of a fault: the device in the header, the reason, the metrics, health per device."""
 
 import asyncio
 import re
@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from load import accelerator, faulty_engine
 
 from conftest import app_of, golden
 from npu_proxy import AsyncEngine
-from npu_proxy.devices.faults import Fault
+from npu_proxy.devices.worker.faults import Fault
 
 QUICK = {
     "model": str(golden("mean")[0]),
@@ -31,7 +32,7 @@ FIELDS = {"name", "kind", "state", "breaker", "worker_pid", "certified", "execut
 
 
 @asynccontextmanager
-async def serving(store: Path, **settings: object) -> AsyncIterator[tuple[httpx.AsyncClient, AsyncEngine]]:
+async def serving(store: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, AsyncEngine]]:
     engine = faulty_engine(store=store, **QUICK, **settings)
     try:
         app = app_of(engine, engine.settings)
@@ -72,7 +73,7 @@ def test_headers_metrics_and_health_name_who_answered_and_why(fault: Fault, tmp_
             answer = await embed(http, "the dog")
             assert answer.status_code == 200
             assert answer.headers["x-npu-proxy-device"] == "cpu"
-            assert "npu-sim" in answer.headers["x-npu-proxy-fallback"] or "not done" in answer.headers["x-npu-proxy-fallback"]
+            assert "npu-sim" in answer.headers["x-npu-proxy-fallback"] or "did not finish" in answer.headers["x-npu-proxy-fallback"]
             counts = executed((await http.get("/metrics")).text)
             assert counts == {"npu-sim": 1, "cpu": 1}
             assert (await http.get("/health/ready")).status_code == 200  # the CPU answers
@@ -83,7 +84,7 @@ def test_headers_metrics_and_health_name_who_answered_and_why(fault: Fault, tmp_
                 if answer.headers["x-npu-proxy-device"] == "npu-sim" and accelerator(engine.engine).reports()[0].restarts:
                     break
                 if fault in (Fault.LOST, Fault.NAN) and answer.headers["x-npu-proxy-device"] == "npu-sim":
-                    break  # these are mended in place
+                    break  # after these the process goes on
             assert answer.headers["x-npu-proxy-device"] == "npu-sim"
             health = (await http.get("/health")).json()
             counts = executed((await http.get("/metrics")).text)
@@ -94,7 +95,7 @@ def test_headers_metrics_and_health_name_who_answered_and_why(fault: Fault, tmp_
 
 def test_without_fallback_a_fault_is_a_503_with_retry_after_and_the_server_is_not_ready(tmp_path: Path) -> None:
     async def run() -> None:
-        async with serving(tmp_path, fallback="off") as (http, engine):
+        async with serving(tmp_path, fallback=False) as (http, engine):
             assert (await embed(http, "the cat")).headers["x-npu-proxy-device"] == "npu-sim"
             accelerator(engine.engine).inject(Fault.CRASH)
             answer = await embed(http, "the dog")

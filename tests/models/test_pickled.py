@@ -1,4 +1,4 @@
-"""Torch's own files: their tensors come out right, and nothing that they ask for is run."""
+"""Torch's own files: their tensors are read correctly, and no code in them is run."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ def archive(file: Path, content: bytes, numbers: bytes = b"") -> Path:
     return file
 
 
-def test_tensors_come_out_as_torch_wrote_them() -> None:
+def test_tensors_are_read_as_torch_wrote_them() -> None:
     found = read_pickled(GOLDEN / "bge_m3" / "colbert_linear.pt")
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in found.items()} == {
         "weight": ((32, 32), np.float32),
@@ -34,10 +34,10 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path) -> 
     mark = tmp_path / "ran"
 
     class Evil:
-        def __reduce__(self) -> tuple:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(mark),)
 
-    with pytest.raises(ModelError, match="which is no tensor"):
+    with pytest.raises(ModelError, match="which is not part of a tensor"):
         read_pickled(archive(tmp_path / "evil.bin", pickle.dumps({"weight": Evil()})))
     assert not mark.exists()
 
@@ -52,7 +52,7 @@ def test_what_is_no_state_dict_is_an_error(tmp_path: Path, content: bytes) -> No
 
 
 def asking_for(numbers: int, stride: int) -> bytes:
-    """A tensor by opcodes, because no torch writes such files: so many numbers of the storage `0`."""
+    """A tensor written as opcodes, because torch writes no such files: so many numbers of the storage `0`."""
     return (
         b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(("
         b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00"
@@ -60,7 +60,7 @@ def asking_for(numbers: int, stride: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize(("stride", "message"), [(1, "beyond its numbers"), (0, "more numbers than are stored")])
+@pytest.mark.parametrize(("stride", "message"), [(1, "beyond its storage"), (0, "more numbers than its storage")])
 def test_a_tensor_has_no_more_numbers_than_are_there(tmp_path: Path, stride: int, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_pickled(archive(tmp_path / "wide.bin", asking_for(99, stride), np.zeros(4, np.float32).tobytes()))

@@ -6,12 +6,13 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from conftest import SMALL_SHAPES, app_of, fake_engine, golden
+from conftest import SMALL_SHAPES, app_of, fake_engine, golden, until_set
 from npu_proxy import Settings
 from npu_proxy.devices.fake import FakeDevice, fail
 
@@ -19,7 +20,7 @@ _, TEXTS, _ = golden("mean")
 
 
 @asynccontextmanager
-async def client(device: FakeDevice | None = None, *, start: bool = True, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
+async def client(device: FakeDevice | None = None, *, start: bool = True, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     settings = {"load_on_demand": False, **settings}
     device = device or FakeDevice(width=32, shapes=SMALL_SHAPES)
     engine = fake_engine(device, **settings)
@@ -31,7 +32,7 @@ async def client(device: FakeDevice | None = None, *, start: bool = True, **sett
     await asyncio.to_thread(engine.stop)
 
 
-def post(body: object, path: str = "/v1/embeddings", headers: dict | None = None, **settings: object) -> httpx.Response:
+def post(body: object, path: str = "/v1/embeddings", headers: dict | None = None, **settings: Any) -> httpx.Response:
     async def run() -> httpx.Response:
         async with client(**settings) as http:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -69,7 +70,7 @@ def test_headers() -> None:
 
 BAD: list[tuple[object, int, str]] = [
     (b"", 400, "no body"),
-    (b"{", 400, "no valid JSON"),
+    (b"{", 400, "not valid JSON"),
     (b"\xff\xfe", 400, "JSON"),
     (b"[" * 100_000, 400, "Expected `object`, got `array`"),
     (b'{"input":"\\ud800"}', 400, "JSON"),
@@ -116,8 +117,8 @@ def test_every_mistake_has_openais_shape_and_the_next_request_is_right() -> None
 
 def test_token_ids_are_embedded_or_refused() -> None:
     ids = [5, 6, 7]
-    one, many = (post({"input": given}, token_ids="model").json() for given in (ids, [ids, ids]))
-    assert one["data"][0]["embedding"] == many["data"][1]["embedding"]
+    single, several = (post({"input": given}, token_ids="model").json() for given in (ids, [ids, ids]))
+    assert single["data"][0]["embedding"] == several["data"][1]["embedding"]
     refused = post({"input": ids}, token_ids="reject")
     assert refused.status_code == 400
     assert "token_ids" in refused.json()["error"]["message"]
@@ -127,14 +128,15 @@ def test_overload_deadline_and_device_errors_have_their_codes() -> None:
     event = threading.Event()
 
     async def run() -> None:
-        device = FakeDevice(width=32, shapes=SMALL_SHAPES, script=lambda pack: event.wait(20) and None)
+        device = FakeDevice(width=32, shapes=SMALL_SHAPES, script=until_set(event))
         async with client(device, max_queue_items=4) as http:
             waiting = asyncio.create_task(http.post("/v1/embeddings", json={"input": ["a", "b", "c"]}))
             await asyncio.sleep(0.1)
             refused = await http.post("/v1/embeddings", json={"input": ["d", "e"]})
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) >= 1
-            for place in ({"params": {"timeout": "0.1"}}, {"headers": {"x-request-timeout": "0.1"}}):
+            places: list[dict[str, Any]] = [{"params": {"timeout": "0.1"}}, {"headers": {"x-request-timeout": "0.1"}}]
+            for place in places:
                 late = await http.post("/v1/embeddings", json={"input": "d"}, **place)
                 assert (late.status_code, late.json()["error"]["type"]) == (504, "server_error")
             wrong = await http.post("/v1/embeddings?timeout=soon", json={"input": "d"})

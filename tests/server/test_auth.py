@@ -2,16 +2,17 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from conftest import app_of, fake_engine
 from npu_proxy import Settings, SettingsError
-from npu_proxy.server.auth import read_keys
+from npu_proxy.server.http.auth import read_keys
 
 
-def ask(path: str, headers: dict | None = None, method: str = "GET", **settings: object) -> httpx.Response:
+def ask(path: str, headers: dict | None = None, method: str = "GET", **settings: Any) -> httpx.Response:
     async def run() -> httpx.Response:
         engine = fake_engine(**settings).start()
         app = app_of(engine, Settings(**settings))
@@ -71,5 +72,5 @@ def test_a_reachable_server_without_keys_does_not_start(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.9.9.9"])
-def test_on_this_machine_alone_no_key_is_needed(host: str) -> None:
+def test_no_key_is_needed_on_this_machine_alone(host: str) -> None:
     assert read_keys(Settings(host=host)) == []

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
+from typing import Any
 
 import httpx
 import numpy as np
@@ -19,9 +20,9 @@ UNIT = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
 
 
 @asynccontextmanager
-async def client(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
+async def client(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     chosen = Settings(
-        model=str(FOLDER),
+        model=(str(FOLDER),),
         device="cpu",
         served_model_name=("all-minilm", "text-embedding-3-small"),
         load_on_demand=False,
@@ -34,7 +35,7 @@ async def client(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
     await asyncio.to_thread(engine.stop)
 
 
-def call(path: str, body: object = None, method: str = "POST", **settings: object) -> httpx.Response:
+def call(path: str, body: object = None, method: str = "POST", **settings: Any) -> httpx.Response:
     async def run() -> httpx.Response:
         async with client(**settings) as http:
             content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -53,8 +54,8 @@ def test_ollama_embeds_texts_of_unit_length() -> None:
     assert content["model"] == "All-MiniLM:latest"
     assert content["total_duration"] > 0
     assert content["prompt_eval_count"] > len(TEXTS)
-    one = call("/api/embed", {"model": "mean", "input": TEXTS[0], "dimensions": 8}).json()["embeddings"]
-    np.testing.assert_allclose(one[0], UNIT[0, :8] / np.linalg.norm(UNIT[0, :8]), atol=1e-5)
+    narrow = call("/api/embed", {"model": "mean", "input": TEXTS[0], "dimensions": 8}).json()["embeddings"]
+    np.testing.assert_allclose(narrow[0], UNIT[0, :8] / np.linalg.norm(UNIT[0, :8]), atol=1e-5)
     wide = call("/api/embed", {"model": "mean", "input": TEXTS[0], "dimensions": 4096}).json()["embeddings"]
     np.testing.assert_allclose(wide, UNIT[:1], atol=1e-5)
 

@@ -102,7 +102,7 @@ def test_headers_without_end_are_refused(server: Server) -> None:
         b"G\xff /\xfe HTTP/1.1\r\n\r\n",
     ],
 )
-def test_what_is_no_http_is_refused(server: Server, request_line: bytes) -> None:
+def test_what_is_not_http_is_refused(server: Server, request_line: bytes) -> None:
     with connect(server) as connection:
         connection.sendall(request_line)
         assert b" 400 " in read_all(connection).splitlines()[0]
@@ -173,7 +173,9 @@ def descriptors(pid: int, port: int) -> list[str]:
 def test_texts_of_clients_that_have_gone_are_dropped_and_counted(server: Server) -> None:
     def abandoned() -> float:
         text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
-        return float(re.search(r"npu_proxy_abandoned_texts_total\{[^}]*\} (\S+)", text)[1])
+        found = re.search(r"npu_proxy_abandoned_texts_total\{[^}]*\} (\S+)", text)
+        assert found is not None
+        return float(found[1])
 
     before = abandoned()
     for attempt in range(20):
@@ -342,9 +344,9 @@ def test_large_requests_may_follow_each_other_on_a_connection(server: Server) ->
 
 def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     body = json.dumps({"inputs": ["sea " * 20_000]}).encode()
-    one = f"POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    request = f"POST /embed HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
     with connect(server) as connection:
-        connection.sendall(one + b"GET /health/live HTTP/1.1\r\nhost: loc")
+        connection.sendall(request + b"GET /health/live HTTP/1.1\r\nhost: loc")
         time.sleep(0.1)
         connection.sendall(b"alhost\r\n\r\n")
         answer = read_all(connection)
@@ -368,8 +370,9 @@ def test_open_requests_get_503_when_the_drain_is_over() -> None:
         thread.start()
     end = time.monotonic() + 30
     while time.monotonic() < end:  # until all of them are in, or answered
-        inside = int(re.search(r'"texts":(\d+)', httpx.get(f"{own.url}/health").text)[1])
-        if inside + 2048 * len(statuses) >= 2048 * len(threads):
+        texts = re.search(r'"texts":(\d+)', httpx.get(f"{own.url}/health").text)
+        assert texts is not None
+        if int(texts[1]) + 2048 * len(statuses) >= 2048 * len(threads):
             break
     own.process.terminate()
     for thread in threads:

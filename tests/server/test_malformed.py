@@ -144,7 +144,7 @@ def test_wrong_input_is_refused_clearly_and_the_next_answer_is_right() -> None:
     wrong: list[str] = []
 
     async def run() -> None:
-        settings = Settings(model=str(FOLDER), device="cpu", cache_mb=0)
+        settings = Settings(model=(str(FOLDER),), device="cpu", cache_mb=0)
         engine = Engine(settings=settings).start()
         app = app_of(engine, settings)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60) as http:
@@ -156,7 +156,7 @@ def test_wrong_input_is_refused_clearly_and_the_next_answer_is_right() -> None:
                     wrong.append(f"{path}: {name}: {answer.status_code} not the dialect's: {answer.text[:80]}")
                 elif any(words in answer.text for words in ("Traceback", 'File "', str(FOLDER.parent))):
                     wrong.append(f"{path}: {name}: shows our insides: {answer.text[:200]}")
-                # Computed anew each time: there is no cache, and the text is another one than before.
+                # Computed again each time: there is no cache, and the text differs from the one before.
                 place = number % len(TEXTS)
                 after = (await http.post("/embed", json={"inputs": TEXTS[place], "normalize": False})).json()
                 np.testing.assert_allclose(after, VECTORS[place : place + 1], atol=2e-5, err_msg=f"after {path}: {name}")
@@ -170,7 +170,7 @@ def test_wrong_input_is_refused_clearly_and_the_next_answer_is_right() -> None:
 @pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-type": "application/xml"}, {}])
 def test_the_content_type_does_not_matter_the_content_does(path: str, headers: dict) -> None:
     async def run() -> httpx.Response:
-        settings = Settings(model=str(FOLDER), device="cpu")
+        settings = Settings(model=(str(FOLDER),), device="cpu")
         engine = Engine(settings=settings).start()
         app = app_of(engine, settings)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60) as http:

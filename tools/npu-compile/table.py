@@ -1,4 +1,4 @@
-"""Compile every row shape of every golden family and of the default model with the vendor's NPU compiler, and say what it says.
+"""Compile every batch shape of every golden family and of the default model with the vendor's NPU compiler, and say what it says.
 
 The microseconds are the compiler's own cost model of one inference: good for ranking graphs and for catching regressions,
 not a measurement. It warns about kernels it does not model. Nothing runs on an NPU here, and no vector is checked.
@@ -20,17 +20,18 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from npu_proxy.batch import NATIVE_STYLE, BatchShape, GraphShape
+from npu_proxy.devices.graphs import Graphs
 from npu_proxy.devices.shapes import ROW_TOKENS, static_shapes
-from npu_proxy.engine.packing import plan_row
-from npu_proxy.engine.tokenize import TextEncoder
+from npu_proxy.engine.packing import plan_batch
+from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.packed import NATIVE, Form, RowShape
-from npu_proxy.models.graphs import Graphs
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import int8_spec
-from npu_proxy.models.store import Store
+from npu_proxy.models.store import ModelStore
 from npu_proxy.settings import Settings
-from npu_proxy.types import ModelSpec, Pooling
+from npu_proxy.spec import ModelSpec
+from npu_proxy.types import Pooling
 
 HERE = Path(__file__).parent
 PLATFORMS = {"3720": "Meteor, Arrow Lake", "4000": "Lunar Lake", "5010": "Panther Lake"}
@@ -38,7 +39,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 COMPARED = "1x32x1,1x64x1,1x128x1,1x256x1,1x128,1x256,8x32,4x64,2x128,16x32,8x64,4x128,2x256,16x64,8x128,4x256"
-"""For the default model: one text a row in buckets, several texts a row, and rows of bins."""
+"""For the default model: one text per row in buckets, several texts per row, and rows of bins."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +100,22 @@ def compile_one(work: Path, file: Path, platform: str, limit: float) -> tuple[fl
     )
 
 
-def shapes_of(text: str) -> list[RowShape]:
-    """`8x64` or `8x64x8` (bins, positions, segments a bin), separated by commas."""
-    shapes = []
-    for one in text.split(","):
-        bins, positions, *segments = map(int, one.split("x"))
-        shapes.append(RowShape(bins=bins, positions=positions, segments=segments[0] if segments else max(1, positions // 8)))
+def shapes_of(text: str) -> list[BatchShape]:
+    """`8x64` or `8x64x8` (bins, positions, segments per bin), separated by commas."""
+    shapes: list[BatchShape] = []
+    for shape in text.split(","):
+        bins, positions, *segments = map(int, shape.split("x"))
+        shapes.append(BatchShape(bins=bins, positions=positions, segments=segments[0] if segments else max(1, positions // 8)))
     return shapes
 
 
 def models() -> list[ModelSpec]:
-    """The golden models (one a pooling, family and kind), and the default model and its int8 copy where they are in the store."""
+    """The golden models (one per pooling, family and output type), and of the default model and its int8 copy in the store."""
     golden = Path(__file__).parents[2] / "tests" / "golden"
     specs = [read_spec(folder) for folder in sorted(golden.iterdir()) if (folder / "texts.json").exists()]
     specs.append(read_spec(golden / "bge_m3", name="bge_m3, three answers", pooling=Pooling.NONE))
     store = Settings().store
-    stored = Store(store).find(Settings().model[0])
+    stored = ModelStore(store).find(Settings().model[0])
     if stored is None:
         return specs
     spec = read_spec(stored.folder, name=stored.name)
@@ -123,10 +124,10 @@ def models() -> list[ModelSpec]:
     return [*specs, spec]
 
 
-def measure(spec: ModelSpec, shape: RowShape, platform: str, work: Path, limit: float) -> Row:
-    """Compile one graph for one platform, a second time where the first fails: under Wine that happens now and then."""
+def measure(spec: ModelSpec, shape: BatchShape, platform: str, work: Path, limit: float) -> Row:
+    """Compile one graph for one platform, and again where that fails: under Wine it sometimes does."""
     file = work / "model.xml"
-    ov.save_model(Graphs(spec)(Form.of(shape), NATIVE), file, compress_to_fp16=True)
+    ov.save_model(Graphs(spec)(GraphShape.static(shape), NATIVE_STYLE), file, compress_to_fp16=True)
     form = "padded" if shape.segments == 1 else "packed" if shape.bins == 1 else "bins"
     row = Row(spec.name, str(shape), form, shape.tokens, shape.segments, platform, 1, *compile_one(work, file, platform, limit))
     if row.error:
@@ -137,7 +138,7 @@ def measure(spec: ModelSpec, shape: RowShape, platform: str, work: Path, limit: 
 def useful(
     rows: Sequence[Row], lengths: Sequence[int], ways: Mapping[str, Sequence[str]]
 ) -> list[tuple[str, str, float, float, int]]:
-    """For each way and platform: microseconds a useful token, waste and rows, when texts of these lengths are all there."""
+    """For each platform and way: microseconds per useful token, waste and rows, when texts of these lengths are all waiting."""
     found = []
     for platform in sorted({row.platform for row in rows}):
         for way, names in ways.items():
@@ -150,7 +151,7 @@ def useful(
             if len(estimates) < len(names):
                 continue
             shapes = [
-                RowShape(
+                BatchShape(
                     bins=int(name.split("x")[0]),
                     positions=int(name.split("x")[1]),
                     segments=row.segments,
@@ -163,15 +164,15 @@ def useful(
     return found
 
 
-def _run(lengths: Sequence[int], shapes: Sequence[RowShape]) -> tuple[float, int, int]:
-    """Microseconds, positions and rows, planned as the engine plans them, from a window of 512 texts."""
+def _run(lengths: Sequence[int], shapes: Sequence[BatchShape]) -> tuple[float, int, int]:
+    """Microseconds, positions and rows, planned as the engine plans batches, from a window of 512 texts."""
     left, total, positions, count = list(lengths), 0.0, 0, 0
     while left:
         window = left[:512]
-        plan = plan_row(window, shapes)
-        taken = {index for bin in plan.bins for index in bin}
+        plan = plan_batch(window, shapes)
+        taken = set(plan.indices)
         left = [length for index, length in enumerate(window) if index not in taken] + left[512:]
-        total, positions, count = total + plan.shape.work, positions + plan.shape.bins * plan.shape.positions, count + 1
+        total, positions, count = total + plan.shape.work, positions + plan.shape.tokens, count + 1
     return total, positions, count
 
 
@@ -179,7 +180,7 @@ def corpus_lengths(spec: ModelSpec, data: Path, count: int = 3000) -> list[int]:
     """Token lengths of texts of the corpus, chosen at random."""
     texts = [json.loads(line)["text"] for line in (data / "corpus.jsonl").read_text(encoding="utf-8").split("\n") if line]
     chosen = np.random.default_rng(0).permutation(len(texts))[:count]
-    return [encoding.tokens for encoding in TextEncoder(spec).plain([texts[index] for index in chosen])]
+    return [encoding.tokens for encoding in RequestTokenizer(spec).plain([texts[index] for index in chosen])]
 
 
 def write(output: Path, rows: Sequence[Row], summary: Sequence[tuple[str, str, float, float, int]]) -> None:
@@ -191,14 +192,15 @@ def write(output: Path, rows: Sequence[Row], summary: Sequence[tuple[str, str, f
     if summary:
         lines += [
             "",
-            "Estimated microseconds a useful token, 3,000 texts of the corpus, rows planned as the engine plans them:",
+            "Estimated microseconds per useful token, 3,000 texts of the corpus, rows planned as the engine plans them:",
             "",
         ]
-        lines += ["| platform | rows | us a token | positions a token | rows |", "| --- | --- | --- | --- | --- |"]
+        lines += ["| platform | rows | us per token | positions per token | rows |", "| --- | --- | --- | --- | --- |"]
         lines += [
-            f"| {platform} | {way} | {a_token:.2f} | {waste:.3f} | {count} |" for platform, way, a_token, waste, count in summary
+            f"| {platform} | {way} | {per_token:.2f} | {waste:.3f} | {count} |"
+            for platform, way, per_token, waste, count in summary
         ]
-    lines += ["", "Every graph:", "", "| model | row | form | platform | compile, s | blob, MB | estimate, us | us a position |"]
+    lines += ["", "Every graph:", "", "| model | row | form | platform | compile, s | blob, MB | estimate, us | us per position |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         estimate = (
@@ -212,17 +214,19 @@ def write(output: Path, rows: Sequence[Row], summary: Sequence[tuple[str, str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="", help="bins x positions [x segments], by commas; default: what the device compiles")
+    parser.add_argument(
+        "--shapes", default="", help="bins x positions [x segments], separated by commas; default: what the device compiles"
+    )
     parser.add_argument("--platforms", default=",".join(PLATFORMS))
     parser.add_argument("--models", default="", help="only models whose name holds this")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds a compilation")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds per compilation")
     parser.add_argument("--data", type=Path, default=HERE.parents[2] / "shared" / "data", help="folder of corpus.jsonl")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "table.json")
     parser.add_argument("--work", type=Path, default=Path(os.environ.get("WORK", HERE / ".work")))
     arguments = parser.parse_args()
     rows: list[Row] = []
     specs = [spec for spec in models() if arguments.models in spec.name]
-    print(f"{'model':40} {'row':>7} {'form':>7} {'platform':>8} {'compile':>8} {'blob':>9} {'estimate':>9} {'a position':>10}")
+    print(f"{'model':40} {'row':>7} {'form':>7} {'platform':>8} {'compile':>8} {'blob':>9} {'estimate':>9} {'per position':>12}")
     for spec in specs:
         for shape in shapes_of(arguments.shapes) if arguments.shapes else shapes_for(spec):
             for platform in arguments.platforms.split(","):
@@ -238,15 +242,15 @@ def main() -> None:
     summary = []
     if real and (arguments.data / "corpus.jsonl").exists():
         summary = useful([row for row in rows if row.model == real[0].name], corpus_lengths(real[0], arguments.data), WAYS)
-    for platform, way, a_token, waste, count in summary:
-        print(f"{platform}  {way:40} {a_token:6.2f} us a useful token, {waste:.3f} positions a token, {count} rows")
+    for platform, way, per_token, waste, count in summary:
+        print(f"{platform}  {way:40} {per_token:6.2f} us per useful token, {waste:.3f} positions per token, {count} rows")
     write(arguments.output, rows, summary)
     failed = [row for row in rows if row.error]
     print(f"{len(rows) - len(failed)} of {len(rows)} compiled; the estimates are the vendor's cost model, not measurements")
     raise SystemExit(1 if failed else 0)
 
 
-def shapes_for(spec: ModelSpec) -> list[RowShape]:
+def shapes_for(spec: ModelSpec) -> list[BatchShape]:
     """What the device compiles; for the default model also what it is compared with."""
     own = static_shapes(spec.max_length, ROW_TOKENS, packed=True)
     compared = shapes_of(COMPARED) if spec.name == Settings().model[0] else []

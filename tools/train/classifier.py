@@ -3,8 +3,8 @@
     make example-models
 
 First the student learns the default model's vectors of sentences that have nothing to do with banking, then the thirty
-queries a class of bench/banking.py: their classes, what a logistic regression over the default model's vectors gives each
-class, and those vectors. Words are left out at random. The ten queries a class that are held out are not read.
+queries per class of bench/banking.py: their classes, what a logistic regression over the default model's vectors gives each
+class, and those vectors. Words are left out at random. The ten queries per class that are held out are not read.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def sentences(data: Path) -> list[str]:
 
 
 def train(parameters: Sequence[torch.nn.Parameter], steps: int, name: str, loss_of: Callable[[], torch.Tensor]) -> None:
-    """So many steps of AdamW with a rate that falls to 0."""
+    """``steps`` steps of AdamW with a rate that falls to 0."""
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
     began, losses = time.monotonic(), []
     for step in range(steps):
@@ -72,31 +72,31 @@ def main() -> None:
         seen, asked = (torch.tensor(engine.embed(texts)) for texts in (known, queries))
     teacher = LogisticRegression(C=10, max_iter=2000).fit(asked.numpy(), classes.numpy())
     shares = torch.tensor(teacher.predict_proba(asked.numpy()), dtype=torch.float32)
-    model, tokenizer, written = start([*(one["text"] for one in texts_of(arguments.data)), *queries * 3], labels)
+    model, tokenizer, written = start([*(entry["text"] for entry in texts_of(arguments.data)), *queries * 3], labels)
     tokenizer.enable_truncation(LONGEST)
-    lines = [one.ids for one in tokenizer.encode_batch([*known, *queries * 8])]
+    lines = [encoding.ids for encoding in tokenizer.encode_batch([*known, *queries * 8])]
     vectors = torch.cat([seen, asked.repeat(8, 1)])
     bridge = torch.nn.Linear(model.config.hidden_size, vectors.shape[1])
     parameters = [*model.parameters(), *bridge.parameters()]
     model.train()
 
-    def alike() -> torch.Tensor:
+    def vectors_loss() -> torch.Tensor:
         chosen = random.sample(range(len(lines)), FIRST_BATCH)
         wanted = vectors[chosen]
-        found = functional.normalize(bridge(model.bert(**padded([lines[one] for one in chosen])).pooler_output), dim=1)
+        found = functional.normalize(bridge(model.bert(**padded([lines[number] for number in chosen])).pooler_output), dim=1)
         return (1 - (found * wanted).sum(1)).mean() + 3 * ((found @ found.T - wanted @ wanted.T) ** 2).mean()
 
-    def right() -> torch.Tensor:
+    def classes_loss() -> torch.Tensor:
         chosen = random.sample(range(len(queries)), BATCH)
-        given = padded([_some(lines[len(known) + one]) for one in chosen])
+        given = padded([_some(lines[len(known) + number]) for number in chosen])
         pooled = model.bert(**given).pooler_output
         logits = model.classifier(model.dropout(pooled))
         loss = functional.cross_entropy(logits, classes[chosen], label_smoothing=0.1)
         loss = loss + functional.kl_div(logits.log_softmax(1), shares[chosen], reduction="batchmean")
         return loss + 0.5 * (1 - (functional.normalize(bridge(pooled), dim=1) * asked[chosen]).sum(1)).mean()
 
-    train(parameters, arguments.steps[0], "vectors", alike)
-    train(parameters, arguments.steps[1], "classes", right)
+    train(parameters, arguments.steps[0], "vectors", vectors_loss)
+    train(parameters, arguments.steps[1], "classes", classes_loss)
     write(model, written, arguments.output, problem_type="single_label_classification")
 
 

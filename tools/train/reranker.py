@@ -26,7 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from tiny import padded, seed, start, texts_of, write
 from torch.nn import functional
 
-from npu_proxy import Engine, Settings
+from npu_proxy import Engine, Pooling, Settings
 from peers import splade_folder
 
 LENGTH, GROUP, GROUPS, RATE = 256, 8, 8, 3e-4
@@ -64,7 +64,7 @@ def read(data: Path) -> tuple[list[str], list[tuple[str, list[int]]], list[tuple
         sentences = [part for part in re.split(r"(?<=[.!?]) +", body) if 7 <= len(part.split()) <= 40]
         own += [(number, sentence) for sentence in random.sample(sentences, min(3, len(sentences)))]
         own += [(number, document["title"])] if random.random() < 0.3 else []
-    return [f"{one['title']} {one['text']}".strip() for one in documents], claims, own
+    return [f"{document['title']} {document['text']}".strip() for document in documents], claims, own
 
 
 class Judge:
@@ -73,7 +73,7 @@ class Judge:
     def __init__(self, documents: Sequence[str]) -> None:
         self._bm25 = bm25s.BM25(k1=1.2)
         self._bm25.index([_WORDS.findall(text.lower()) for text in documents], show_progress=False)
-        self._engines = [Engine().start(), Engine(splade_folder(), settings=Settings(pooling="splade")).start()]
+        self._engines = [Engine().start(), Engine(splade_folder(), settings=Settings(pooling=Pooling.SPLADE)).start()]
         self._vectors = self._engines[0].embed(documents)
         self._weights = self._sparse(documents)
 
@@ -81,7 +81,7 @@ class Judge:
         """BM25, cosine of the default model, product of SPLADE-tiny: [queries, documents, 3], of mean 0 and deviation 1."""
         known = self._bm25.vocab_dict
         words = [[word for word in _WORDS.findall(text.lower()) if word in known] for text in queries]
-        lexical = np.stack([self._bm25.get_scores(one) for one in words])
+        lexical = np.stack([self._bm25.get_scores(query_words) for query_words in words])
         cosine = self._engines[0].embed(queries) @ self._vectors.T
         product = (self._sparse(queries) @ self._weights.T).toarray()
         scores = np.stack([lexical, cosine, product], axis=-1).astype(np.float32)
@@ -128,7 +128,7 @@ def _parts(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def group(queries: Queries, *, judged: bool) -> tuple[int, list[int], Scores]:
-    """A query, GROUP documents (an answer of it, hard ones, any one), and what their logits should be.
+    """A query, GROUP documents (one that answers it, hard ones, a random one), and what their logits should be.
 
     A sentence is in its document word for word, which is too easy, so that document is there half the time only.
     """
@@ -157,7 +157,7 @@ def main() -> None:
     known = [*documents, *(text["text"] for text in texts_of(arguments.data))]
     model, tokenizer, written = start(known, ["relevance"])
     judged, unjudged = teach(documents, claims, own)
-    encode = lambda texts, most: [one.ids[:most] for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]  # noqa: E731
+    encode = lambda texts, most: [encoding.ids[:most] for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]  # noqa: E731
     tokens = encode(documents, 500)
     asked = {id(queries): encode(queries.texts, 80) for queries in (judged, unjudged)}
     first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")

@@ -25,7 +25,7 @@ LEFT_OUT = re.compile(r"\[unused\d+\]")
 
 
 def texts_of(data: Path) -> list[dict[str, str]]:
-    """corpus.jsonl."""
+    """The entries of corpus.jsonl."""
     return [json.loads(line) for line in (data / "corpus.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -44,7 +44,7 @@ def start(texts: Sequence[str], labels: Sequence[str]) -> tuple[BertForSequenceC
     name = "embeddings.word_embeddings.weight"
     state[name] = state[name][torch.tensor(kept)]
     missing, unexpected = model.bert.load_state_dict(state, strict=False)
-    if unexpected or any(not one.startswith("pooler.") for one in missing):
+    if unexpected or any(not name.startswith("pooler.") for name in missing):
         raise SystemExit(f"the start does not fit: missing {missing}, unexpected {unexpected}")
     return model, Tokenizer.from_str(json.dumps(written)), written
 

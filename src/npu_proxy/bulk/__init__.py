@@ -1,1 +1,1 @@
-"""Files in, files out."""
+"""Embedding files of texts into files of vectors."""

@@ -1,4 +1,4 @@
-"""One file embedded into another, in order, with progress."""
+"""Embed one file into another, in order, with a progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from npu_proxy.bulk.files import Source, Target, open_source
+from npu_proxy.bulk.readers import TextReader, open_texts
+from npu_proxy.bulk.writers import VectorWriter
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.options import Options
 from npu_proxy.errors import InputError
@@ -32,8 +33,8 @@ class FileJob:
 
 
 @dataclass(kw_only=True)
-class Report:
-    """What a job has done."""
+class JobReport:
+    """Counts of texts and tokens that a job has processed."""
 
     texts: int = 0
     tokens: int = 0
@@ -41,12 +42,12 @@ class Report:
     failed: int = 0
 
 
-def run(engine: Engine, job: FileJob, options: Options) -> Report:
+def run(engine: Engine, job: FileJob, options: Options) -> JobReport:
     """Embed the file. Raises InputError for a bad file, and for the first bad text unless ``on_error`` is `null`."""
-    report = Report()
+    report = JobReport()
     with (
-        open_source(job.source, job.text_field) as source,
-        Target(job.target, DType(options.get("dtype", DType.FLOAT32))) as target,
+        open_texts(job.source, job.text_field) as source,
+        VectorWriter(job.target, DType(options.get("dtype", DType.FLOAT32))) as target,
         _progress(source, report) as advance,
     ):
         for result in engine.results(source.texts, batch_size=job.batch_size, parallel=job.parallel, **options):
@@ -54,7 +55,7 @@ def run(engine: Engine, job: FileJob, options: Options) -> Report:
                 for number, error in enumerate(result.errors):
                     if error is not None:
                         where = f"text {report.texts + number} (counted from 0) of `{job.source}`"
-                        raise InputError(f"{where}: {error}; --on-error null goes on without it") from error
+                        raise InputError(f"{where}: {error}; use --on-error null to continue without it") from error
             target.write(result, report.texts)
             report.texts += len(result.tokens)
             report.tokens += sum(result.tokens)
@@ -65,8 +66,8 @@ def run(engine: Engine, job: FileJob, options: Options) -> Report:
 
 
 @contextmanager
-def _progress(source: Source, report: Report) -> Generator[Callable[[], None]]:
-    """A bar on a terminal, nothing elsewhere; yields a function to call after each batch."""
+def _progress(source: TextReader, report: JobReport) -> Generator[Callable[[], None]]:
+    """Show a progress bar if standard error is a terminal; yields a function to call after each batch."""
     if not sys.stderr.isatty():
         yield lambda: None
         return

@@ -1,1 +1,1 @@
-"""Vectors that were computed before: in memory, on disk, on a server that machines share."""
+"""The cache of computed vectors: in memory, on disk, and on a server shared by several machines."""

@@ -1,8 +1,8 @@
-"""Vectors on disk, in LMDB: several processes share a folder, and a kill at any moment loses no committed entry.
+"""Vectors on disk, in LMDB: several processes can share a folder, and a process killed at any time loses no committed entry.
 
-Two generations share the limit. New entries go to the young one; when it is full the old one is emptied, in the same
-transaction, and they change places. What is found in the old one is written to the young one again, so what is used
-stays. An entry costs no bookkeeping of its own.
+Two generations share the limit. New entries go to the young generation; when it is full, the old one is emptied and they
+are swapped, in the same transaction. Entries found in the old generation are written to the young one again, so that
+entries in use are kept. No bookkeeping per entry is needed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import lmdb
 from npu_proxy.cache.entry import FINGERPRINT_BYTES, fingerprint_bytes
 from npu_proxy.cache.tier import TierError, TierStats
 
-log = logging.getLogger("npu_proxy.cache")
+_log = logging.getLogger("npu_proxy.cache")
 
-_LEAST_MAP = 4 << 30
-"""Address space; the file grows only with what is written. The same for all processes up to limits of half of it."""
+_MIN_MAP_SIZE = 4 << 30
+"""Bytes of address space; the file grows only as data is written. All processes with limits up to half of it use the same."""
 _GENERATIONS = (b"a", b"b")
 _YOUNG = b"young"
-_PROMOTED = 4096
-"""Keys found in the old generation that are remembered for the next write, at most."""
+_MAX_PROMOTED = 4096
+"""Maximum number of entries of the old generation that are remembered for the next write."""
 
 
 class DiskTier:
-    """Entries in ``folder``, ``limit`` bytes at most. ``open`` may wait for another process's lock, so nobody else does."""
+    """Stores entries in ``folder``, up to ``limit`` bytes. ``get_many`` never opens the folder, which may wait for a lock."""
 
     name = "disk"
 
@@ -43,30 +43,30 @@ class DiskTier:
         self._promote: dict[bytes, bytes] = {}
 
     def open(self) -> None:
-        """Open the folder, and make it where there is none. Raises TierError."""
+        """Open the folder, creating it if necessary. Raises TierError."""
         with self._open, _errors(self._folder):
             if self._env is not None:
                 return
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             file = self._folder / "data.mdb"
-            there = file.stat().st_size if file.exists() else 0  # of a time with a larger limit, perhaps
-            size = max(_LEAST_MAP, 1 << (2 * max(self._limit, there)).bit_length())
+            file_size = file.stat().st_size if file.exists() else 0  # the limit may have been larger before
+            size = max(_MIN_MAP_SIZE, 1 << (2 * max(self._limit, file_size)).bit_length())
             try:
-                self._env = self._opened(size)
+                self._env = self._open_env(size)
             except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
-                log.warning("%s cannot be read (%s); beginning anew", self._folder, error)
-                for file in ("data.mdb", "lock.mdb"):
-                    (self._folder / file).unlink(missing_ok=True)
-                self._env = self._opened(size)
+                _log.warning("cache folder %s cannot be read (%s) and is replaced by an empty one", self._folder, error)
+                for name in ("data.mdb", "lock.mdb"):
+                    (self._folder / name).unlink(missing_ok=True)
+                self._env = self._open_env(size)
 
-    def _opened(self, size: int) -> Any:
-        # Without metasync a power cut may lose the last transaction, and never an earlier one or the file.
+    def _open_env(self, size: int) -> Any:
+        # Without metasync a power failure may lose the last transaction, but never an earlier one or the file.
         env = lmdb.open(str(self._folder), map_size=size, max_dbs=2, metasync=False, max_readers=512, mode=0o600)
         try:
-            env.reader_check()  # readers that were killed no longer hold old pages
+            env.reader_check()  # release old pages held by killed readers
             info, page = env.info(), env.stat()["psize"]
-            if (self._folder / "data.mdb").stat().st_size < (info["last_pgno"] + 1) * page:  # reading on would end the process
-                raise lmdb.CorruptedError("the file is shorter than it says")
+            if (self._folder / "data.mdb").stat().st_size < (info["last_pgno"] + 1) * page:  # else reading crashes
+                raise lmdb.CorruptedError("the file is shorter than its header says")
             self._databases = {name: env.open_db(name) for name in _GENERATIONS}
         except BaseException:
             env.close()
@@ -74,37 +74,37 @@ class DiskTier:
         return env
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The values; None for all before it is open."""
+        """The value of each key, None if it is missing; all None until the tier is open."""
         env = self._env
         if env is None:
             return [None] * len(keys)
-        found: list[bytes | None] = []
+        values: list[bytes | None] = []
         with _errors(self._folder), env.begin() as read:
             young, old = self._order(read)
             for key in keys:
                 value = read.get(key, db=young)
                 if value is None:
                     value = read.get(key, db=old)
-                    if value is not None and len(self._promote) < _PROMOTED:
+                    if value is not None and len(self._promote) < _MAX_PROMOTED:
                         self._promote[key] = value
-                found.append(value)
-        return found
+                values.append(value)
+        return values
 
     def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
-        """One transaction. A full generation makes room first."""
+        """Write all entries in one transaction, swapping the generations first if the young one is full."""
         self.open()
         promoted, self._promote = self._promote, {}
-        everything = [*promoted.items(), *items]
+        entries = [*promoted.items(), *items]
         with _errors(self._folder):
             try:
-                self._put(everything)
-            except lmdb.MapFullError:  # pages are free only after the transaction that freed them
+                self._put(entries)
+            except lmdb.MapFullError:  # pages can be reused only after the transaction that freed them
                 with self._env.begin(write=True) as write:
-                    self._turn(write)
-                self._put(everything)
+                    self._swap_generations(write)
+                self._put(entries)
 
     def stats(self) -> TierStats:
-        """Entries by fingerprint and bytes of their pages."""
+        """Number of entries by fingerprint, and bytes of their pages."""
         self.open()
         entries: dict[str, int] = {}
         with _errors(self._folder), self._env.begin() as read:
@@ -116,7 +116,7 @@ class DiskTier:
         return TierStats(name=self.name, entries=entries, size=size, limit=self._limit)
 
     def clear(self, fingerprint: str | None) -> int:
-        """Remove everything, or the entries of one model."""
+        """Remove all entries, or those with ``fingerprint``. Returns how many were removed."""
         self.open()
         removed = 0
         with _errors(self._folder), self._env.begin(write=True) as write:
@@ -129,14 +129,14 @@ class DiskTier:
         return removed
 
     def close(self) -> None:
-        """Close the file; what is committed stays."""
+        """Close the file."""
         with self._open:
             env, self._env = self._env, None
             if env is not None:
                 env.close()
 
     def _order(self, transaction: Any) -> tuple[Any, Any]:
-        """The young and the old generation."""
+        """The databases of the young and the old generation."""
         first = transaction.get(_YOUNG) != _GENERATIONS[1]
         young, old = _GENERATIONS if first else _GENERATIONS[::-1]
         return self._databases[young], self._databases[old]
@@ -145,12 +145,12 @@ class DiskTier:
         with self._env.begin(write=True) as write:
             young, _ = self._order(write)
             if _bytes(write, young) > self._limit // 2:
-                young = self._turn(write)
+                young = self._swap_generations(write)
             write.cursor(young).putmulti(sorted(items))
 
-    def _turn(self, write: Any) -> Any:
-        """Empty the old generation and make it the young one, which is returned."""
-        self._env.reader_check()  # those who were killed while reading hold no pages any more
+    def _swap_generations(self, write: Any) -> Any:
+        """Empty the old generation, make it the young one and return it."""
+        self._env.reader_check()  # as in _open_env
         young, old = self._order(write)
         write.drop(old, delete=False)
         write.put(_YOUNG, _GENERATIONS[1] if young is self._databases[_GENERATIONS[0]] else _GENERATIONS[0])
@@ -172,16 +172,16 @@ def _remove(cursor: Any, prefix: bytes) -> int:
 
 @contextmanager
 def _errors(folder: Path) -> Generator[None]:
-    """LMDB's errors as TierError, with the cure where there is one."""
+    """Convert LMDB's errors to TierError, with advice if possible."""
     try:
         yield
     except lmdb.MapResizedError as error:
-        raise TierError(f"{folder} is open elsewhere with a larger `cache_disk_mb`; give both the same") from error
+        raise TierError(f"{folder} is open elsewhere with a larger `cache_disk_mb`; use the same value for both") from error
     except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
-        raise TierError(f"{folder} is damaged or of another version ({error}); remove the folder") from error
+        raise TierError(f"{folder} is damaged or has another format version ({error}); delete the folder") from error
     except lmdb.Error as error:
-        same = "already open in this process" in str(error)
-        hint = "; let the engines of a process share one cache, Engine(cache=...)" if same else ""
+        is_open_here = "already open in this process" in str(error)
+        hint = "; engines in one process must share one cache: Engine(cache=...)" if is_open_here else ""
         raise TierError(f"{folder}: {error}{hint}") from error
     except OSError as error:
-        raise TierError(f"{folder}: {error.strerror or error}; free space, or set `cache_folder`") from error
+        raise TierError(f"{folder}: {error.strerror or error}; free up disk space, or change `cache_folder`") from error

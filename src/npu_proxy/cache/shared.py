@@ -1,4 +1,4 @@
-"""Vectors on a Valkey or Redis server that several machines share. The server's own settings limit and evict."""
+"""Vectors on a Valkey or Redis server shared by several machines. The server's configuration sets its limit and eviction."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from npu_proxy.cache.entry import FINGERPRINT_BYTES, fingerprint_bytes
 from npu_proxy.cache.tier import TierError, TierStats
 from npu_proxy.errors import SettingsError
 
-_SECONDS = 0.25
-"""A lookup that takes longer is no gain; the tier then rests."""
+_TIMEOUT = 0.25
+"""Seconds; a slower lookup is not worth waiting for, and the tier is bypassed for a while."""
 _SCAN = 1000
 
 
 class SharedTier:
-    """Entries at ``url`` under `npu-proxy:PREFIX:`."""
+    """Stores entries on the server at ``url`` with the key prefix `npu-proxy:PREFIX:`."""
 
     name = "shared"
 
     def __init__(self, url: str, prefix: str) -> None:
-        """Connects at the first use. Raises SettingsError for a url that means nothing, or without the client library."""
+        """Connects on first use. Raises SettingsError if ``url`` is invalid or the client library is missing."""
         try:
             import redis
         except ImportError as error:
-            raise SettingsError("`cache_url` needs a client: pip install npu-proxy[shared-cache]", param="cache_url") from error
+            raise SettingsError("`cache_url` needs redis: pip install 'npu-proxy[shared-cache]'", param="cache_url") from error
         self._prefix = f"npu-proxy:{prefix}:".encode()
         self._errors: type[Exception] = redis.RedisError
         try:
             self._client: Any = redis.Redis.from_url(
                 url.replace("valkey", "redis", 1) if url.startswith("valkey") else url,
-                socket_timeout=_SECONDS,
-                socket_connect_timeout=_SECONDS,
+                socket_timeout=_TIMEOUT,
+                socket_connect_timeout=_TIMEOUT,
             )
         except ValueError as error:
             raise SettingsError(f"`cache_url`: {error}", param="cache_url") from error
 
     def open(self) -> None:
-        """See that the server answers."""
+        """Check that the server responds. Raises TierError."""
         with self._as_tier_error():
             self._client.ping()
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """One round trip."""
+        """The value of each key, None if it is missing; in one round trip."""
         with self._as_tier_error():
             return self._client.mget([self._prefix + key for key in keys])
 
     def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
-        """One round trip."""
+        """Write all entries in one round trip."""
         with self._as_tier_error():
             self._client.mset({self._prefix + key: value for key, value in items})
 
     def stats(self) -> TierStats:
-        """Entries by fingerprint; how many bytes they take only the server knows."""
+        """Number of entries by fingerprint. The size is 0, since the server does not report it per prefix."""
         entries: dict[str, int] = {}
         with self._as_tier_error():
             for name in self._names(b"*"):
@@ -62,7 +62,7 @@ class SharedTier:
         return TierStats(name=self.name, entries=entries, size=0, limit=0)
 
     def clear(self, fingerprint: str | None) -> int:
-        """Remove the entries of this prefix, or those of one model."""
+        """Remove all entries with this prefix, or those with ``fingerprint``. Returns how many were removed."""
         removed, batch = 0, list[bytes]()
         with self._as_tier_error():
             for name in self._names(b"*" if fingerprint is None else _escaped(fingerprint_bytes(fingerprint)) + b"*"):
@@ -84,9 +84,9 @@ class SharedTier:
         try:
             yield
         except (self._errors, OSError) as error:
-            raise TierError(f"the server of `cache_url`: {error}") from error
+            raise TierError(f"the server at `cache_url` failed: {error}") from error
 
 
 def _escaped(name: bytes) -> bytes:
-    """A name inside a pattern, with nothing that means more than itself."""
-    return b"".join(b"\\" + bytes([one]) if one in b"*?[]\\^-" else bytes([one]) for one in name)
+    """Escape a name for use in a glob pattern."""
+    return b"".join(b"\\" + bytes([byte]) if byte in b"*?[]\\^-" else bytes([byte]) for byte in name)

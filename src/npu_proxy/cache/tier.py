@@ -1,4 +1,4 @@
-"""What the cache asks of a place that is slower than memory, and when it is better left alone."""
+"""The interface of a cache tier that is slower than memory, and when such a tier is bypassed."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Protocol
 from npu_proxy.errors import NpuProxyError
 
 FIRST_REST, LONGEST_REST = 1.0, 60.0
-"""Seconds a tier is left alone after a failure, doubled with each further one."""
+"""Seconds that a tier is bypassed after a failure: the first, doubled with each further failure, and the maximum."""
 LOOK_AGAIN = 5.0
-"""Seconds after which a tier that was slower than computing is tried again."""
+"""Seconds that a tier is bypassed after it was slower than computing."""
 _WEIGHT = 0.2
-"""Share of the newest lookup in the mean."""
+"""Weight of the latest lookup in the moving average."""
 
 
 class TierError(NpuProxyError):
-    """A tier could not read or write; the message says why and what helps."""
+    """A tier could not read or write; the message says why and what to do."""
 
     kind = "cache"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TierStats:
-    """What lies in a tier: entries by fingerprint, bytes, and how many bytes there may be (0: the server decides)."""
+    """Contents of a tier. entries: number by fingerprint. size, limit: bytes; a limit of 0 means that the server decides."""
 
     name: str
     entries: dict[str, int]
@@ -34,41 +34,42 @@ class TierStats:
 
 
 class Tier(Protocol):
-    """Keeps bytes by key. ``get_many`` may be called by one thread while another writes; every call has a time limit."""
+    """Stores bytes by key. ``get_many`` may be called while another thread writes; every call has a time limit."""
 
     @property
     def name(self) -> str: ...
 
     def open(self) -> None:
-        """Make ready; called by the writer, which may wait. Until then nothing is found. Raises TierError."""
+        """Prepare the tier. Called by the writer thread, which may wait; until then no key is found. Raises TierError."""
         ...
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The values, None where there is none. Raises TierError."""
+        """The value of each key, None if it is missing. Raises TierError."""
         ...
 
     def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
-        """Keep all of them, or none of them and raise TierError."""
+        """Write all entries, or none of them and raise TierError."""
         ...
 
     def stats(self) -> TierStats:
-        """What is there. Raises TierError."""
+        """The contents of the tier. Raises TierError."""
         ...
 
     def clear(self, fingerprint: str | None) -> int:
-        """Remove all entries, or those of one model; how many there were. Raises TierError."""
+        """Remove all entries, or those with ``fingerprint``. Returns how many were removed. Raises TierError."""
         ...
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How reading from a tier, or writing to it, has gone.
+    """Recent performance of reading from a tier, or of writing to it.
 
-    seconds: a text of its lookups. failures: in a row. rests_until: time.monotonic() seconds until it is asked again.
+    seconds: mean per vector looked up. failures: consecutive failures. rests_until: time.monotonic() seconds until which the
+    tier is bypassed.
     """
 
     seconds: float = 0.0
@@ -76,18 +77,18 @@ class Pace:
     rests_until: float = -math.inf
 
     def rests(self, now: float) -> bool:
-        """Whether to leave it alone at this moment."""
+        """Whether the tier is bypassed at ``now``."""
         return now < self.rests_until
 
     def looked_up(self, *, seconds: float, texts: int, compute_seconds: float, now: float) -> Pace:
-        """After a lookup. compute_seconds: what a text costs on the device; slower than that, the tier rests for a while."""
-        one = seconds / max(1, texts)
-        mean = one if not self.seconds else (1 - _WEIGHT) * self.seconds + _WEIGHT * one
+        """The pace after a lookup. compute_seconds: device time per text; a tier slower than that is bypassed for a while."""
+        per_text = seconds / max(1, texts)
+        mean = per_text if not self.seconds else (1 - _WEIGHT) * self.seconds + _WEIGHT * per_text
         if 0 < compute_seconds < mean:
             return Pace(seconds=0.0, rests_until=now + LOOK_AGAIN)
         return Pace(seconds=mean)
 
     def failed(self, now: float) -> Pace:
-        """After an error or a lookup that took too long."""
+        """The pace after an error or a timeout."""
         rest = min(LONGEST_REST, FIRST_REST * 2**self.failures)
         return replace(self, failures=self.failures + 1, rests_until=now + rest)

@@ -1,6 +1,6 @@
-"""The tiers as one cache: memory at once, disk and server in a lookup of their own, all writing in a thread behind.
+"""The vector cache: memory is read directly, disk and server in a separate lookup; a background thread writes to them.
 
-A tier that fails, or is slower than computing, is left alone for a while; nothing of it is ever an error of a request.
+A tier that fails, or is slower than computing, is bypassed for a while; its errors never fail a request.
 """
 
 from __future__ import annotations
@@ -11,35 +11,32 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import cachetools
 
-from npu_proxy.cache.disk import DiskTier
 from npu_proxy.cache.entry import from_bytes, to_bytes
-from npu_proxy.cache.shared import SharedTier
 from npu_proxy.cache.tier import Pace, Tier, TierError
-from npu_proxy.types import Embedded
+from npu_proxy.types import TextResult
 
-log = logging.getLogger("npu_proxy.cache")
+_log = logging.getLogger("npu_proxy.cache")
 
-_WAITING = 4096
-"""Entries that wait to be written; more are not kept. 4,096 vectors of 1,024 numbers are 17 MB."""
+_MAX_WAITING = 4096
+"""Maximum number of entries waiting to be written; more are dropped. 4,096 vectors of 1,024 numbers are 17 MB."""
 _BATCH = 1024
 _IDLE = 0.5
-"""Seconds between looks whether to stop."""
+"""Maximum seconds between checks whether to stop."""
 _GATHER = 0.2
-"""Seconds in which entries gather for one transaction."""
+"""Seconds to collect entries for one transaction."""
 _CLOSE_SECONDS = 10.0
-_TOUCH = 64
-"""Of so many requests that memory answers, one is written again."""
+_TOUCH_INTERVAL = 64
+"""Of this many requests with vectors in memory, one has them written to the tiers again."""
 
 
 @dataclass(slots=True)
-class Counts:
-    """Texts found and not found, a tier; entries written and given up; errors; and what lies in memory."""
+class CacheCounts:
+    """Vectors found (by tier) and not found; entries written and dropped; errors; lookups bypassed; entries and bytes in memory."""
 
     hits: dict[str, int]
     misses: int = 0
@@ -51,23 +48,23 @@ class Counts:
     size: int = 0
 
 
-def _size(entry: Embedded) -> int:
-    """Bytes in memory, about: the vector and what Python needs around it and its key."""
+def _size(entry: TextResult) -> int:
+    """Approximate bytes in memory: the vector and Python's overhead for it and its key."""
     return entry.vector.nbytes + 500
 
 
 class VectorCache:
-    """One for a process, shared by its engines. Thread-safe. ``recall`` never blocks, ``fetch`` may take milliseconds."""
+    """A cache that the engines of a process share. Thread-safe. ``recall`` never blocks, ``fetch`` may take milliseconds."""
 
     def __init__(self, *, memory: int, tiers: Sequence[Tier] = ()) -> None:
-        """memory: bytes. tiers: from the nearest to the farthest."""
+        """memory: limit in bytes. tiers: in order of lookup."""
         self._lock = threading.Lock()
-        self._memory: cachetools.LRUCache[bytes, Embedded] = cachetools.LRUCache(memory, getsizeof=_size)
+        self._memory: cachetools.LRUCache[bytes, TextResult] = cachetools.LRUCache(memory, getsizeof=_size)
         self._tiers = tiers
         self._reading = {tier.name: Pace() for tier in tiers}
         self._writing = {tier.name: Pace() for tier in tiers}
-        self._counts = Counts(dict.fromkeys(("memory", *self._reading), 0))
-        self._queue: queue.Queue[tuple[bytes, Embedded, str]] = queue.Queue(_WAITING)
+        self._counts = CacheCounts(dict.fromkeys(("memory", *self._reading), 0))
+        self._queue: queue.Queue[tuple[bytes, TextResult, str]] = queue.Queue(_MAX_WAITING)
         self._since_touch = 0
         self._stopping = threading.Event()
         self._writer: threading.Thread | None = None
@@ -76,12 +73,12 @@ class VectorCache:
             self._writer.start()
 
     @property
-    def deep(self) -> bool:
-        """Whether there is more than memory, so that ``fetch`` can find what ``recall`` did not."""
+    def has_tiers(self) -> bool:
+        """Whether there are tiers behind memory, so that ``fetch`` may find vectors that ``recall`` did not."""
         return bool(self._tiers)
 
-    def recall(self, keys: Sequence[bytes]) -> list[Embedded | None]:
-        """What lies in memory."""
+    def recall(self, keys: Sequence[bytes]) -> list[TextResult | None]:
+        """The vectors in memory; None for each key that is not."""
         with self._lock:
             found = [self._memory.get(key) for key in keys]
             hits = len(found) - found.count(None)
@@ -92,25 +89,25 @@ class VectorCache:
             self._touch(keys, found)
         return found
 
-    def _touch(self, keys: Sequence[bytes], found: Sequence[Embedded | None]) -> None:
-        """Write one in so many hits again: the tiers do not see what memory answers, and would forget what is used most."""
+    def _touch(self, keys: Sequence[bytes], found: Sequence[TextResult | None]) -> None:
+        """Write some hits to the tiers again; the tiers do not see memory hits, and would evict the vectors used most."""
         self._since_touch += 1
-        if self._since_touch < _TOUCH:
+        if self._since_touch < _TOUCH_INTERVAL:
             return
         self._since_touch = 0
         for key, entry in zip(keys, found, strict=True):
             if entry is not None:
-                self._hand_over(key, entry, "")
+                self._queue_write(key, entry, "")
 
-    def fetch(self, keys: Sequence[bytes], compute_seconds: float) -> list[Embedded | None]:
-        """What lies in the tiers behind memory. compute_seconds: what a text costs on the device; 0 where unknown."""
-        found: list[Embedded | None] = [None] * len(keys)
+    def fetch(self, keys: Sequence[bytes], compute_seconds: float) -> list[TextResult | None]:
+        """The vectors in the tiers behind memory, None if missing. compute_seconds: device time per text; 0 if unknown."""
+        found: list[TextResult | None] = [None] * len(keys)
         for tier in self._tiers:
-            left = [index for index, entry in enumerate(found) if entry is None]
-            if not left:
+            missing = [index for index, entry in enumerate(found) if entry is None]
+            if not missing:
                 break
-            values = self._look(tier, [keys[index] for index in left], compute_seconds)
-            for index, value in zip(left, values, strict=True):
+            values = self._read_from(tier, [keys[index] for index in missing], compute_seconds)
+            for index, value in zip(missing, values, strict=True):
                 entry = from_bytes(value) if value is not None else None
                 if entry is not None:
                     found[index] = entry
@@ -119,32 +116,32 @@ class VectorCache:
             self._counts.misses += found.count(None)
         return found
 
-    def keep(self, key: bytes, entry: Embedded) -> None:
-        """Remember a new vector; never waits."""
+    def keep(self, key: bytes, entry: TextResult) -> None:
+        """Store a new vector; never blocks."""
         self._remember(key, entry, "")
 
-    def counts(self) -> Counts:
-        """A consistent copy."""
+    def counts(self) -> CacheCounts:
+        """A consistent copy of the counts."""
         with self._lock:
-            now = self._counts
-            return Counts(
-                hits=dict(now.hits),
-                misses=now.misses,
-                written=now.written,
-                dropped=now.dropped,
-                errors=now.errors,
-                bypassed=now.bypassed,
+            counts = self._counts
+            return CacheCounts(
+                hits=dict(counts.hits),
+                misses=counts.misses,
+                written=counts.written,
+                dropped=counts.dropped,
+                errors=counts.errors,
+                bypassed=counts.bypassed,
                 entries=len(self._memory),
                 size=int(self._memory.currsize),
             )
 
     def close(self) -> None:
-        """Write what waits, then let go; a tier that hangs is left behind after ten seconds."""
+        """Write the waiting entries, then close the tiers; gives up after ten seconds if a tier hangs."""
         self._stopping.set()
         if self._writer is not None:
             self._writer.join(_CLOSE_SECONDS)
             if self._writer.is_alive():
-                log.warning("a cache tier did not finish writing within %g seconds; what waited is lost", _CLOSE_SECONDS)
+                _log.warning("a cache tier did not finish writing within %g seconds; unwritten vectors are lost", _CLOSE_SECONDS)
                 return
         for tier in self._tiers:
             tier.close()
@@ -155,55 +152,55 @@ class VectorCache:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _remember(self, key: bytes, entry: Embedded, origin: str) -> None:
-        """Into memory at once, and to the writer for the tiers before ``origin`` (all of them for a new vector)."""
+    def _remember(self, key: bytes, entry: TextResult, origin: str) -> None:
+        """Store in memory, and queue for the tiers before ``origin`` (for all tiers if the vector is new)."""
         with self._lock:
             if _size(entry) <= self._memory.maxsize:
                 self._memory[key] = entry
             if origin:
                 self._counts.hits[origin] += 1
         if self._tiers and origin != self._tiers[0].name:
-            self._hand_over(key, entry, origin)
+            self._queue_write(key, entry, origin)
 
-    def _hand_over(self, key: bytes, entry: Embedded, origin: str) -> None:
+    def _queue_write(self, key: bytes, entry: TextResult, origin: str) -> None:
         try:
             self._queue.put_nowait((key, entry, origin))
         except queue.Full:
             with self._lock:
                 self._counts.dropped += 1
 
-    def _look(self, tier: Tier, keys: Sequence[bytes], compute_seconds: float) -> Sequence[bytes | None]:
-        nothing: list[bytes | None] = [None] * len(keys)
+    def _read_from(self, tier: Tier, keys: Sequence[bytes], compute_seconds: float) -> Sequence[bytes | None]:
+        no_values: list[bytes | None] = [None] * len(keys)
         start = time.monotonic()
         pace = self._reading[tier.name]
         if pace.rests(start):
             with self._lock:
                 self._counts.bypassed += len(keys)
-            return nothing
+            return no_values
         try:
-            found = tier.get_many(keys)
-        except Exception as error:  # no tier may be a request's trouble, whatever its library raises
+            values = tier.get_many(keys)
+        except Exception as error:  # a tier must not fail a request, whatever its library raises
             self._failed(self._reading, tier, error)
-            return nothing
+            return no_values
         now = time.monotonic()
         self._reading[tier.name] = pace.looked_up(seconds=now - start, texts=len(keys), compute_seconds=compute_seconds, now=now)
-        return found
+        return values
 
     def _failed(self, paces: dict[str, Pace], tier: Tier, error: Exception) -> None:
         now = time.monotonic()
-        what = "reading" if paces is self._reading else "writing"
+        action = "reading" if paces is self._reading else "writing"
         paces[tier.name] = pace = paces[tier.name].failed(now)
-        words = error if isinstance(error, TierError) else f"{type(error).__name__}: {error}"
-        log.warning("cache %s, %s: %s; it rests for %.0f seconds", tier.name, what, words, pace.rests_until - now)
+        reason = error if isinstance(error, TierError) else f"{type(error).__name__}: {error}"
+        _log.warning("%s cache: %s failed: %s; bypassed for %.0f seconds", tier.name, action, reason, pace.rests_until - now)
         with self._lock:
             self._counts.errors += 1
 
     def _write(self) -> None:
-        """The writer's thread: gathers, and writes a batch to each tier."""
+        """The writer thread: collects entries and writes them to each tier."""
         for tier in self._tiers:
             try:
                 tier.open()
-            except Exception as error:  # as in _look
+            except Exception as error:  # as in _read_from
                 self._failed(self._writing, tier, error)
         while True:
             batch = self._gather()
@@ -213,47 +210,37 @@ class VectorCache:
             elif self._stopping.is_set():
                 return
 
-    def _gather(self) -> list[tuple[bytes, Embedded, str]]:
-        """What came since the last batch: waits for a first entry, then a moment for more, and not at all when stopping."""
-        batch: list[tuple[bytes, Embedded, str]] = []
+    def _gather(self) -> list[tuple[bytes, TextResult, str]]:
+        """Collect the next entries: waits for a first one, then briefly for more; does not wait when stopping."""
+        batch: list[tuple[bytes, TextResult, str]] = []
         end = time.monotonic() + _IDLE
         while len(batch) < _BATCH:
             try:
-                left = 0.0 if self._stopping.is_set() else max(0.0, end - time.monotonic())
-                batch.append(self._queue.get(block=left > 0, timeout=left))
+                timeout = 0.0 if self._stopping.is_set() else max(0.0, end - time.monotonic())
+                batch.append(self._queue.get(block=timeout > 0, timeout=timeout))
             except queue.Empty:
                 break
             if len(batch) == 1:
                 end = time.monotonic() + _GATHER
         return batch
 
-    def _write_to(self, tier: Tier, batch: Sequence[tuple[bytes, Embedded, str]]) -> None:
-        names = [one.name for one in self._tiers]
-        own = names.index(tier.name)
-        wanted = {key: entry for key, entry, origin in batch if not origin or names.index(origin) > own}
-        if not wanted or self._writing[tier.name].rests(time.monotonic()):
-            self._count_written(0, len(wanted))
+    def _write_to(self, tier: Tier, batch: Sequence[tuple[bytes, TextResult, str]]) -> None:
+        names = [other.name for other in self._tiers]
+        position = names.index(tier.name)
+        entries = {key: entry for key, entry, origin in batch if not origin or names.index(origin) > position}
+        if not entries or self._writing[tier.name].rests(time.monotonic()):
+            self._count_written(0, len(entries))
             return
         try:
-            tier.put_many([(key, to_bytes(entry)) for key, entry in wanted.items()])
-        except Exception as error:  # as in _look
+            tier.put_many([(key, to_bytes(entry)) for key, entry in entries.items()])
+        except Exception as error:  # as in _read_from
             self._failed(self._writing, tier, error)
-            self._count_written(0, len(wanted))
+            self._count_written(0, len(entries))
         else:
             self._writing[tier.name] = Pace()
-            self._count_written(len(wanted), 0)
+            self._count_written(len(entries), 0)
 
     def _count_written(self, written: int, dropped: int) -> None:
         with self._lock:
             self._counts.written += written
             self._counts.dropped += dropped
-
-
-def open_tiers(*, disk: int, folder: Path, url: str, prefix: str) -> list[Tier]:
-    """The tiers behind memory that the settings name. disk: bytes, 0 for none; url: "" for none. Raises SettingsError."""
-    tiers: list[Tier] = []
-    if disk:
-        tiers.append(DiskTier(folder, disk))
-    if url:
-        tiers.append(SharedTier(url, prefix))
-    return tiers

@@ -1,1 +1,1 @@
-"""What computes rows. Device trouble never leaks above this package."""
+"""Devices that compute batches. Their errors leave this package only as DeviceError."""

@@ -1,29 +1,30 @@
-"""What the engine asks of a device. Device trouble never leaks above this package: it arrives as DeviceError."""
+"""The interface between the engine and a device. Device errors leave this package only as DeviceError."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.devices.failure import Failure, RowError
-from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Kind, Output, Pack, Shaped
+from npu_proxy.batch import Batch, BatchShape, Output, text_outputs
+from npu_proxy.devices.failure import BatchError, Failure
+from npu_proxy.types import OutputType
 
-GoldenRow = Callable[[RowShape], Pack]
-"""A row of golden texts of any shape: what probes and certification run."""
+GoldenBatch = Callable[[BatchShape], Batch]
+"""Makes a batch of golden texts in a given shape, for health checks and certification."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What /health says of a device.
+class DeviceReport:
+    """The state of a device, as /health reports it.
 
-    state: `serving`, `waiting`, `compiling`, `certifying`, `recovering`, `quarantined`, `absent`, `stopped`.
-    certified: the least cosine against fp32 on the CPU over all golden texts and shapes, None before that is known.
+    state: `serving`, `waiting`, `compiling`, `certifying`, `recovering`, `failing`, `quarantined`, `absent`, `stopped`.
+    certified: the minimum cosine to fp32 on the CPU over all golden texts and shapes; None until it is known.
     """
 
     name: str
@@ -37,20 +38,12 @@ class Report:
     precision: str = "fp32"
 
 
-class LateError(RowError):
-    """A row is not done after the time the caller gave it; ``pending`` waits for it on."""
-
-    def __init__(self, message: str, pending: Callable[[], Output]) -> None:
-        super().__init__(Failure.HANG, message)
-        self.pending = pending
-
-
 class Device(Protocol):
-    """Runs rows. ``infer`` may be called by up to ``most_streams`` threads at once and blocks until the row is done.
+    """Computes batches.
 
-    name: as users write it in ``--device``; it stands in every result. kind: the rules that hold (shapes, precision,
-    isolation). ready: whether it takes rows at this moment. streams: rows it computes at once at this moment, never more
-    than ``most_streams``. shapes: the rows it is best at, any order, at this moment.
+    name: as users write it in ``--device``; it appears in every result. kind: which rules apply to it (shapes, precision,
+    isolation). ready: whether it accepts batches now. streams: how many batches it computes at once now, up to
+    ``max_streams``. shapes: the batch shapes it currently handles best, in any order.
     """
 
     @property
@@ -62,60 +55,46 @@ class Device(Protocol):
     @property
     def streams(self) -> int: ...
     @property
-    def most_streams(self) -> int: ...
+    def max_streams(self) -> int: ...
     @property
-    def shapes(self) -> Sequence[Shaped]: ...
+    def shapes(self) -> Sequence[BatchShape]: ...
 
-    def takes(self, shape: Shaped) -> bool:
-        """Whether it can run a row of this shape; ``shapes`` may be fewer, and may have changed since a row was packed."""
+    def takes(self, shape: BatchShape) -> bool:
+        """Whether it can compute a batch of this shape. ``shapes`` may list fewer, and may have changed since packing."""
         ...
 
-    def infer(self, pack: Pack, late: float = math.inf) -> Output:
-        """Vectors [bins, segments, width] float32 of one row that it takes, owned by the caller. Raises DeviceError.
+    def submit(self, batch: Batch) -> Future[Output]:
+        """Compute a batch of a shape that it takes. Never blocks.
 
-        late: seconds after which a device that can tell raises LateError while it goes on.
+        The future returns vectors [bins, segments, width] float32 that the caller owns ([bins, positions, width] with one
+        vector per token), or raises DeviceError. Cancelling it drops a batch that has not started.
         """
         ...
 
-    def reports(self) -> Sequence[Report]:
-        """The state of each device behind this one."""
+    def reports(self) -> Sequence[DeviceReport]:
+        """The state of each device that this one consists of."""
         ...
 
     def probe(self) -> None:
-        """Run a golden row now, on each device that serves. Raises DeviceError."""
+        """Compute a golden batch now on each device that is ready. Raises DeviceError."""
         ...
 
     def close(self) -> None:
-        """Let go of compiled models, processes and memory; a second call does nothing."""
+        """Release compiled models, processes, threads and memory. Calling it again does nothing."""
         ...
 
 
-def texts_of(pack: Pack, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The vectors [texts, width] of a row's texts, in the order of its slots; what lies in empty segments means nothing.
-
-    Where every token has a vector, those of all tokens, [tokens, width].
-    """
-    return np.concatenate([own(pack, number, vectors) for number in range(len(pack.slots))])
-
-
-def own(pack: Pack, number: int, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """What a row's output has for one of its jobs: [answers, width], or [tokens, width] where every token has a vector."""
-    slot, job = pack.slots[number], pack.jobs[number]
-    first, count = (slot.start, job.encoding.tokens) if pack.kind.per_token else (slot.segment, job.encoding.answers)
-    return vectors[slot.bin, first : first + count]
-
-
 def check_finite(device: str, vectors: npt.NDArray[np.float32]) -> None:
-    """Raise RowError unless every vector is finite; empty segments are, too. One product, because every row pays for it."""
+    """Raise BatchError unless all numbers are finite, including empty segments. One dot product, as every batch pays for it."""
     flat = vectors.ravel()
     if not math.isfinite(np.vdot(flat, flat)):
-        raise RowError(Failure.NUMBERS, f"{device} answered with numbers that are not finite")
+        raise BatchError(Failure.NUMBERS, f"{device} returned numbers that are not finite")
 
 
-def check_vectors(device: str, pack: Pack, vectors: npt.NDArray[np.float32]) -> None:
-    """Raise RowError unless every text's vector is finite and has a length: what can be said without a reference."""
+def check_vectors(device: str, batch: Batch, vectors: npt.NDArray[np.float32]) -> None:
+    """Raise BatchError unless every text's vector is finite and nonzero: all that can be checked without a reference."""
     check_finite(device, vectors)
-    if pack.kind is Kind.SPARSE:
-        return  # a text may have no weight at all
-    if not (np.linalg.norm(texts_of(pack, vectors), axis=1) > 0).all():
-        raise RowError(Failure.NUMBERS, f"{device} answered with vectors of no length")
+    if batch.output_type is OutputType.SPARSE:
+        return  # a text may have no weights
+    if not (np.linalg.norm(text_outputs(batch, vectors), axis=1) > 0).all():
+        raise BatchError(Failure.NUMBERS, f"{device} returned vectors of length zero")

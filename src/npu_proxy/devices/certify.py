@@ -1,8 +1,8 @@
-"""Certification: before a device may serve, golden texts must give the vectors that fp32 on the CPU gives.
+"""Certification: a device may serve only if its vectors of golden texts match those computed in fp32 on the CPU.
 
-A clean compile is not a right answer (openvino issues 37264, 38100), so every start compares. Verdicts are kept, by
-everything that can change the answer (model fingerprint, row shape, device, driver, versions): a failed one holds over
-restarts.
+A clean compilation does not guarantee correct results (openvino issues 37264, 38100), so every start compares. The key of a
+stored verdict includes everything that can change the result (model fingerprint, batch shape, device, driver, versions), so
+a failed verdict survives restarts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.devices.base import check_vectors, texts_of
-from npu_proxy.devices.failure import Failure, RowError
-from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Kind, Output, Pack
+from npu_proxy.batch import Batch, BatchShape, Output, text_outputs
+from npu_proxy.devices.base import check_vectors
+from npu_proxy.devices.failure import BatchError, Failure
+from npu_proxy.types import OutputType
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """What a verdict is about."""
+    """What a verdict applies to."""
 
     fingerprint: str
     shape: str
@@ -37,12 +37,12 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """The name of its verdict."""
+        """The name of its verdict's file, without the suffix."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:24]
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found: the least cosine over the golden texts, and why it failed ('' when it passed)."""
+    """The result: the minimum cosine over the golden texts, and why it failed ("" if it passed)."""
 
     subject: Subject
     cosine: float
@@ -51,17 +51,17 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Certificates:
-    """Verdicts in a folder, a file each. anew: what is stored does not count, what is found is stored."""
+    """Verdicts in a folder, one file each. fresh: ignore stored verdicts; new ones are still stored."""
 
-    def __init__(self, folder: Path, *, anew: bool = False) -> None:
+    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
         self._folder = folder
-        self._anew = anew
+        self._fresh = fresh
         self.found: list[Verdict] = []
-        """The verdicts of this life, in order."""
+        """The verdicts stored through this object, in order."""
 
     def find(self, subject: Subject) -> Verdict | None:
-        """The stored verdict, if there is a readable one."""
-        if self._anew:
+        """The stored verdict, or None if there is no readable one."""
+        if self._fresh:
             return None
         try:
             return msgspec.json.decode((self._folder / f"{subject.key}.json").read_bytes(), type=Verdict)
@@ -69,7 +69,7 @@ class Certificates:
             return None
 
     def keep(self, verdict: Verdict) -> None:
-        """Store a verdict; with a full disk it holds for this life only."""
+        """Store a verdict. If it cannot be written, as on a full disk, it is only added to ``found``."""
         self.found.append(verdict)
         path = self._folder / f"{verdict.subject.key}.json"
         try:
@@ -81,48 +81,50 @@ class Certificates:
             return
 
 
-def least_likeness(kind: Kind, one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
-    """How alike answers [n, width] are at least: the smallest cosine.
+def least_similarity(kind: OutputType, vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """The minimum similarity between outputs [n, width]: the minimum cosine.
 
-    For scores, which are few numbers whose cosine says nothing, 1 less the largest difference as a share of the largest.
+    For scores, which are too few numbers for a meaningful cosine: 1 minus the largest difference relative to the largest score.
     """
-    if kind is Kind.SCORES:
-        return 1 - float(np.abs(one - other).max() / max(1.0, np.abs(other).max()))
-    if kind is Kind.SPARSE:  # no weights at all are a vector too
-        one, other = (np.concatenate([weights, np.ones_like(weights[:, :1])], axis=1) for weights in (one, other))
-    return least_cosine(one, other)
+    if kind is OutputType.SCORES:
+        return 1 - float(np.abs(vectors - expected).max() / max(1.0, np.abs(expected).max()))
+    if kind is OutputType.SPARSE:  # a text may have no weights; the added column keeps its norm above 0
+        vectors, expected = (np.concatenate([weights, np.ones_like(weights[:, :1])], axis=1) for weights in (vectors, expected))
+    return least_cosine(vectors, expected)
 
 
-def least_cosine(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
-    """The smallest cosine between rows of [n, width], in float64."""
-    a, b = one.astype(np.float64), other.astype(np.float64)
+def least_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """The minimum cosine between corresponding rows of [n, width], in float64."""
+    a, b = vectors.astype(np.float64), expected.astype(np.float64)
     return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
 
 
-def compare(name: str, row: Pack, output: Output, reference: Output, least: float) -> float:
-    """The least cosine of a golden row against its reference. Raises RowError (NUMBERS) below ``least``."""
-    check_vectors(name, row, output.vectors)
-    cosine = least_likeness(row.kind, texts_of(row, output.vectors), texts_of(row, reference.vectors))
+def compare(name: str, batch: Batch, output: Output, reference: Output, least: float) -> float:
+    """The minimum cosine of a golden batch to its reference. Raises BatchError (NUMBERS) if it is below ``least``."""
+    check_vectors(name, batch, output.vectors)
+    vectors, expected = text_outputs(batch, output.vectors), text_outputs(batch, reference.vectors)
+    cosine = least_similarity(batch.output_type, vectors, expected)
     if not cosine >= least:
-        text = f"{name} answered golden texts at cosine {cosine:.6f} to what is right; {least:g} is asked for"
-        raise RowError(Failure.NUMBERS, text)
+        message = f"{name} computes golden texts at cosine {cosine:.6f} to the reference; at least {least:g} is required"
+        raise BatchError(Failure.NUMBERS, message)
     return cosine
 
 
 def judge(
     subject: Subject,
-    shape: RowShape,
-    golden: Callable[[RowShape], Pack],
-    run: Callable[[Pack], Output],
-    reference: Callable[[Pack], Output],
+    shape: BatchShape,
+    golden: Callable[[BatchShape], Batch],
+    run: Callable[[Batch], Output],
+    reference: Callable[[Batch], Output],
     least: float,
 ) -> Verdict:
-    """Run the golden row of a shape on device and reference. RowErrors other than wrong numbers are raised."""
-    row = golden(shape)
-    expected = reference(row)
+    """Compare a shape's golden batch on the device with the reference. Raises BatchError for failures other than wrong numbers."""
+    batch = golden(shape)
+    expected = reference(batch)
     try:
-        return Verdict(subject=subject, cosine=compare(subject.target, row, run(row), expected, least), reason="", unix=time.time())
-    except RowError as error:
+        cosine = compare(subject.target, batch, run(batch), expected, least)
+    except BatchError as error:
         if error.failure is not Failure.NUMBERS:
             raise
         return Verdict(subject=subject, cosine=0.0, reason=str(error), unix=time.time())
+    return Verdict(subject=subject, cosine=cosine, reason="", unix=time.time())

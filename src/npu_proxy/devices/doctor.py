@@ -1,6 +1,6 @@
-"""What this machine has for embedding, and what to do about what it has not. Reads the system; loads plugins in a process apart.
+"""What this machine has for embedding, and how to fix what is missing. Plugins are loaded in a separate process.
 
-A check is one function that returns Findings; the list at the end is the order in which they are told.
+A check is one function that returns Findings; ``_CHECKS`` lists the checks in the order of the report.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from npu_proxy.devices.failure import first_line
-from npu_proxy.devices.kinds import TARGETS
-from npu_proxy.devices.openvino import available_threads
-from npu_proxy.devices.profile import find, settled
-from npu_proxy.devices.system import ask_python, cgroup, library, pci
+from npu_proxy.devices.shapes import ROW_TOKENS
 from npu_proxy.errors import ModelNotFoundError, NpuProxyError
 from npu_proxy.models.layout import read_spec
-from npu_proxy.models.quantized import reports
-from npu_proxy.models.store import Store
+from npu_proxy.models.quantized import int8_reports
+from npu_proxy.models.store import ModelStore
+from npu_proxy.models.tuning import apply_profile, find_profile
 from npu_proxy.settings import Settings
+from npu_proxy.system import available_threads, cgroup, library, pci, run_python
+from npu_proxy.targets import TARGETS
 
 _PROBE_SECONDS = 60.0
-_GPU_CURE = "for an Intel GPU: sudo apt install intel-opencl-icd ocl-icd-libopencl1"
+_GPU_FIX = "for an Intel GPU: sudo apt install intel-opencl-icd ocl-icd-libopencl1"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line: `ok`, `note` (it works without) or `problem`; ``cure`` is the command or step that mends it."""
+class Finding(msgspec.Struct, frozen=True, kw_only=True, rename={"fix": "cure"}):
+    """One line: `ok`, `note` (optional) or `problem`; ``fix`` is the command or step that fixes it (`cure` in the JSON)."""
 
     topic: str
     level: str
     text: str
-    cure: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +50,16 @@ class Diagnosis:
 
     @property
     def serves(self) -> bool:
-        """Whether anything can serve."""
+        """Whether any device can serve."""
         return bool(self.devices)
 
 
 def diagnose(settings: Settings) -> Diagnosis:
-    """Look at everything. Takes a few seconds."""
+    """Run every check. Takes a few seconds."""
     plugins = _plugins()
     findings = [finding for check in _CHECKS for finding in check(settings)]
     findings += _openvino(plugins)
-    return Diagnosis(findings=findings, devices=[name for name, answer in plugins.items() if answer.get("name")])
+    return Diagnosis(findings=findings, devices=[name for name, plugin in plugins.items() if plugin.get("name")])
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -75,8 +76,8 @@ def _system(_: Settings) -> Iterator[Finding]:
         yield Finding(
             topic="system",
             level="note",
-            text="this is WSL: the NPU is not passed through to it",
-            cure="run npu-proxy on Windows itself",
+            text="this is WSL, which does not pass the NPU through",
+            fix="run npu-proxy directly on Windows",
         )
 
 
@@ -86,7 +87,7 @@ def _memory(_: Settings) -> Iterator[Finding]:
     text = f"{total / 1e9:.1f} GB" + (f", of which this process may use {int(limit) / 1e9:.1f}" if limit.isdigit() else "")
     yield Finding(topic="memory", level="ok", text=text)
     quota = cgroup("cpu.max")
-    words = f", limited by its cgroup ({quota})" if quota and not quota.startswith("max") else ""
+    words = f", limited by the cgroup ({quota})" if quota and not quota.startswith("max") else ""
     yield Finding(topic="processor", level="ok", text=f"{available_threads()} of {os.cpu_count()} threads for inference{words}")
 
 
@@ -98,8 +99,8 @@ def _npu(_: Settings) -> Iterator[Finding]:
         yield Finding(
             topic="npu",
             level="note",
-            text="no Intel NPU on the PCI bus (a virtual machine sees none unless it is passed through)",
-            cure="an NPU is part of Intel Core Ultra processors; in a virtual machine pass the PCI device through",
+            text="no Intel NPU on the PCI bus (a virtual machine has one only if it is passed through)",
+            fix="NPUs are part of Intel Core Ultra processors; in a virtual machine, pass the PCI device through",
         )
     else:
         yield Finding(topic="npu", level="ok", text=f"Intel NPU on the PCI bus: {', '.join(present)}")
@@ -111,43 +112,43 @@ def _npu(_: Settings) -> Iterator[Finding]:
             topic="npu",
             level="problem" if present else "note",
             text="kernel module intel_vpu is not loaded",
-            cure="sudo modprobe intel_vpu (it is part of Linux 6.8 and later)",
+            fix="sudo modprobe intel_vpu (it is part of Linux 6.8 and later)",
         )
     nodes = sorted(Path("/dev/accel").glob("accel*")) if Path("/dev/accel").is_dir() else []
     if not nodes:
         yield Finding(
             topic="npu",
             level="problem" if present else "note",
-            text="there is no /dev/accel/accel0",
-            cure="it appears when intel_vpu finds an NPU; `sudo dmesg | grep intel_vpu` says why not",
+            text="/dev/accel/accel0 does not exist",
+            fix="it appears when intel_vpu finds an NPU; run `sudo dmesg | grep intel_vpu` to see why it did not",
         )
     yield from _access(nodes, "npu")
     yield from _driver(present=bool(present))
 
 
 def _driver(*, present: bool) -> Iterator[Finding]:
-    """The user-space driver, which brings its own compiler."""
-    found = library("libze_intel_npu.so") or library("libze_intel_vpu.so")
+    """The user-space driver, which includes its own compiler."""
+    driver = library("libze_intel_npu.so") or library("libze_intel_vpu.so")
     loader = library("libze_loader.so")
     level = "problem" if present else "note"
-    cure = "install intel-level-zero-npu and intel-driver-compiler-npu from https://github.com/intel/linux-npu-driver/releases"
-    if found:
-        yield Finding(topic="npu", level="ok", text=f"NPU user driver: {found}")
+    fix = "install intel-level-zero-npu and intel-driver-compiler-npu from https://github.com/intel/linux-npu-driver/releases"
+    if driver:
+        yield Finding(topic="npu", level="ok", text=f"NPU user driver: {driver}")
     else:
-        yield Finding(topic="npu", level=level, text="no NPU user driver (libze_intel_npu.so)", cure=cure)
+        yield Finding(topic="npu", level=level, text="no NPU user driver (libze_intel_npu.so)", fix=fix)
     if not loader:
         yield Finding(
             topic="npu",
             level=level,
             text="no Level Zero loader (libze_loader.so.1)",
-            cure="sudo apt install libze1, or `level-zero` from the NPU driver's page",
+            fix="sudo apt install libze1, or `level-zero` from the NPU driver's page",
         )
     compiler = library("libnpu_driver_compiler.so") or library("libnpu_compiler.so")
     if compiler:
         yield Finding(topic="npu", level="ok", text=f"NPU compiler: {compiler}")
     else:
         yield Finding(
-            topic="npu", level=level, text="no NPU compiler: OpenVINO's Linux wheel has none, the driver brings it", cure=cure
+            topic="npu", level=level, text="no NPU compiler: OpenVINO's Linux wheel has none; the driver includes it", fix=fix
         )
 
 
@@ -157,7 +158,7 @@ def _gpu(_: Settings) -> Iterator[Finding]:
     nodes = sorted(Path("/dev/dri").glob("renderD*")) if Path("/dev/dri").is_dir() else []
     if not nodes:
         yield Finding(
-            topic="gpu", level="note", text="there is no /dev/dri/renderD*: no graphics driver, or no GPU", cure=_GPU_CURE
+            topic="gpu", level="note", text="/dev/dri/renderD* does not exist: no graphics driver, or no GPU", fix=_GPU_FIX
         )
         return
     yield from _access(nodes, "gpu")
@@ -166,7 +167,7 @@ def _gpu(_: Settings) -> Iterator[Finding]:
             topic="gpu",
             level="problem",
             text="no OpenCL loader (libOpenCL.so.1)",
-            cure=_GPU_CURE,
+            fix=_GPU_FIX,
         )
 
 
@@ -177,13 +178,13 @@ def _access(nodes: list[Path], topic: str) -> Iterator[Finding]:
             continue
         try:
             group = node.group()
-        except KeyError:  # a container knows the number only
+        except KeyError:  # a container may only have its number
             group = str(node.stat().st_gid)
         yield Finding(
             topic=topic,
             level="problem",
-            text=f"{node} belongs to the group `{group}`, and you are not in it",
-            cure=f"sudo usermod -aG {group} $USER, then log in again",
+            text=f"{node} belongs to the group `{group}`, of which you are not a member",
+            fix=f"sudo usermod -aG {group} $USER, then log in again",
         )
 
 
@@ -195,62 +196,68 @@ def _folders(settings: Settings) -> Iterator[Finding]:
             free = shutil.disk_usage(folder).free
         except OSError as error:
             yield Finding(
-                topic=topic, level="problem", text=f"{folder}: {error.strerror}", cure=f"set `{setting}` to a folder of yours"
+                topic=topic,
+                level="problem",
+                text=f"{folder}: {error.strerror}",
+                fix=f"set `{setting}` to a folder that you can write to",
             )
             continue
         if not writable:
             yield Finding(
-                topic=topic, level="problem", text=f"{folder} cannot be written", cure=f"set `{setting}` to a folder of yours"
+                topic=topic,
+                level="problem",
+                text=f"{folder} is not writable",
+                fix=f"set `{setting}` to a folder that you can write to",
             )
         elif free < 2e9:
             yield Finding(
                 topic=topic,
                 level="problem",
-                text=f"{folder}: {free / 1e9:.1f} GB are free",
-                cure="make room; a model takes 0.1 to 2 GB",
+                text=f"{folder}: only {free / 1e9:.1f} GB free",
+                fix="free disk space; a model takes 0.1 to 2 GB",
             )
         else:
             yield Finding(topic=topic, level="ok", text=f"{folder}, {free / 1e9:.0f} GB free")
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
-    """The model of the settings, its int8 copy, and what was tuned for it."""
+    """The model in the settings, its int8 copy, and its tuning profile."""
     try:
-        name, folder = Store(settings.store).resolve(settings.model[0])
+        name, folder = ModelStore(settings.store).resolve(settings.model[0])
         spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
     except ModelNotFoundError as error:
-        yield Finding(topic="model", level="note", text=str(error), cure=f"npu-proxy pull {settings.model[0]}")
+        yield Finding(topic="model", level="note", text=str(error), fix=f"npu-proxy pull {settings.model[0]}")
         return
     except NpuProxyError as error:
         yield Finding(topic="model", level="problem", text=str(error))
         return
-    int8 = next((one for one in reports(settings.store) if one.of == spec.fingerprint), None)
-    words = f", int8 copy at Spearman {int8.spearman:.2f} against {int8.spearman_fp32:.2f}" if int8 else ""
+    int8 = next(iter(int8_reports(settings.store, spec.fingerprint)), None)
+    words = f", int8 copy with Spearman {int8.spearman:.2f} (fp32: {int8.spearman_fp32:.2f})" if int8 else ""
     yield Finding(topic="model", level="ok", text=f"{name}, fingerprint {spec.fingerprint}{words}")
-    if find(settings.store, spec.fingerprint) is not None:
-        used = settled(settings, spec)
-        text = f"tuned on this machine; with these settings: device {used.device}, {used.streams or 'own'} streams, rows of"
-        yield Finding(topic="model", level="ok", text=f"{text} {used.row_tokens}")
+    if find_profile(settings.store, spec.fingerprint) is not None:
+        used = apply_profile(settings, spec)
+        text = f"tuned on this machine; with these settings: device {used.device}, streams {used.streams or 'default'}"
+        yield Finding(topic="model", level="ok", text=f"{text}, {used.row_tokens or ROW_TOKENS} tokens per batch")
 
 
 _CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (_system, _memory, _folders, _model, _npu, _gpu)
 
 
-# -- OpenVINO, in a process of its own: a broken driver may take it along ----------------------------------------------
+# -- OpenVINO, in a separate process, because a broken driver may crash it ---------------------------------------------
 
 _ASK = """
 import json, sys
 import openvino as ov
 from npu_proxy.devices.failure import first_line
-from npu_proxy.devices.kinds import TARGETS
+from npu_proxy.targets import TARGETS
 from npu_proxy.devices.openvino import open_core
 found = {}
 for name in ("npu", "gpu", "cpu"):
     target = TARGETS[name]
     try:
         core = open_core(target)
-        core.get_property(target.openvino, "SUPPORTED_PROPERTIES")  # loads the plugin, or says why it cannot
-        present = any(one.split(".")[0] == target.openvino for one in core.available_devices)
+        core.get_property(target.openvino, "SUPPORTED_PROPERTIES")  # loads the plugin, or raises an error that says why it cannot
+        present = any(device.split(".")[0] == target.openvino for device in core.available_devices)
         found[name] = {"name": core.get_property(target.openvino, "FULL_DEVICE_NAME")} if present else {}
     except Exception as error:
         found[name] = {"error": str(error)}
@@ -260,21 +267,21 @@ print(json.dumps(found))
 
 def _plugins() -> dict[str, dict[str, str]]:
     """Each plugin's device name, or its error."""
-    code, printed = ask_python(_ASK, b"", _PROBE_SECONDS)
+    code, printed = run_python(_ASK, b"", _PROBE_SECONDS)
     if code is None:
-        return {name: {"error": f"no answer within {_PROBE_SECONDS:g} seconds"} for name in ("npu", "gpu", "cpu")}
+        return {name: {"error": f"no response within {_PROBE_SECONDS:g} seconds"} for name in ("npu", "gpu", "cpu")}
     try:
         return json.loads(printed.splitlines()[-1])
     except (IndexError, ValueError):
-        return {name: {"error": "the process that asked died"} for name in ("npu", "gpu", "cpu")}
+        return {name: {"error": "the process that loaded the plugins died"} for name in ("npu", "gpu", "cpu")}
 
 
 def _openvino(plugins: dict[str, dict[str, str]]) -> Iterator[Finding]:
     yield Finding(topic="openvino", level="ok", text=f"OpenVINO {importlib.metadata.version('openvino')}")
-    for name, answer in plugins.items():
-        if answer.get("name"):
-            yield Finding(topic="openvino", level="ok", text=f"{name}: {answer['name']}")
+    for name, plugin in plugins.items():
+        if plugin.get("name"):
+            yield Finding(topic="openvino", level="ok", text=f"{name}: {plugin['name']}")
             continue
         level = "problem" if name == "cpu" or not TARGETS[name].missing() else "note"
-        reason = first_line(answer["error"]) if "error" in answer else "its plugin loads, and shows no device"
+        reason = first_line(plugin["error"]) if "error" in plugin else "its plugin loads but finds no device"
         yield Finding(topic="openvino", level=level, text=f"{name} cannot be used: {reason}")

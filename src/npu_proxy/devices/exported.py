@@ -1,49 +1,49 @@
-"""The graph file of a model's own repository, on the padded path: ONNX by ONNX Runtime, OpenVINO IR by OpenVINO's CPU.
+"""Runs the graph file of a model's repository with padded texts: ONNX in ONNX Runtime, IR in OpenVINO's CPU plugin.
 
-The file is another copy of the model, and may be another precision, so vectors of these devices have a fingerprint of their
-own and they never stand in a chain. It takes one padded text a line, as exported graphs do; pooling and Dense modules follow
-here. It is also how families are served that graph/ does not build; `npu-proxy convert` makes the file (prepare/convert.py).
+The file is another copy of the model, possibly in another precision, so its vectors have their own fingerprint and these
+devices are never part of a chain. It takes one padded text per row, as exported graphs do; pooling and Dense modules are
+applied here. Families that graph/ does not build are served this way too; `npu-proxy convert` creates the file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
-from openvino import opset15 as op
 
-from npu_proxy.devices.base import GoldenRow, Report, check_vectors
-from npu_proxy.devices.failure import Failure, RowError, first_line
-from npu_proxy.devices.kinds import EXPORTED, TARGETS
-from npu_proxy.devices.openvino import ROOM_SECONDS
+from npu_proxy.batch import Batch, BatchShape, Output, fill_pooling
+from npu_proxy.devices.base import DeviceReport, GoldenBatch, check_vectors
+from npu_proxy.devices.failure import BatchError, Failure, first_line
+from npu_proxy.devices.openvino import WAIT_SECONDS
 from npu_proxy.devices.shapes import dynamic_shapes
+from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.graph import heads
-from npu_proxy.graph.packed import RowFormat, RowShape
-from npu_proxy.models.fingerprint import file_sha256
-from npu_proxy.models.foreign import first_position
-from npu_proxy.models.jsons import inside
-from npu_proxy.settings import Settings
-from npu_proxy.types import Dense, Kind, ModelSpec, Output, Pack, Pooling, Shaped
+from npu_proxy.graph.nodes import op
+from npu_proxy.models.graph_files import OUTPUT_RANKS, first_position
+from npu_proxy.spec import DenseModule, ModelSpec
+from npu_proxy.targets import TARGETS
+from npu_proxy.types import OutputType, Pooling
 
 Vectors = npt.NDArray[np.float32]
-Lines = Mapping[str, npt.NDArray[np.int64]]
+PaddedInputs = Mapping[str, npt.NDArray[np.int64]]
 
-_RANKS: Mapping[Kind, int] = {Kind.DENSE: 3, Kind.SPARSE: 3, Kind.TOKENS: 3, Kind.SCORES: 2}
-"""Dimensions of the output that has the answer: of every token of a line, or of the line."""
+_OUTPUT_NAMES = ("last_hidden_state", "token_embeddings", "logits")
+"""Names that exporters give to the output that is read."""
+_INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_WAITING = 4
+"""Number of threads: one computes, the others wait for their turn."""
 
 
 class Runner(Protocol):
-    """A graph file, loaded. inputs: names in the graph; outputs: dimensions of each by its name. One run at a time."""
+    """A loaded graph file. inputs: names in the graph. outputs: number of dimensions by name. Not thread-safe."""
 
     @property
     def inputs(self) -> Sequence[str]: ...
@@ -52,44 +52,16 @@ class Runner(Protocol):
     @property
     def about(self) -> str: ...
 
-    def run(self, output: str, feed: Lines) -> Vectors:
-        """One output of some padded texts."""
+    def run(self, output: str, inputs: PaddedInputs) -> Vectors:
+        """Compute one output for padded texts."""
         ...
 
 
-def graph_file(settings: Settings, device: str) -> str:
-    """The file in a model's folder that the settings have for a device."""
-    return str(getattr(settings, EXPORTED[device][0]))
-
-
-def with_graph(settings: Settings, folder: Path) -> list[str]:
-    """The devices whose file is in a model's folder."""
-    return [device for device in EXPORTED if (folder / graph_file(settings, device)).is_file()]
-
-
-def with_file(settings: Settings, spec: ModelSpec) -> ModelSpec:
-    """The spec of the same model computed from the file of the setting `device`. Raises ModelError when it cannot be."""
-    device, file = settings.device, graph_file(settings, settings.device)
-    setting, example = EXPORTED[device]
-    path = inside(spec.folder, file, by=setting)
-    if not path.is_file():
-        others = with_graph(settings, spec.folder)
-        cure = f"`device` {others[0]} runs the one it has" if others else f"set `{setting}` to one of its own, such as `{example}`"
-        raise ModelError(f"{spec.name} has no file `{file}`; {cure}")
-    if spec.kind not in _RANKS:
-        raise ModelError(f"{spec.name} gives {spec.kind} answers; device `{device}` computes {', '.join(_RANKS)}")
-    parts = sorted({*path.parent.glob(f"{path.name}[._]data*"), *path.parent.glob(f"{path.stem}.bin")})
-    digest = hashlib.sha256(f"{device} {spec.fingerprint} {file_sha256(path)}".encode())
-    for part in parts:
-        digest.update(file_sha256(part).encode())
-    return replace(spec, fingerprint=digest.hexdigest()[:16], weight_files=[path, *parts])
-
-
 class ExportedDevice:
-    """A Device over one graph file."""
+    """A Device that runs one graph file."""
 
     ready = True
-    streams = most_streams = 1
+    streams = max_streams = 1
 
     def __init__(
         self,
@@ -98,134 +70,140 @@ class ExportedDevice:
         file: Path,
         *,
         threads: int,
-        row_tokens: int = 512,
-        golden: GoldenRow | None = None,
+        batch_tokens: int = 512,
+        golden: GoldenBatch | None = None,
     ) -> None:
-        """threads: for one row. Raises SettingsError without the runtime, ModelError for a graph it cannot feed."""
-        self.name = self.kind = device
+        """threads: per batch. Raises SettingsError if the runtime is missing, ModelError for unexpected inputs or outputs."""
+        self.name: str = device
+        self.kind: str = device
         self._runner = _RUNNERS[device](file, threads)
-        unknown = [name for name in self._runner.inputs if name not in _KNOWN]
-        fitting = [name for name, rank in self._runner.outputs.items() if rank == _RANKS[spec.kind]]
-        if unknown or not fitting:
-            answer = "scores" if spec.kind is Kind.SCORES else "an answer of every token"
-            raise ModelError(
-                f"{file.name}: inputs {list(self._runner.inputs)}; needs only {', '.join(_KNOWN)}, and {answer} as an output"
-            )
-        named = [name for name in fitting if name in _ANSWERS]
-        if len(fitting) > 1 and not named:
-            raise ModelError(f"{file.name}: none of the outputs {', '.join(fitting)} is called {' or '.join(_ANSWERS)}")
-        self._output = (named or fitting)[0]
+        self._output = _find_output(self._runner, file.name, spec)
         self._head = _Head(spec)
-        self._format = RowFormat.of(spec)
+        self._layout = spec.batch_layout
         self._width = spec.dense[0].weight.shape[1] if spec.dense else spec.width
-        self._first = first_position(spec.config)
+        self._first_position = first_position(spec.config)
         self._golden = golden
         self._busy = threading.Lock()
-        self.shapes: Sequence[RowShape] = dynamic_shapes(spec.max_length, row_tokens, packed=False)
+        self._threads = DeviceThreads(_WAITING, device)
+        self.shapes: Sequence[BatchShape] = dynamic_shapes(spec.max_length, batch_tokens, packed=False)
 
-    def takes(self, shape: Shaped) -> bool:
-        """Any row: its texts are laid out anew."""
+    def takes(self, shape: BatchShape) -> bool:
+        """Any shape, because the texts are laid out again."""
         return True
 
-    def infer(self, pack: Pack, late: float = math.inf) -> Output:
-        """Answers [bins, segments, width] float32, or [bins, positions, width] of every token. Raises RowError."""
-        lines = _lines(pack, self._first)
-        if not self._busy.acquire(timeout=ROOM_SECONDS):
-            raise RowError(Failure.BUSY, f"{self.name} had no room for a row within {ROOM_SECONDS:g} seconds")
+    def submit(self, batch: Batch) -> Future[Output]:
+        """Compute vectors [bins, segments, width] float32, or [bins, positions, width] per token. Fails with BatchError."""
+        return self._threads.submit(self._infer, batch)
+
+    def _infer(self, batch: Batch) -> Output:
+        inputs = _pad(batch, self._first_position)
+        if not self._busy.acquire(timeout=WAIT_SECONDS):
+            raise BatchError(Failure.BUSY, f"{self.name} could not start a batch within {WAIT_SECONDS:g} seconds")
         start = time.perf_counter()
         try:
-            found = self._runner.run(self._output, {name: lines[name] for name in self._runner.inputs})
-        except Exception as error:  # runtimes raise classes of their own
-            raise RowError(Failure.ERROR, f"{self.name} failed: {first_line(error)}") from error
+            output = self._runner.run(self._output, {name: inputs[name] for name in self._runner.inputs})
+        except Exception as error:  # runtimes raise their own exception classes
+            raise BatchError(Failure.ERROR, f"{self.name} failed: {first_line(error)}") from error
         finally:
             self._busy.release()
-        if found.shape[-1] != self._width:
-            message = f"{self.name} answered with {found.shape[-1]} numbers where the model's files say {self._width}"
-            raise RowError(Failure.ERROR, message)
-        vectors = np.zeros(self._format.output(pack.shape.bins, pack.shape.positions, pack.shape.segments), np.float32)
-        for line, (slot, job) in enumerate(zip(pack.slots, pack.jobs, strict=True)):
-            count = job.encoding.tokens
-            if pack.kind.per_token:
-                vectors[slot.bin, slot.start : slot.start + count] = self._head.tokens(found[line, :count])
+        if output.shape[-1] != self._width:
+            message = f"{self.name} computed {output.shape[-1]} numbers per vector, but the model's files specify {self._width}"
+            raise BatchError(Failure.ERROR, message)
+        shape = batch.shape
+        vectors = np.zeros(self._layout.output(shape.bins, shape.positions, shape.segments), np.float32)
+        for row, (slot, encoding) in enumerate(zip(batch.slots, batch.encodings, strict=True)):
+            count = encoding.tokens
+            if batch.output_type.per_token:
+                vectors[slot.bin, slot.start : slot.start + count] = self._head.tokens(output[row, :count])
             else:
-                vectors[slot.bin, slot.segment] = self._head.text(found[line], count, job.encoding.prompt)
+                vectors[slot.bin, slot.segment] = self._head.text(output[row], count, encoding.prompt_tokens)
         return Output(vectors, self.name, time.perf_counter() - start)
 
-    def reports(self) -> Sequence[Report]:
-        """It serves."""
-        return [Report(name=self.name, kind=self.kind, state="serving", reason=self._runner.about)]
+    def reports(self) -> Sequence[DeviceReport]:
+        """Always serving."""
+        return [DeviceReport(name=self.name, kind=self.kind, state="serving", reason=self._runner.about)]
 
     def probe(self) -> None:
-        """Run the smallest golden row. Raises DeviceError."""
+        """Compute the smallest golden batch. Raises DeviceError."""
         if self._golden is not None:
-            row = self._golden(min(self.shapes, key=lambda shape: shape.tokens))
-            check_vectors(self.name, row, self.infer(row).vectors)
+            batch = self._golden(min(self.shapes, key=lambda shape: shape.tokens))
+            check_vectors(self.name, batch, self.submit(batch).result().vectors)
 
     def close(self) -> None:
-        """Nothing is held outside this object."""
+        """Stop the threads; the loaded file is freed with this object."""
+        self._threads.close()
 
 
-_ANSWERS = ("last_hidden_state", "token_embeddings", "logits")
-"""What exporters call the output that has the answer."""
-_KNOWN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+def _find_output(runner: Runner, file: str, spec: ModelSpec) -> str:
+    """The name of the output to read. Raises ModelError for a graph whose inputs or outputs are not as expected."""
+    unknown = [name for name in runner.inputs if name not in _INPUT_NAMES]
+    fitting = [name for name, rank in runner.outputs.items() if rank == OUTPUT_RANKS[spec.output_type]]
+    if unknown or not fitting:
+        expected = "scores" if spec.output_type is OutputType.SCORES else "one vector per token"
+        inputs = ", ".join(_INPUT_NAMES)
+        raise ModelError(f"{file} has the inputs {list(runner.inputs)}; it may have only {inputs}, and must output {expected}")
+    named = [name for name in fitting if name in _OUTPUT_NAMES]
+    if len(fitting) > 1 and not named:
+        raise ModelError(f"{file}: none of the outputs {', '.join(fitting)} is named {' or '.join(_OUTPUT_NAMES)}")
+    return (named or fitting)[0]
 
 
-def _lines(pack: Pack, first: int) -> Lines:
-    """Each known input, [texts, longest] int64: a row's texts, one a line. first: the position of a text's first token."""
-    counts = [job.encoding.tokens for job in pack.jobs]
-    lines = {name: np.zeros([len(counts), max(counts)], np.int64) for name in _KNOWN}
-    lines["position_ids"][:] = first + np.arange(max(counts))
-    for line, (job, count) in enumerate(zip(pack.jobs, counts, strict=True)):
-        encoding = job.encoding
-        lines["input_ids"][line, :count] = encoding.ids
-        lines["attention_mask"][line, : count if encoding.seen < 0 else encoding.seen] = 1
-        if encoding.types is not None:
-            lines["token_type_ids"][line, :count] = encoding.types
-    return lines
+def _pad(batch: Batch, first: int) -> PaddedInputs:
+    """All known inputs, [texts, longest] int64, one text per row. first: the position id of a text's first token."""
+    counts = [encoding.tokens for encoding in batch.encodings]
+    inputs = {name: np.zeros([len(counts), max(counts)], np.int64) for name in _INPUT_NAMES}
+    inputs["position_ids"][:] = first + np.arange(max(counts))
+    for row, (encoding, count) in enumerate(zip(batch.encodings, counts, strict=True)):
+        inputs["input_ids"][row, :count] = encoding.ids
+        inputs["attention_mask"][row, : count if encoding.attended < 0 else encoding.attended] = 1
+        if encoding.type_ids is not None:
+            inputs["token_type_ids"][row, :count] = encoding.type_ids
+    return inputs
 
 
 class _Head:
-    """What stands on the exported graph: pooling, then the model's Dense modules."""
+    """What follows the exported graph: pooling, then the model's Dense modules."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._scores = spec.kind is Kind.SCORES
+        self._scores = spec.output_type is OutputType.SCORES
         self._pooling = spec.pooling
-        self._dense = _compiled(spec.dense) if spec.dense else None
+        self._dense = _compile_dense(spec.dense) if spec.dense else None
 
-    def text(self, answer: Vectors, count: int, prompt: int) -> Vectors:
-        """Of one text, [width]; ``answer`` is [tokens, width] of its line, or its scores."""
-        return answer if self._scores else self.tokens(_pool(self._pooling, answer[:count], prompt)[None])[0]
+    def text(self, output: Vectors, count: int, prompt_tokens: int) -> Vectors:
+        """The vector [width] of one text; ``output`` is its row [tokens, width], or its scores."""
+        return output if self._scores else self.tokens(pool(self._pooling, output[:count], prompt_tokens)[None])[0]
 
     def tokens(self, vectors: Vectors) -> Vectors:
-        """Vectors [n, width] through the Dense modules."""
+        """Apply the Dense modules to vectors [n, width]."""
         return vectors if self._dense is None else np.array(self._dense(vectors)[0], np.float32)
 
 
-def _compiled(modules: Sequence[Dense]) -> ov.CompiledModel:
-    """The Dense modules as a graph of their own, [n, in] to [n, out], in float32."""
+def _compile_dense(modules: Sequence[DenseModule]) -> ov.CompiledModel:
+    """The Dense modules as a separate graph, [n, in] -> [n, out], in float32."""
     x: Any = op.parameter(ov.PartialShape([-1, modules[0].weight.shape[1]]), np.float32)
-    make: Any = ov.Model
-    return ov.Core().compile_model(make([heads.dense(x, modules)], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model_class: Any = ov.Model
+    model = model_class([heads.apply_dense(x, modules)], [x])
+    return ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
-def _pool(pooling: Pooling, hidden: Vectors, prompt: int = 0) -> Vectors:
-    """One text's [tokens, width] to its [width]; the definitions are those of graph/heads.py. prompt: tokens left out."""
-    count, taken = len(hidden), hidden[prompt:]
+def pool(pooling: Pooling, hidden: Vectors, prompt_tokens: int = 0) -> Vectors:
+    """Pool one text, [tokens, width] -> [width], as graph/heads.py does. prompt_tokens: leading tokens that are left out."""
+    count, pooled = len(hidden), hidden[prompt_tokens:]
     match pooling:
         case Pooling.CLS | Pooling.LAST_TOKEN:
             return hidden[0 if pooling is Pooling.CLS else -1]
         case Pooling.MAX:
-            return taken.max(axis=0)
+            return pooled.max(axis=0)
         case Pooling.SPLADE:
-            return np.log1p(np.maximum(taken.max(axis=0), 0))
-        case _:  # those of one sum with weights
+            return np.log1p(np.maximum(pooled.max(axis=0), 0))
+        case _:  # a weighted sum
             weights = np.zeros([1, count], np.float32)
-            heads.fill_pool(pooling, weights, 0, 0, count, prompt)
+            fill_pooling(pooling, weights, 0, 0, count, prompt_tokens)
             return (weights @ hidden)[0]
 
 
 class _Onnx:
-    """ONNX Runtime with the execution providers that are installed."""
+    """ONNX Runtime with all installed execution providers."""
 
     def __init__(self, file: Path, threads: int) -> None:
         try:
@@ -236,45 +214,47 @@ class _Onnx:
         options.intra_op_num_threads = threads
         try:
             self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=onnxruntime.get_available_providers())
-        except Exception as error:  # the runtime raises classes of its own for whatever is wrong with a file
+        except Exception as error:  # the runtime raises its own exception classes
             raise ModelError(f"{file.name} cannot be loaded: {first_line(error)}") from error
         self.about = ", ".join(self._session.get_providers())
-        self.inputs = [wanted.name for wanted in self._session.get_inputs()]
-        self.outputs = {output.name: len(output.shape) for output in self._session.get_outputs()}
+        self.inputs = [port.name for port in self._session.get_inputs()]
+        self.outputs = {port.name: len(port.shape) for port in self._session.get_outputs()}
 
-    def run(self, output: str, feed: Lines) -> Vectors:
-        return np.asarray(self._session.run([output], dict(feed))[0], np.float32)
+    def run(self, output: str, inputs: PaddedInputs) -> Vectors:
+        return np.asarray(self._session.run([output], dict(inputs))[0], np.float32)
 
 
 class _Ir:
-    """OpenVINO on the processor, over its own format (.xml and .bin) or any other that it reads."""
+    """OpenVINO's CPU plugin, for its own format (.xml and .bin) and any other that it reads."""
 
     def __init__(self, file: Path, threads: int) -> None:
         wanted = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         core = ov.Core()
         try:
             model = core.read_model(file)
-            compiled = core.compile_model(model, "CPU", TARGETS["cpu"].asked("fp32", wanted))
+            compiled = core.compile_model(model, "CPU", TARGETS["cpu"].requested("fp32", wanted))
         except RuntimeError as error:
             raise ModelError(f"{file.name} cannot be loaded: {first_line(error)}") from error
-        self._request = compiled.create_infer_request()
-        self.about = f"{file.name} on the processor, padded"
-        # A tensor may have several names; that of an output with no known one is whichever comes first.
-        self.inputs = [next((name for name in port.get_names() if name in _KNOWN), port.get_any_name()) for port in compiled.inputs]
-        self.outputs = {_name_of(port): port.get_partial_shape().rank.get_length() for port in compiled.outputs if _readable(port)}
+        self._infer_request = compiled.create_infer_request()
+        self.about = f"{file.name} on the CPU, padded"
+        # A tensor may have several names; if none is known, any of them is used.
+        self.inputs = [
+            next((name for name in port.get_names() if name in _INPUT_NAMES), port.get_any_name()) for port in compiled.inputs
+        ]
+        self.outputs = {_name_of(port): port.get_partial_shape().rank.get_length() for port in compiled.outputs if _is_usable(port)}
 
-    def run(self, output: str, feed: Lines) -> Vectors:
-        self._request.infer(dict(feed))
-        return np.array(self._request.get_tensor(output).data, np.float32)
+    def run(self, output: str, inputs: PaddedInputs) -> Vectors:
+        self._infer_request.infer(dict(inputs))
+        return np.array(self._infer_request.get_tensor(output).data, np.float32)
 
 
-def _readable(port: Any) -> bool:
-    """Whether an output can be asked for by name, and has a known number of dimensions."""
+def _is_usable(port: Any) -> bool:
+    """Whether an output has a name and a known number of dimensions."""
     return bool(port.get_names()) and port.get_partial_shape().rank.is_static
 
 
 def _name_of(port: Any) -> str:
-    return next((name for name in _ANSWERS if name in port.get_names()), port.get_any_name())
+    return next((name for name in _OUTPUT_NAMES if name in port.get_names()), port.get_any_name())
 
 
 _RUNNERS: Mapping[str, type[_Onnx | _Ir]] = {"onnx": _Onnx, "ir": _Ir}

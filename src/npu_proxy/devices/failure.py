@@ -1,4 +1,4 @@
-"""What went wrong on a device, by the text of its error: drivers raise RuntimeError for everything."""
+"""Kinds of device failure, recognized by the text of an error, because drivers raise RuntimeError for everything."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from npu_proxy.errors import DeviceError
 
 
 class Failure(StrEnum):
-    """Kinds of trouble; breaker.py says what each leads to."""
+    """Kinds of failure; accelerator/breaker.py defines how each is handled."""
 
     ABSENT = "absent"
     """There is no such device, or no driver, runtime or compiler for it."""
     COMPILE = "compile"
     LOST = "lost"
-    """The device fell off its bus or its driver reset it."""
+    """The device fell off its bus, or its driver reset it."""
     HANG = "hang"
-    """A row, or the worker's heartbeat, is overdue."""
+    """A batch, or the worker's heartbeat, is overdue."""
     CRASH = "crash"
     """The worker process died."""
     NUMBERS = "numbers"
     """NaN, infinity, or vectors that differ from the CPU's."""
     ERROR = "error"
-    """Anything else, once."""
+    """Any other error."""
     BUSY = "busy"
-    """Nothing is wrong with the device, it had no room for the row in time."""
+    """The device works, but had no capacity for the batch in time."""
 
 
-class RowError(DeviceError):
-    """A DeviceError that says which kind of failure it was."""
+class BatchError(DeviceError):
+    """A DeviceError with its kind of failure."""
 
     def __init__(self, failure: Failure, message: str) -> None:
         super().__init__(message)
@@ -54,21 +54,21 @@ _COMPILE = (
     "[Cc]ompilation (failed|error)",
 )
 _LOST = ("DEVICE_LOST", "0x70000001", "DEVICE_REMOVED")
-_SIGNS = (
+_PATTERNS = (
     (Failure.LOST, "|".join(_LOST)),
     (Failure.ABSENT, "|".join(_ABSENT)),
     (Failure.COMPILE, "|".join(_COMPILE)),
 )
-"""Signs in an error's text, the first match counts."""
+"""Patterns in an error's text; the first match decides."""
 
 
-def classify(text: str, otherwise: Failure = Failure.ERROR) -> Failure:
-    """The kind of failure an error's text tells of; ``otherwise`` where it tells nothing."""
-    return next((failure for failure, sign in _SIGNS if re.search(sign, text)), otherwise)
+def classify_failure(text: str, otherwise: Failure = Failure.ERROR) -> Failure:
+    """The kind of failure that an error's text indicates, or ``otherwise`` if no pattern matches."""
+    return next((failure for failure, pattern in _PATTERNS if re.search(pattern, text)), otherwise)
 
 
 def first_line(error: BaseException | str) -> str:
-    """The line of an error that says most: OpenVINO's texts begin with lines that only say where in its source."""
+    """The most informative line of an error. OpenVINO's messages begin with lines that only name a place in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("Exception from ", "Check '", "Node "))]
-    return (telling or lines or [type(error).__name__])[0][:300]
+    informative = [line for line in lines if not line.startswith(("Exception from ", "Check '", "Node "))]
+    return (informative or lines or [type(error).__name__])[0][:300]

@@ -1,29 +1,30 @@
-"""A device without a model, for tests of what surrounds one: vectors that depend on the ids alone, and scripted failures."""
+"""A device without a model, for tests: its vectors depend only on the token ids, and its failures can be scripted."""
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 
-from npu_proxy.devices.base import Report
+from npu_proxy.batch import Batch, BatchShape, Output
+from npu_proxy.devices.base import DeviceReport
+from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import DeviceError
-from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Output, Pack, Shaped, Vector
+from npu_proxy.types import Vector
 
 
 def fake_vector(ids: Sequence[int], width: int) -> Vector:
-    """The vector [width] float32 this device gives to a text of these ids, whatever lies beside it."""
+    """The vector [width] float32 that this device computes for a text of these ids, whatever else is in the batch."""
     phases = np.arange(1, width + 1, dtype=np.float64)
     weights = np.arange(1, len(ids) + 1, dtype=np.float64)
     return np.sin(phases * float(np.dot(np.asarray(ids, np.float64), weights) % 7919 + 1)).astype(np.float32)
 
 
 class FakeDevice:
-    """A Device. ``script`` is called with each pack before it is answered, and may raise, wait or count."""
+    """A Device for tests. ``script`` is called with each batch before it is computed; it may raise, wait or count."""
 
     kind = "fake"
     ready = True
@@ -33,54 +34,64 @@ class FakeDevice:
         *,
         width: int = 8,
         streams: int = 2,
-        shapes: Sequence[RowShape] = (RowShape(bins=1, positions=64, segments=8), RowShape(bins=2, positions=64, segments=8)),
+        shapes: Sequence[BatchShape] = (
+            BatchShape(bins=1, positions=64, segments=8),
+            BatchShape(bins=2, positions=64, segments=8),
+        ),
         seconds: float = 0.0,
-        script: Callable[[Pack], None] = lambda pack: None,
+        script: Callable[[Batch], None] = lambda batch: None,
         name: str = "fake",
     ) -> None:
         self.name = name
         self.width = width
-        self.streams = self.most_streams = streams
+        self.streams: int = streams
+        self.max_streams: int = streams
         self.shapes = shapes
-        self.packs: list[Pack] = []
-        self.closed = False
+        self.batches: list[Batch] = []
+        self.closed: bool = False
         self._seconds = seconds
         self._script = script
-        self._turn = threading.Event()  # never set: a wait on it is a bounded pause
+        self._pause = threading.Event()  # never set; waiting for it pauses the thread
+        self._threads = DeviceThreads(4 * streams, name)
 
-    def takes(self, shape: Shaped) -> bool:
-        """Any row."""
+    def takes(self, shape: BatchShape) -> bool:
+        """Any shape."""
         return True
 
-    def infer(self, pack: Pack, late: float = math.inf) -> Output:
-        """Vectors [bins, segments, width], after the script has had its say."""
+    def submit(self, batch: Batch) -> Future[Output]:
+        """Call the script, then compute vectors [bins, segments, width]."""
+        return self._threads.submit(self.infer, batch)
+
+    def infer(self, batch: Batch) -> Output:
+        """Like ``submit``, but in the caller's thread."""
         start = time.perf_counter()
-        self.packs.append(pack)
-        self._script(pack)
+        self.batches.append(batch)
+        self._script(batch)
         if self._seconds:
-            self._turn.wait(self._seconds)
-        vectors = np.zeros([pack.shape.bins, pack.shape.segments, self.width], np.float32)
-        for slot in pack.slots:
-            ids = pack.inputs["input_ids"][slot.bin][pack.inputs["segment_ids"][slot.bin] == slot.segment]
+            self._pause.wait(self._seconds)
+        vectors = np.zeros([batch.shape.bins, batch.shape.segments, self.width], np.float32)
+        for slot in batch.slots:
+            ids = batch.inputs["input_ids"][slot.bin][batch.inputs["segment_ids"][slot.bin] == slot.segment]
             vectors[slot.bin, slot.segment] = fake_vector(ids, self.width)
         return Output(vectors, self.name, time.perf_counter() - start)
 
-    def reports(self) -> Sequence[Report]:
-        """It serves."""
-        return [Report(name=self.name, kind=self.kind, state="serving")]
+    def reports(self) -> Sequence[DeviceReport]:
+        """Always serving."""
+        return [DeviceReport(name=self.name, kind=self.kind, state="serving")]
 
     def probe(self) -> None:
-        """Nothing to find out."""
+        """Nothing to check."""
 
     def close(self) -> None:
-        """Remember that it was called."""
+        """Stop the threads, and record that it was called."""
         self.closed = True
+        self._threads.close()
 
 
-def fail(message: str = "scripted failure") -> Callable[[Pack], None]:
-    """A script that always fails as a device does."""
+def fail(message: str = "scripted failure") -> Callable[[Batch], None]:
+    """A script that always raises DeviceError."""
 
-    def script(pack: Pack) -> None:
+    def script(batch: Batch) -> None:
         raise DeviceError(message)
 
     return script

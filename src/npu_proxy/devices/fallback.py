@@ -1,6 +1,6 @@
-"""The chain of devices, itself a Device: a row goes to the first that is ready, and on to the next when that one fails.
+"""The chain of devices, itself a Device: a batch goes to the first that is ready, then to the next if that one fails or is late.
 
-Which device answered, and why it was not the first, stands in the Output. Nothing here knows OpenVINO.
+The Output records which device computed it, and why it was not the first. This module does not use OpenVINO.
 """
 
 from __future__ import annotations
@@ -11,44 +11,41 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 
-from npu_proxy.devices.base import Device, LateError, Report
+from npu_proxy.batch import Batch, BatchShape, Output
+from npu_proxy.devices.base import Device, DeviceReport
+from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import DeviceError, UnavailableError
-from npu_proxy.graph.packed import RowShape
-from npu_proxy.types import Output, Pack, Shaped
 
-_LATE_ROWS = 4
-"""Usual rows in the time of one that is late."""
+_LATE_FACTOR = 4
+"""A batch is late if it takes this many times as long as usual."""
+_REMOTE_COST = 1e6
+"""Cost factor for the shapes of later devices: only texts that need such a shape go there, and texts that fit beside them."""
 
-_DEAR = 1e6
-"""Times the cost of rows of devices behind the first: only texts that need such a row go there, and what rides along."""
-
-_RUNS = 2
-"""Of a row in a race: the late one, and the one that starts anew."""
-
-log = logging.getLogger("npu_proxy.devices")
+_log = logging.getLogger("npu_proxy.devices")
 
 
 class Fallback:
-    """A Device over devices in order of preference."""
+    """A Device that combines devices, in order of preference."""
 
-    def __init__(self, devices: Sequence[Device], *, hedge: float = 0.0, probe_every: float = 30.0) -> None:
-        """hedge: seconds after which a row is also started on the next device, 0 for only when its time runs short.
+    def __init__(self, devices: Sequence[Device], *, hedge: float | None = None, probe_every: float = 30.0) -> None:
+        """hedge: seconds after which a batch is also started on the next device; None waits until its time runs short.
 
         probe_every: seconds between test inferences on each device, 0 for none.
         """
         self._devices = devices
         self._hedge = hedge or math.inf
         self._usual: dict[str, float] = {}
-        self._joined: dict[tuple[int, ...], Sequence[Shaped]] = {}
-        self.name = ",".join(device.name for device in devices)
-        self.kind = devices[0].kind
-        self.most_streams = max(device.most_streams for device in devices)
-        places = self.most_streams * max(1, len(devices) - 1)  # a row may be late on each device but the last
-        self._races = threading.BoundedSemaphore(places)
-        self._spare = ThreadPoolExecutor(_RUNS * places, "npu-proxy-late")  # never fewer: one run could wait for another
+        self._joined: dict[tuple[int, ...], Sequence[BatchShape]] = {}
+        self.name: str = ",".join(device.name for device in devices)
+        self.kind: str = devices[0].kind
+        self.max_streams: int = max(device.max_streams for device in devices)
+        places = self.max_streams * max(1, len(devices) - 1)  # a batch may be late on each device but the last
+        self._hedges = threading.BoundedSemaphore(places)
+        # One thread watches each stream's batch, and the others the hedges; with fewer, a batch could wait for another.
+        self._threads = DeviceThreads(self.max_streams + 2 * places, "fallback")
         self._stopping = threading.Event()
         self._prober = threading.Thread(target=self._probe, args=(probe_every,), name="npu-proxy-probe", daemon=True)
         if probe_every:
@@ -58,44 +55,56 @@ class Fallback:
 
     @property
     def first(self) -> Device:
-        """The first device that is ready, or the first at all."""
+        """The first device that is ready, or the first of the chain if none is."""
         return next((device for device in self._devices if device.ready), self._devices[0])
 
     @property
     def ready(self) -> bool:
-        """Whether any device is."""
+        """Whether any device is ready."""
         return any(device.ready for device in self._devices)
 
     @property
     def streams(self) -> int:
-        """Those of the first device that is ready."""
+        """The streams of the first device that is ready."""
         return self.first.streams
 
     @property
-    def shapes(self) -> Sequence[Shaped]:
-        """Those of the first device that is ready, and for texts too long for it those of the ones behind."""
+    def shapes(self) -> Sequence[BatchShape]:
+        """The shapes of the first device that is ready, plus those of later devices for texts too long for it."""
         ready = tuple(number for number, device in enumerate(self._devices) if device.ready) or (0,)
-        own = self._devices[ready[0]].shapes
+        shapes = self._devices[ready[0]].shapes
         if len(ready) == 1:
-            return own
-        if ready not in self._joined:  # asked for several times a row; the shapes of a single device do not change
+            return shapes
+        if ready not in self._joined:  # cached: read several times per batch, and a device's shapes do not change
             self._joined[ready] = _with_longer([self._devices[number].shapes for number in ready])
         return self._joined[ready]
 
-    def takes(self, shape: Shaped) -> bool:
-        """What any of its devices takes."""
+    def takes(self, shape: BatchShape) -> bool:
+        """Whether any device takes this shape."""
         return any(device.takes(shape) for device in self._devices)
 
-    def infer(self, pack: Pack, late: float = math.inf) -> Output:
-        """The row's vectors from the first device that gives them. Raises the last device's error, or UnavailableError."""
-        return self._first(self._devices, pack, [])
+    def submit(self, batch: Batch) -> Future[Output]:
+        """Compute a batch on the first device that can. Fails with the last device's error, or with UnavailableError."""
+        reasons: list[str] = []
+        for number, device in enumerate(self._devices):
+            if reason := _why_not(device, batch):
+                reasons.append(reason)
+            elif number < len(self._devices) - 1:
+                return self._threads.submit(self._run, self._devices[number:], batch, reasons)
+            elif reasons:
+                return _with_reasons(device.submit(batch), reasons)
+            else:
+                return device.submit(batch)
+        unavailable: Future[Output] = Future()
+        unavailable.set_exception(_unavailable(reasons))
+        return unavailable
 
-    def reports(self) -> Sequence[Report]:
-        """Every device's."""
+    def reports(self) -> Sequence[DeviceReport]:
+        """The reports of every device."""
         return [report for device in self._devices for report in device.reports()]
 
     def probe(self) -> None:
-        """A test inference on each device that is ready, all of them. Raises the first error."""
+        """Run a test inference on every device that is ready, then raise the first error, if any."""
         errors: list[DeviceError] = []
         for device in self._devices:
             try:
@@ -111,29 +120,25 @@ class Fallback:
         self._stopping.set()
         for device in self._devices:
             device.close()
-        self._spare.shutdown(wait=True)
+        self._threads.close()
         if self._prober.is_alive():
             self._prober.join(timeout=10)
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- internal ------------------------------------------------------------------------------------------------
 
-    def _first(self, devices: Sequence[Device], pack: Pack, reasons: list[str]) -> Output:
-        """The first of ``devices`` that gives the row's vectors; reasons: why those before them did not."""
+    def _run(self, devices: Sequence[Device], batch: Batch, reasons: list[str]) -> Output:
+        """The output of the first of ``devices`` that computes the batch. reasons: why earlier devices did not."""
         last: DeviceError | None = None
         for number, device in enumerate(devices):
-            if not device.ready:
-                reasons.append(_why(device))
-                continue
-            if not device.takes(pack.shape):
-                long = pack.shape.positions > max((shape.positions for shape in device.shapes), default=pack.shape.positions)
-                why = "takes no row for a text that long" if long else "was not ready when the row was packed"
-                reasons.append(f"{device.name} {why}")
+            if reason := _why_not(device, batch):
+                reasons.append(reason)
                 continue
             behind = devices[number + 1 :]
+            run = device.submit(batch)
             try:
-                output = device.infer(pack, self._late(device, pack) if behind else math.inf)
-            except LateError as error:
-                return self._race(error, behind, pack, reasons)
+                if behind and not wait([run], self._patience(device, batch)).done:
+                    return self._hedged(run, device, behind, batch, reasons)
+                output = run.result()
             except DeviceError as error:
                 reasons.append(str(error))
                 last = error
@@ -141,73 +146,93 @@ class Fallback:
             usual = self._usual.get(device.name, output.seconds)
             self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
             return replace(output, fallback="; ".join(reasons)) if reasons else output
-        if last is not None:
-            raise last
-        raise UnavailableError(f"no device is ready: {'; '.join(reasons)}")
+        raise last or _unavailable(reasons)
 
-    def _late(self, device: Device, pack: Pack) -> float:
-        """Seconds after which a row on ``device`` is late: the setting's, or when half the row's time is over.
+    def _patience(self, device: Device, batch: Batch) -> float | None:
+        """Seconds after which a batch on ``device`` is late: the setting `hedge`, or half of its time; None means never.
 
-        Without the setting, a row that takes less than a few usual ones is slow, not late: to start it twice would only
-        add to the load.
+        Without the setting, a batch that takes less than a few times as long as usual is slow rather than late: starting it
+        twice would only add to the load.
         """
-        return min(self._hedge, max(_LATE_ROWS * self._usual.get(device.name, 0.0), _patience(pack)))
+        # Half of the time until the first deadline is left for another device.
+        half = max(0.05, (batch.deadline - time.monotonic()) / 2)
+        seconds = min(self._hedge, max(_LATE_FACTOR * self._usual.get(device.name, 0.0), half))
+        return None if math.isinf(seconds) else seconds
 
-    def _race(self, late: LateError, behind: Sequence[Device], pack: Pack, reasons: list[str]) -> Output:
-        """The late row goes on, and on ``behind`` it starts anew: the first answer counts. Raises the last device's error.
+    def _hedged(self, late: Future[Output], device: Device, behind: Sequence[Device], batch: Batch, reasons: list[str]) -> Output:
+        """The first output of two runs: the late batch continues, and also starts on ``behind``. Raises the last device's error.
 
-        A race keeps its place until both runs are over; where all places are taken, the late row is only waited for.
+        A hedge keeps its place until both runs are over. If all places are taken, the late batch is only waited for.
         """
-        if not self._races.acquire(blocking=False):
+        if not self._hedges.acquire(blocking=False):
             try:
-                return late.pending()
+                return late.result()
             except DeviceError as error:
-                return self._first(behind, pack, [*reasons, str(error)])
-        slow = self._spare.submit(late.pending)
-        other = self._spare.submit(self._first, behind, pack, [*reasons, str(late)])
+                return self._run(behind, batch, [*reasons, str(error)])
+        reason = f"{device.name} did not finish a batch in time"
+        other = self._threads.submit(self._run, behind, batch, [*reasons, reason])
         over = itertools.count(1)
-        for run in (slow, other):
-            run.add_done_callback(lambda _: self._races.release() if next(over) == _RUNS else None)
-        runs: set[Future[Output]] = {slow, other}
+        for run in (late, other):
+            run.add_done_callback(lambda _: self._hedges.release() if next(over) == 2 else None)
+        runs: set[Future[Output]] = {late, other}
         while runs:
             done, runs = wait(runs, return_when=FIRST_COMPLETED)
             for run in done:
-                if run.exception() is None:
+                if not run.cancelled() and run.exception() is None:
                     output = run.result()
-                    return replace(output, fallback="; ".join(reasons)) if run is slow and reasons else output
-        failed = (run.exception() for run in (other, slow))
-        raise next((error for error in failed if isinstance(error, DeviceError)), late)
+                    if run is other:
+                        late.cancel()  # if it still waits for a free stream, it need not run
+                    return replace(output, fallback="; ".join(reasons)) if run is late and reasons else output
+        errors = (run.exception() for run in (other, late) if not run.cancelled())
+        raise next((error for error in errors if isinstance(error, DeviceError)), DeviceError(reason))
 
     def _probe(self, every: float) -> None:
-        """A test inference on each device, every so many seconds."""
+        """Run a test inference on each device every ``every`` seconds."""
         while not self._stopping.wait(every):
             try:
                 self.probe()
             except DeviceError as error:
-                log.warning("probe: %s", error)
-            except Exception:  # the thread must go on
-                log.exception("probe: unexpected error")
+                _log.warning("probe: %s", error)
+            except Exception:  # the thread must keep running
+                _log.exception("probe: unexpected error")
 
 
-def _patience(pack: Pack) -> float:
-    """Half of the time that is left until the first deadline in the row: then there is still time for another device."""
-    deadlines = [job.deadline for job in pack.jobs]
-    return max(0.05, (min(deadlines) - time.monotonic()) / 2) if deadlines else math.inf
+def _why_not(device: Device, batch: Batch) -> str:
+    """Why a device cannot compute a batch, or "" if it can."""
+    if not device.ready:
+        report = device.reports()[0]
+        return f"{device.name} is {report.state}" + (f": {report.reason}" if report.reason else "")
+    if device.takes(batch.shape):
+        return ""
+    longest = max((shape.positions for shape in device.shapes), default=batch.shape.positions)
+    too_long = batch.shape.positions > longest
+    return f"{device.name} " + ("does not take texts of this length" if too_long else "was not ready when the batch was packed")
 
 
-def _with_longer(shapes: Sequence[Sequence[Shaped]]) -> Sequence[Shaped]:
-    """The first device's shapes, then those of each further one that are longer than all before, dear."""
-    found = list(shapes[0])
-    for behind in shapes[1:]:
-        longest = max(shape.positions for shape in found)
-        found += [
-            RowShape(bins=one.bins, positions=one.positions, segments=one.segments, work=_DEAR * one.work)
-            for one in behind
-            if one.positions > longest
-        ]
-    return found
+def _with_reasons(run: Future[Output], reasons: Sequence[str]) -> Future[Output]:
+    """The same output, with the reasons why the first device did not compute it."""
+    future: Future[Output] = Future()
+
+    def copy(run: Future[Output]) -> None:
+        if run.cancelled():
+            future.cancel()
+        elif (error := run.exception()) is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(replace(run.result(), fallback="; ".join(reasons)))
+
+    run.add_done_callback(copy)
+    return future
 
 
-def _why(device: Device) -> str:
-    report = device.reports()[0]
-    return f"{device.name} is {report.state}" + (f": {report.reason}" if report.reason else "")
+def _unavailable(reasons: Sequence[str]) -> UnavailableError:
+    return UnavailableError(f"no device is ready: {'; '.join(reasons)}")
+
+
+def _with_longer(shapes: Sequence[Sequence[BatchShape]]) -> Sequence[BatchShape]:
+    """The first device's shapes, then from each later device those longer than all before, at a high cost."""
+    joined = list(shapes[0])
+    for further in shapes[1:]:
+        longest = max(shape.positions for shape in joined)
+        joined += [replace(shape, work=_REMOTE_COST * shape.work) for shape in further if shape.positions > longest]
+    return joined

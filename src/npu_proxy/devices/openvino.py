@@ -1,126 +1,47 @@
-"""OpenVINO: the CPU in this process as a Device, and the static graphs that worker processes compile for accelerators."""
+"""Opens OpenVINO's core for a target, and runs the CPU in this process as a Device."""
 
 from __future__ import annotations
 
-import math
-import os
 import queue
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import openvino as ov
 
-from npu_proxy.devices.base import GoldenRow, Report, check_vectors
-from npu_proxy.devices.blobs import import_blob, stored
-from npu_proxy.devices.cache import Cache
-from npu_proxy.devices.failure import Failure, RowError, first_line
-from npu_proxy.devices.faults import with_faults
-from npu_proxy.devices.kinds import TARGETS, Target, supported
+from npu_proxy.batch import CPU_STYLE, Batch, BatchShape, GraphShape, Output
+from npu_proxy.devices.base import DeviceReport, GoldenBatch, check_vectors
+from npu_proxy.devices.failure import BatchError, Failure, first_line
+from npu_proxy.devices.graphs import Graphs
 from npu_proxy.devices.shapes import dynamic_shapes
+from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import DeviceError
-from npu_proxy.graph.packed import CPU, Form, RowShape
-from npu_proxy.models.graphs import Graphs
-from npu_proxy.types import ModelSpec, Output, Pack, Shaped
+from npu_proxy.spec import ModelSpec
+from npu_proxy.system import available_threads
+from npu_proxy.targets import TARGETS, Target
 
-ROOM_SECONDS = 60.0
-"""How long a row waits for a free infer request; as long as a row can take on a slow machine."""
-
-
-def available_threads() -> int:
-    """Cores this process may use: its affinity, and the processor share of its cgroup (version 2) where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+WAIT_SECONDS = 60.0
+"""How long a batch waits for a free infer request: as long as a batch can take on a slow machine."""
+_WAITING = 4
+"""Threads per stream: one computes, and batches from devices that failed wait in the others."""
 
 
 def open_core(target: Target) -> ov.Core:
-    """A Core that knows the target. Raises RuntimeError, as everything of OpenVINO does."""
+    """Create a Core with the target's plugin registered. Raises RuntimeError, as all of OpenVINO does."""
     core = ov.Core()
     if target.plugin:
         core.register_plugin(target.plugin, target.openvino)
     return core
 
 
-def compile_static(
-    core: ov.Core,
-    target: Target,
-    spec: ModelSpec,
-    shapes: Sequence[RowShape],
-    properties: Mapping[str, object],
-    *,
-    cache: Cache | None = None,
-    store: Path | None = None,
-    demanded: Mapping[str, object] | None = None,
-    faults: npt.NDArray[np.uint64] | None = None,
-) -> dict[RowShape, ov.CompiledModel]:
-    """One static graph a row shape, compiled one after the other with those of ``properties`` that the plugin lists.
-
-    cache: where OpenVINO keeps blobs; without it, or where its disk is full, each graph is compiled anew. store: where
-    blobs made ahead of time may lie. demanded: properties that are set whether the plugin lists them or not. faults: the
-    control block of the arena; then devices/faults.py stands in the graph, which cannot be cached.
-    """
-    listed = core.get_property(target.openvino, "SUPPORTED_PROPERTIES")
-    wanted = {**supported({**target.asked(spec.precision, properties), **_compiler()}, listed), **(demanded or {})}
-    folder = None if cache is None or faults is not None else cache.folder(_versions(core, target))
-    if folder is not None:
-        core.set_property({"CACHE_DIR": str(folder)})
-    graphs = Graphs(spec)
-    models: dict[RowShape, ov.CompiledModel] = {}
-    for shape in shapes:
-        ready = store and faults is None and import_blob(core, target, stored(store, target, spec, shape), wanted)
-        if ready:
-            models[shape] = ready
-            continue
-        model = graphs(Form.of(shape), target.kind.style)
-        if target.kind.static and model.is_dynamic():  # the processor behind npu-sim would take it
-            raise RuntimeError(f"the graph for rows of {shape} is dynamic; {target.name} takes static shapes only")
-        if faults is not None:
-            model = with_faults(model, faults)
-        try:
-            models[shape] = core.compile_model(model, target.openvino, wanted)
-        except RuntimeError:
-            if folder is None:
-                raise
-            folder = None
-            core.set_property({"CACHE_DIR": ""})  # a blob that cannot be read or written must not stop anybody
-            models[shape] = core.compile_model(model, target.openvino, wanted)
-    graphs.release()
-    if cache is not None:
-        cache.prune()
-    return models
-
-
-def _versions(core: ov.Core, target: Target) -> list[str]:
-    """All that a blob depends on besides the graph."""
-    found = [ov.get_version(), target.name]
-    for name in ("FULL_DEVICE_NAME", "NPU_DRIVER_VERSION", "NPU_COMPILER_VERSION", "GPU_DRIVER_VERSION"):
-        try:
-            found.append(str(core.get_property(target.openvino, name)))
-        except RuntimeError:  # not every plugin has every property
-            continue
-    return found
-
-
-def _compiler() -> dict[str, object]:
-    """Linux wheels carry no NPU compiler; the driver has one."""
-    libraries = Path(ov.__file__).parent / "libs"
-    return {} if any(libraries.glob("*npu_compiler_loader*")) else {"NPU_COMPILER_TYPE": "DRIVER"}
-
-
 class OpenVinoCpu:
-    """A Device on the processor, in this process.
+    """The CPU as a Device, in this process.
 
-    The full rows of a deep queue share a graph of fixed size, in which only attention depends on the bins; it is up to
-    a fifth faster than the graph of no fixed size that the small rows of a shallow queue share. There are no more
-    graphs, because each holds the weights again in its own layout. Rows of any other shape are taken too: they come
-    from accelerators that failed.
+    It has two graphs. Full batches, from a deep queue, use one of fixed size, in which only attention depends on the bins; it is
+    up to a fifth faster than the graph of dynamic size, which small batches from a shallow queue use. There are no more graphs
+    because each holds another copy of the weights in its own layout. Batches of any other shape, which come from accelerators
+    that failed, are accepted too.
     """
 
     name = "cpu"
@@ -131,17 +52,18 @@ class OpenVinoCpu:
         self,
         spec: ModelSpec,
         *,
-        threads: int = 0,
-        streams: int = 0,
-        row_tokens: int = 512,
+        threads: int | None = None,
+        streams: int | None = None,
+        batch_tokens: int = 512,
         packed: bool = True,
-        golden: GoldenRow | None = None,
+        golden: GoldenBatch | None = None,
     ) -> None:
-        """threads: 0 takes what affinity and cgroup allow. streams: rows at once, 0 is one a thread."""
+        """threads: None uses as many as affinity and cgroup allow. streams: batches computed at once; None means one per thread."""
         self._threads = threads or available_threads()
-        self.streams = self.most_streams = streams or self._threads
-        self.shapes: Sequence[RowShape] = dynamic_shapes(spec.max_length, row_tokens, packed=packed)
-        self._row_tokens = row_tokens
+        self.streams: int = streams or self._threads
+        self.max_streams: int = self.streams
+        self.shapes: Sequence[BatchShape] = dynamic_shapes(spec.max_length, batch_tokens, packed=packed)
+        self._batch_tokens = batch_tokens
         self._golden = golden
         self._precision = spec.precision
         self._failing = ""
@@ -149,50 +71,53 @@ class OpenVinoCpu:
         try:
             core = ov.Core()
             with ThreadPoolExecutor(2) as pool:  # compiling leaves cores idle; two at once take little longer than one
-                # Small rows are computed one at a time by all threads, full rows one a thread.
-                full = pool.submit(self._compile, core, spec, graphs(Form(tokens=row_tokens), CPU), self.streams)
-                small = pool.submit(self._compile, core, spec, graphs(Form(), CPU), 1)
+                # Small batches are computed one at a time by all threads, full batches one per stream.
+                full = pool.submit(self._compile, core, spec, graphs(GraphShape(tokens=batch_tokens), CPU_STYLE), self.streams)
+                small = pool.submit(self._compile, core, spec, graphs(GraphShape(), CPU_STYLE), 1)
             self._full, self._small = full.result(), small.result()
             graphs.release()
         except RuntimeError as error:
             raise DeviceError(f"the CPU could not compile {spec.name}: {first_line(error)}") from error
+        self._workers = DeviceThreads(_WAITING * self.streams, self.name)
 
     def _compile(self, core: ov.Core, spec: ModelSpec, model: ov.Model, streams: int) -> queue.SimpleQueue[ov.InferRequest]:
-        """An infer request a stream; the compiled graph lives as long as they do."""
+        """Compile a graph; returns one infer request per stream, which keep it alive."""
         wanted = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": self._threads}
-        compiled = core.compile_model(model, "CPU", TARGETS["cpu"].asked(spec.precision, wanted))
-        requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
+        compiled = core.compile_model(model, "CPU", TARGETS["cpu"].requested(spec.precision, wanted))
+        infer_requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
         for _ in range(streams):
-            requests.put(compiled.create_infer_request())
-        return requests
+            infer_requests.put(compiled.create_infer_request())
+        return infer_requests
 
-    def takes(self, shape: Shaped) -> bool:
-        """Any row."""
+    def takes(self, shape: BatchShape) -> bool:
+        """Any shape."""
         return True
 
-    def infer(self, pack: Pack, late: float = math.inf) -> Output:
-        """Vectors [bins, segments, width] float32. Raises DeviceError."""
-        shape = pack.shape
-        requests = self._full if shape.bins * shape.positions == self._row_tokens else self._small
+    def submit(self, batch: Batch) -> Future[Output]:
+        """Compute vectors [bins, segments, width] float32. Fails with DeviceError."""
+        return self._workers.submit(self._infer, batch)
+
+    def _infer(self, batch: Batch) -> Output:
+        infer_requests = self._full if batch.shape.tokens == self._batch_tokens else self._small
         try:
-            request = requests.get(timeout=ROOM_SECONDS)
+            infer_request = infer_requests.get(timeout=WAIT_SECONDS)
         except queue.Empty:
-            raise RowError(Failure.BUSY, f"the CPU had no room for a row within {ROOM_SECONDS:g} seconds") from None
+            raise BatchError(Failure.BUSY, f"the CPU could not start a batch within {WAIT_SECONDS:g} seconds") from None
         start = time.perf_counter()
         try:
-            # The inputs are shared, not copied: the pack holds them until the run is over.
-            results = request.infer(dict(pack.inputs), share_inputs=True)
+            # The inputs are shared, not copied: the batch keeps them alive until inference ends.
+            results = infer_request.infer(dict(batch.inputs), share_inputs=True)
             vectors = np.array(results[0], np.float32)
         except RuntimeError as error:
-            raise RowError(Failure.ERROR, f"the CPU failed: {first_line(error)}") from error
+            raise BatchError(Failure.ERROR, f"the CPU failed: {first_line(error)}") from error
         finally:
-            requests.put(request)
+            infer_requests.put(infer_request)
         return Output(vectors, self.name, time.perf_counter() - start)
 
-    def reports(self) -> Sequence[Report]:
-        """The CPU serves, or its last probe failed."""
+    def reports(self) -> Sequence[DeviceReport]:
+        """One report: serving, or failing if the last probe failed."""
         return [
-            Report(
+            DeviceReport(
                 name=self.name,
                 kind=self.kind,
                 state="failing" if self._failing else "serving",
@@ -202,16 +127,17 @@ class OpenVinoCpu:
         ]
 
     def probe(self) -> None:
-        """Run the smallest golden row. Raises DeviceError."""
+        """Compute the smallest golden batch. Raises DeviceError."""
         if self._golden is None:
             return
-        row = self._golden(min(self.shapes, key=lambda shape: shape.tokens))
+        batch = self._golden(min(self.shapes, key=lambda shape: shape.tokens))
         try:
-            check_vectors(self.name, row, self.infer(row).vectors)
+            check_vectors(self.name, batch, self.submit(batch).result().vectors)
         except DeviceError as error:
             self._failing = str(error)
             raise
         self._failing = ""
 
     def close(self) -> None:
-        """Nothing is held outside this object."""
+        """Stop the threads; the compiled graphs are freed with this object."""
+        self._workers.close()

@@ -1,4 +1,4 @@
-"""AsyncEngine: the verbs of Engine, awaited. It wraps futures; nothing is written twice."""
+"""AsyncEngine: the methods of Engine as coroutines. It wraps an Engine and awaits its futures."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.engine.engine import BATCH_SIZE, Engine
-from npu_proxy.engine.options import Options, request_of
-from npu_proxy.engine.verbs import Label, Ranked
+from npu_proxy.engine.options import Options, make_request
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedRequest, EmbedResult, SparseVector, TextInput, Vector
+from npu_proxy.types import EmbedRequest, EmbedResult, Label, RerankResult, SparseVector, TextInput, Vector
 
 Array = npt.NDArray[Any]
 
 
 class AsyncEngine:
-    """The same verbs, awaited. ``async with``, or astart and astop; both may be called twice and at once."""
+    """Engine's methods as coroutines. Use ``async with``, or astart and astop, which may be called repeatedly and concurrently."""
 
     def __init__(
         self,
@@ -31,8 +30,8 @@ class AsyncEngine:
         *,
         engine: Engine | None = None,
     ) -> None:
-        """Wraps ``engine``, or a new Engine of these arguments."""
-        self.engine = engine or Engine(model, device, settings)
+        """Wrap ``engine``, or a new Engine made with the other arguments."""
+        self.engine: Engine = engine or Engine(model, device, settings)
 
     async def astart(self) -> Self:
         """Load the model without blocking the event loop."""
@@ -50,20 +49,20 @@ class AsyncEngine:
         await self.astop(drain=0.0 if error else None)
 
     async def submit(self, request: EmbedRequest) -> EmbedResult:
-        """As Engine.submit; cancelling the task drops the request."""
+        """Like Engine.submit; cancelling the task drops the request."""
         return await asyncio.wrap_future(self.engine.submit(request))
 
     async def embed(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> Array:
-        """As Engine.embed."""
+        """Like Engine.embed."""
         if isinstance(texts, str) or len(texts) > BATCH_SIZE:
             return await asyncio.to_thread(self.engine.embed, texts, **options)
-        result = await self.submit(request_of(texts, options, self.engine.settings.timeout))
+        result = await self.submit(make_request(texts, options, self.engine.settings.timeout))
         return np.asarray(result.raise_first().embeddings)
 
     async def stream(
         self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
     ) -> AsyncIterator[Array]:
-        """As Engine.stream; the iterable is read in a thread."""
+        """Like Engine.stream; the iterable is read in a thread."""
         results = self.engine.results(texts, batch_size=batch_size, parallel=parallel, **options)
         try:
             while (result := await asyncio.to_thread(next, results, None)) is not None:
@@ -76,28 +75,28 @@ class AsyncEngine:
 
     async def rerank(
         self, query: str, documents: Sequence[str], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
-    ) -> list[Ranked]:
-        """As Engine.rerank."""
+    ) -> list[RerankResult]:
+        """Like Engine.rerank."""
         return await asyncio.to_thread(self.engine.rerank, query, documents, top_n=top_n, raw=raw, **options)
 
     async def classify(
         self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
     ) -> list[list[Label]]:
-        """As Engine.classify."""
+        """Like Engine.classify."""
         return await asyncio.to_thread(self.engine.classify, texts, top_n=top_n, raw=raw, **options)
 
     async def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[SparseVector]:
-        """As Engine.embed_sparse."""
+        """Like Engine.embed_sparse."""
         return await asyncio.to_thread(self.engine.embed_sparse, texts, **options)
 
     async def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[Vector]:
-        """As Engine.embed_tokens."""
+        """Like Engine.embed_tokens."""
         return await asyncio.to_thread(self.engine.embed_tokens, texts, **options)
 
     async def embed_query(self, text: str) -> list[float]:
-        """As Engine.embed_query."""
+        """Like Engine.embed_query."""
         return (await self.embed([text], input_type="query"))[0].tolist()
 
     async def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """As Engine.embed_documents."""
+        """Like Engine.embed_documents."""
         return (await self.embed(texts, input_type="document")).tolist() if texts else []

@@ -1,14 +1,12 @@
-"""Engine: the pipeline with a life cycle and verbs. AsyncEngine (async_engine.py) is the same, awaited."""
+"""Engine: loads a model and embeds, reranks and classifies. AsyncEngine (async_engine.py) has the same methods as coroutines."""
 
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -20,56 +18,59 @@ from typing import Any, Literal, Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.cache.entry import Keys
+from npu_proxy.cache.entry import CacheKeys
+from npu_proxy.cache.tiers import open_cache
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device
-from npu_proxy.engine.finish import check_output, finish
-from npu_proxy.engine.options import Options, check_options, check_texts, request_of
-from npu_proxy.engine.parts import Parts, load, open_cache
-from npu_proxy.engine.pipeline import Limits, Pipeline, Stats
+from npu_proxy.engine.admission import QueueLimits
+from npu_proxy.engine.components import EngineComponents, load_components
+from npu_proxy.engine.counters import Stats
+from npu_proxy.engine.finish import finish
+from npu_proxy.engine.options import Options, make_request
+from npu_proxy.engine.parallel import parallel_results
+from npu_proxy.engine.pending import PendingRequest
+from npu_proxy.engine.pipeline import Pipeline, PipelineLimits
+from npu_proxy.engine.scoring import probabilities, rerank_requests, rerank_results, sorted_labels, sparse_vectors, token_vectors
 from npu_proxy.engine.similarity import similarity
-from npu_proxy.engine.tokenize import TextEncoder
-from npu_proxy.engine.verbs import (
-    Label,
-    Ranked,
-    check_classifier,
-    labels,
-    probabilities,
-    rank_requests,
-    ranking,
-    sparse_of,
-    tokens_of,
-)
-from npu_proxy.errors import DeadlineError, InputError, OverloadedError, StoppedError
+from npu_proxy.engine.stream import batches, stream_results
+from npu_proxy.engine.tokenize import RequestTokenizer
+from npu_proxy.engine.validation import check_classifier, check_options, check_output, check_texts, check_top_n
+from npu_proxy.errors import DeadlineError, InputError, StoppedError
 from npu_proxy.settings import Settings
+from npu_proxy.spec import ModelSpec
 from npu_proxy.types import (
     EmbedRequest,
     EmbedResult,
-    Kind,
+    Label,
     Lane,
-    ModelSpec,
+    OutputType,
+    RerankResult,
     Similarity,
     SparseVector,
     TextInput,
-    Ticket,
     Vector,
 )
 
 Array = npt.NDArray[Any]
 State = Literal["new", "running", "stopping", "stopped"]
 
+BATCH_SIZE = 256
+"""Maximum number of texts per request; longer inputs are split into several requests."""
+_RERANK_OPTIONS = ("truncate", "chunking", "max_tokens", "timeout")
+_CANCELLED = StoppedError("the caller cancelled this request")
+
 _started: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 @atexit.register
 def _stop_all() -> None:
-    """A program that ends without stopping its engines ends in peace: native threads that still compute would abort it."""
+    """Stop all engines at exit; native threads that are still running would abort the process."""
     for engine in list(_started):
         engine.stop(drain=0.0)
 
 
 class Engine:
-    """Embeds texts. A context manager; starts at the first use as well, and stops once.
+    """Embeds texts. Use it as a context manager, or let the first call start it. A stopped engine cannot be restarted.
 
     >>> with Engine() as engine:                                                        # doctest: +SKIP
     ...     engine.embed(["one text", "another"]).shape
@@ -83,30 +84,30 @@ class Engine:
         settings: Settings | None = None,
         *,
         cache: VectorCache | None = None,
-        parts: Callable[[Settings, threading.Event], Parts] = load,
+        components: Callable[[Settings, threading.Event], EngineComponents] = load_components,
     ) -> None:
-        """``model`` and ``device`` override the settings' own. Nothing is loaded before ``start``.
+        """``model`` and ``device`` override the settings of the same name. Nothing is loaded before ``start``.
 
-        cache: shared with other engines and closed by its owner; None opens one as the settings say.
+        cache: a cache shared with other engines; its owner closes it. None opens the cache that the settings ask for.
         """
         settings = settings or Settings()
-        self.settings = replace(
+        self.settings: Settings = replace(
             settings,
             model=settings.model if model is None else (str(model),),
             device=settings.device if device is None else device,
         )
-        self._load = parts
+        self._load = components
         self._cache = cache
         self._own_cache: VectorCache | None = None
-        self._keys: Keys | None = None
+        self._cache_keys: CacheKeys | None = None
         self._state: State = "new"
         self._change = threading.Lock()
         self._stopping = threading.Event()
         self._process = os.getpid()
         self._pipeline: Pipeline | None = None
-        self._parts: Parts | None = None
+        self._components: EngineComponents | None = None
 
-    # -- life ----------------------------------------------------------------------------------------------------
+    # -- life cycle ----------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
@@ -114,51 +115,50 @@ class Engine:
         return self._state
 
     def start(self) -> Self:
-        """Load and compile the model; does nothing when running. Raises StoppedError after a stop."""
+        """Load and compile the model. Does nothing if the engine is running. Raises StoppedError if it was stopped."""
         with self._change:
             if self._state == "running":
                 return self
             if self._state != "new":
-                raise StoppedError("this engine was stopped; make a new one")
-            parts = self._load(self.settings, self._stopping)
+                raise StoppedError("this engine was stopped; create a new one")
+            components = self._load(self.settings, self._stopping)
             try:
-                self._open(parts)
+                self._open(components)
             except BaseException:
-                parts.device.close()
+                components.device.close()
                 if self._own_cache is not None:
                     self._own_cache.close()
                 raise
-            self._parts = parts
+            self._components = components
             self._process = os.getpid()
             self._state = "running"
             _started.add(self)
         return self
 
-    def _open(self, parts: Parts) -> None:
-        own = self.settings
+    def _open(self, components: EngineComponents) -> None:
+        settings = self.settings
         if self._cache is None:
-            self._cache = self._own_cache = open_cache(own)
+            self._cache = self._own_cache = open_cache(settings)
         if self._cache is not None:
-            self._keys = Keys(parts.spec.fingerprint, own.sanitize, own.on_empty, own.cache_prefix)
-        limits = Limits(
-            batch_delay=own.batch_delay,
-            aging=own.aging,
-            window=own.window,
-            max_items=own.max_queue_items,
-            max_tokens=own.max_queue_tokens,
+            self._cache_keys = CacheKeys(components.spec.fingerprint, settings.sanitize, settings.on_empty, settings.cache_prefix)
+        limits = PipelineLimits(
+            batch_delay=settings.batch_delay,
+            aging=settings.aging,
+            window=settings.window,
+            queue=QueueLimits(texts=settings.max_queue_items, tokens=settings.max_queue_tokens),
         )
-        self._pipeline = Pipeline(parts.encoder, parts.device, parts.spec, limits, self._cache)
+        self._pipeline = Pipeline(components.tokenizer, components.device, components.spec, limits, self._cache)
 
     def stop(self, drain: float | None = None) -> None:
-        """Finish open requests for up to ``drain`` seconds (the setting's by default), fail the rest, end all threads."""
-        if self._forked():
+        """Let open requests finish for up to ``drain`` seconds (default: the setting `drain`), fail the rest, end all threads."""
+        if self._is_forked():
             return
         self._stopping.set()
         with self._change:
-            if self._pipeline is not None and self._parts is not None and self._state == "running":
+            if self._pipeline is not None and self._components is not None and self._state == "running":
                 self._state = "stopping"
                 self._pipeline.stop(self.settings.drain if drain is None else drain)
-                self._parts.device.close()
+                self._components.device.close()
                 if self._own_cache is not None:
                     self._own_cache.close()
             self._state = "stopped"
@@ -167,61 +167,62 @@ class Engine:
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After an error nobody waits for what is still under way.
+        # After an error, the caller does not need the requests that are still open.
         self.stop(drain=0.0 if error else None)
 
-    # -- what it is ----------------------------------------------------------------------------------------------
+    # -- components ----------------------------------------------------------------------------------------------
 
     @property
     def spec(self) -> ModelSpec:
-        """The model that is served: width, limits, prompts, fingerprint."""
-        return self._running()[0].spec
+        """The model's spec: width, limits, prompts, fingerprint. Starts the engine if needed."""
+        return self._ensure_started()[0].spec
 
     @property
-    def encoder(self) -> TextEncoder:
-        """The model's tokenizer and prompts."""
-        return self._running()[0].encoder
+    def tokenizer(self) -> RequestTokenizer:
+        """The model's tokenizer and prompts. Starts the engine if needed."""
+        return self._ensure_started()[0].tokenizer
 
     @property
     def device(self) -> Device:
-        """The device that embeds."""
-        return self._running()[0].device
+        """The device that computes the batches. Starts the engine if needed."""
+        return self._ensure_started()[0].device
 
     @property
     def cache(self) -> VectorCache | None:
-        """Where vectors are kept; None where the settings want none."""
+        """The vector cache; None if the settings ask for none."""
         return self._cache
 
     def stats(self) -> Stats:
-        """Counters, queue depth and the life of the stages, at this moment."""
-        return self._running()[1].stats()
+        """A snapshot of the counters, the queue depth and the stages. Starts the engine if needed."""
+        return self._ensure_started()[1].stats()
 
     # -- verbs ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: EmbedRequest, deadline: float | None = None) -> Future[EmbedResult]:
-        """Queue a request; ``deadline`` (time.monotonic() seconds) stands in for its own.
+        """Queue a request. ``deadline``, in time.monotonic() seconds, overrides the request's own.
 
-        The future gives an EmbedResult, with an error a text where one failed.
+        Returns a future for an EmbedResult, which holds an error for each text that failed. If the future is cancelled, texts
+        of the request that are still waiting are not computed.
 
-        Cancelling it drops the request's texts before they cost inference. Raises InputError for a request that is
-        wrong as a whole, OverloadedError at the queue's limit, StoppedError when the engine is not running.
+        Raises InputError if the whole request is invalid, OverloadedError if the queue is full or too slow for the deadline, and
+        StoppedError if the engine is not running.
         """
-        parts, pipeline = self._running()
+        components, pipeline = self._ensure_started()
         check_texts(request.texts)
-        check_output(request, parts.spec)
-        manner = parts.encoder.manner(request)
-        if manner.late and all(shape.segments == 1 for shape in parts.device.shapes):
-            message = "late chunks are several vectors of one text; set `packing` on, and `device` to none that runs a graph file"
+        check_output(request, components.spec)
+        options = components.tokenizer.options(request)
+        if options.late_chunking and all(shape.segments == 1 for shape in components.device.shapes):
+            message = "late chunking needs several vectors per text; turn on `packing` and set `device` to one without a graph file"
             raise InputError(message, param="late")
         future: Future[EmbedResult] = Future()
 
-        def done(ticket: Ticket) -> None:
-            pipeline.forget(ticket)
+        def on_done(pending: PendingRequest) -> None:
+            pipeline.forget(pending)
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                result = finish(ticket, parts.spec)
-            except Exception as error:  # whatever it is belongs to this caller, not to the stage that answered last
+                result = finish(pending, components.spec)
+            except Exception as error:  # for this caller, not for the stage that delivered the last text
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -229,36 +230,36 @@ class Engine:
         now = time.monotonic()
         if deadline is None:
             deadline = now + self.settings.timeout if request.deadline is None else request.deadline
-        ticket = Ticket(request, deadline, now, done, future.cancelled)
-        if self._cache is not None and self._keys is not None and not request.chunking.spans:
-            ticket.keys = self._keys.of(request.texts, manner.key)
-            ticket.recall(enumerate(self._cache.recall(ticket.keys)))
-            if not ticket.open:
+        pending = PendingRequest(request, deadline, now, on_done, future.cancelled)
+        if self._cache is not None and self._cache_keys is not None and not request.chunking.spans:
+            pending.cache_keys = self._cache_keys.make(request.texts, options.key)
+            pending.resolve_cached(enumerate(self._cache.recall(pending.cache_keys)))
+            if not pending.unfinished:
                 return future
-        few = ticket.open <= self.settings.interactive_texts
-        pipeline.submit(ticket, manner, request.lane or (Lane.INTERACTIVE if few else Lane.BULK))
-        future.add_done_callback(lambda done: ticket.fail_all(_CANCELLED) if done.cancelled() else None)
+        few = pending.unfinished <= self.settings.interactive_texts
+        pipeline.submit(pending, options, request.lane or (Lane.INTERACTIVE if few else Lane.BULK))
+        future.add_done_callback(lambda done: pending.fail_all(_CANCELLED) if done.cancelled() else None)
         return future
 
     def embed(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> Array:
-        """Vectors [n, width] of texts, in order; float32 unless ``dtype`` says otherwise ([n] strings for base64).
+        """Embed texts; returns vectors [n, width] in their order, in ``dtype`` (float32 by default; n strings for base64).
 
-        Raises the first error of any text, once all of them are done.
+        If any text failed, raises the error of the first one after all texts are done.
         """
         if isinstance(texts, str):
-            raise InputError("texts must be a list of texts; for one text call embed_query, or embed([text])", param="texts")
+            raise InputError("texts must be a list of texts; for a single text call embed_query, or embed([text])", param="texts")
         if len(texts) > BATCH_SIZE:
             return np.stack(list(self.stream(texts, **options)))
-        result = self._wait(self.submit(request_of(texts, options, self.settings.timeout)))
+        result = self._wait(self.submit(make_request(texts, options, self.settings.timeout)))
         return np.asarray(result.raise_first().embeddings)
 
     def stream(
         self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
     ) -> Iterator[Array]:
-        """One vector a text, in order, from any iterable, with bounded memory however long it is.
+        """Yield one vector per text, in order, from an iterable of any length, in bounded memory.
 
-        batch_size: texts a request; a few requests are under way at once. parallel: None works in this process; N
-        starts N worker processes of their own engines (0: one a core), for offline work on many cores.
+        batch_size: texts per request; a few requests are in progress at a time. parallel: None computes in this process; N
+        starts N worker processes with one engine each (0: one process per core), for offline work on many cores.
         """
         for result in self.results(texts, batch_size=batch_size, parallel=parallel, **options):
             yield from result.raise_first().embeddings  # type: ignore[misc]  # rows of an array, or strings
@@ -266,139 +267,101 @@ class Engine:
     def results(
         self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
     ) -> Iterator[EmbedResult]:
-        """As ``stream``, but a whole EmbedResult a batch, with token counts and the errors of single texts."""
+        """Like ``stream``, but yield one EmbedResult per batch, with token counts and the errors of individual texts."""
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}", param="batch_size")
         if parallel is not None:
-            from npu_proxy.engine.parallel import results as parallel_results
-
-            yield from parallel_results(self.settings, _batches(texts, batch_size), parallel, options)
-            return
-        under_way: deque[Future[EmbedResult]] = deque()
-        try:
-            for batch in _batches(texts, batch_size):
-                under_way.append(self._submit_patiently(batch, options, under_way))
-                while under_way and (under_way[0].done() or len(under_way) * batch_size > STREAM_TEXTS):
-                    yield self._wait(under_way.popleft())
-            while under_way:
-                yield self._wait(under_way.popleft())
-        finally:
-            for future in under_way:
-                future.cancel()
+            return parallel_results(type(self), self.settings, batches(texts, batch_size), parallel, options)
+        patience = self.settings.bulk_timeout
+        return stream_results(
+            batches(texts, batch_size),
+            lambda batch: self.submit(make_request(batch, options, patience)),
+            self._wait,
+            batch_size=batch_size,
+            patience=patience,
+        )
 
     def embed_query(self, text: str) -> list[float]:
-        """One vector as a list, with the model's query prompt where it has one (the LangChain signature)."""
+        """Embed one query, with the model's query prompt if it has one; returns a list (LangChain's signature)."""
         return self.embed([text], input_type="query")[0].tolist()
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Vectors as lists, with the model's document prompt where it has one (the LangChain signature)."""
+        """Embed documents, with the model's document prompt if it has one; returns lists (LangChain's signature)."""
         return self.embed(texts, input_type="document").tolist() if texts else []
 
     def rerank(
         self, query: str, documents: Sequence[str], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
-    ) -> list[Ranked]:
-        """Documents by how well they answer a query, the best first; for cross-encoders and late-interaction models.
+    ) -> list[RerankResult]:
+        """Rank documents by how well they answer a query, best first. Needs a cross-encoder or a late-interaction model.
 
-        raw: logits in place of scores from 0 to 1. truncate=`chunk` takes a long document's best part. Of the options there are
-        truncate, chunking, max_tokens and timeout.
+        raw: return logits instead of scores from 0 to 1. truncate=`chunk` scores a long document by its best part. The options
+        are truncate, chunking, max_tokens and timeout.
         """
-        check_options(options, ("truncate", "chunking", "max_tokens", "timeout"))
-        asked = request_of([query], options, self.settings.bulk_timeout)
-        spec = self.spec
+        check_options(options, _RERANK_OPTIONS)
+        shared = make_request([query], options, self.settings.bulk_timeout)
+        requests = rerank_requests(
+            self.spec,
+            query,
+            documents,
+            top_n=top_n,
+            truncate=shared.truncate,
+            chunking=shared.chunking,
+            max_tokens=shared.max_tokens,
+            deadline=shared.deadline,
+        )
         futures: list[Future[EmbedResult]] = []
         try:
-            futures.extend(
-                self.submit(request)
-                for request in rank_requests(
-                    spec,
-                    query,
-                    documents,
-                    top_n=top_n,
-                    truncate=asked.truncate,
-                    chunking=asked.chunking,
-                    max_tokens=asked.max_tokens,
-                    deadline=asked.deadline,
-                )
-            )
-            return ranking(spec, [self._wait(future) for future in futures], top_n=top_n, raw=raw)
+            futures.extend(self.submit(request) for request in requests)
+            return rerank_results(self.spec, [self._wait(future) for future in futures], top_n=top_n, raw=raw)
         finally:
-            for future in futures:  # where one failed, nobody waits for the others
+            for future in futures:  # if one failed, the others are not needed
                 future.cancel()
 
     def classify(
         self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
     ) -> list[list[Label]]:
-        """Of each text (or Pair) the labels of a classifier by falling score. raw: logits in place of probabilities."""
-        check_classifier(self.spec, top_n)
-        request = request_of(texts, options, self.settings.bulk_timeout)
-        result = self._wait(self.submit(replace(request, want=Kind.SCORES)))
-        return labels(self.spec, probabilities(self.spec, result, raw=raw), top_n)
+        """Labels of each text (or Pair), best first. Needs a classifier. raw: return logits instead of probabilities."""
+        check_top_n(top_n)
+        check_classifier(self.spec)
+        result = self._result(texts, options, OutputType.SCORES)
+        return sorted_labels(self.spec, probabilities(self.spec, result, raw=raw), top_n)
 
     def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[SparseVector]:
-        """Weights of vocabulary entries, a text (SPLADE, or the lexical weights of bge-m3)."""
-        request = request_of(texts, options, self.settings.bulk_timeout)
-        return sparse_of(self._wait(self.submit(replace(request, want=Kind.SPARSE))))
+        """One sparse vector per text: weights of vocabulary entries (SPLADE, or the lexical weights of bge-m3)."""
+        return sparse_vectors(self._result(texts, options, OutputType.SPARSE))
 
     def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[Vector]:
-        """A vector a token, [tokens, width] a text: late interaction, or a dense model with the setting `pooling` at `none`."""
-        request = request_of(texts, options, self.settings.bulk_timeout)
-        return tokens_of(self._wait(self.submit(replace(request, want=Kind.TOKENS))))
+        """One array [tokens, width] per text. Needs a late-interaction model, or a dense one with the setting `pooling`=`none`."""
+        return token_vectors(self._result(texts, options, OutputType.TOKENS))
 
-    def similarity(self, one: Array, other: Array, how: Similarity | None = None) -> Array:
-        """How alike vectors [n, width] and [m, width] are, [n, m], as the model's files say, or as ``how`` does."""
-        return similarity(one, other, how or self.spec.similarity)
+    def similarity(self, left: Array, right: Array, how: Similarity | None = None) -> Array:
+        """Similarity [n, m] of vectors [n, width] and [m, width]. how: defaults to the measure that the model's files define."""
+        return similarity(left, right, how or self.spec.similarity)
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- internal ------------------------------------------------------------------------------------------------
 
-    def _forked(self) -> bool:
-        """Whether this is a copy in a forked child: the threads and the device are the parent's."""
+    def _result(self, texts: Sequence[TextInput], options: Options, output_type: OutputType) -> EmbedResult:
+        request = make_request(texts, options, self.settings.bulk_timeout)
+        return self._wait(self.submit(replace(request, output_type=output_type)))
+
+    def _is_forked(self) -> bool:
+        """Whether this is a forked child's copy of the engine; its threads and device belong to the parent."""
         return self._state != "new" and os.getpid() != self._process
 
-    def _running(self) -> tuple[Parts, Pipeline]:
-        if self._forked():
-            raise StoppedError("this engine was started before a fork; make a new one in each process")
+    def _ensure_started(self) -> tuple[EngineComponents, Pipeline]:
+        """Start the engine if it is new. Raises StoppedError if it was stopped or forked."""
+        if self._is_forked():
+            raise StoppedError("this engine was started before a fork; create a new one in each process")
         if self._state == "new":
             self.start()
-        if self._parts is None or self._pipeline is None or self._state == "stopped":
-            raise StoppedError("the engine is not running; make a new one")
-        return self._parts, self._pipeline
-
-    def _submit_patiently(
-        self, batch: Sequence[TextInput], options: Options, under_way: deque[Future[EmbedResult]]
-    ) -> Future[EmbedResult]:
-        """Submit; while the queue is full, wait for own work to finish, or a moment, up to the bulk timeout."""
-        give_up = time.monotonic() + self.settings.bulk_timeout
-        while True:
-            try:
-                return self.submit(request_of(batch, options, self.settings.bulk_timeout))
-            except OverloadedError as error:
-                left = give_up - time.monotonic()
-                if left <= 0:
-                    raise
-                pending = next((future for future in under_way if not future.done()), None) or Future[EmbedResult]()
-                try:
-                    pending.exception(timeout=min(left, error.retry_after))
-                except FutureTimeoutError:
-                    continue
+        if self._components is None or self._pipeline is None or self._state == "stopped":
+            raise StoppedError("the engine is not running; create a new one")
+        return self._components, self._pipeline
 
     def _wait(self, future: Future[EmbedResult]) -> EmbedResult:
-        """The deadline ends the wait; this limit is for the case that the engine itself is gone."""
+        """Wait for a result. Normally the deadline ends the wait; the timeout here catches an engine that has died."""
         try:
             return future.result(timeout=max(self.settings.timeout, self.settings.bulk_timeout) * 2 + 60)
         except FutureTimeoutError:
             future.cancel()
-            raise DeadlineError("the engine gave no answer at all; this is a fault of npu-proxy, please report it") from None
-
-
-_CANCELLED = StoppedError("the caller cancelled this request")
-
-BATCH_SIZE = 256
-"""Texts of one request when a caller brings more at once."""
-STREAM_TEXTS = 1024
-"""Texts a stream keeps under way."""
-
-
-def _batches(texts: Iterable[TextInput], size: int) -> Iterator[Sequence[TextInput]]:
-    source = iter(texts)
-    while batch := list(itertools.islice(source, size)):
-        yield batch
+            raise DeadlineError("the engine did not respond; this is a bug in npu-proxy, please report it") from None

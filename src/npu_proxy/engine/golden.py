@@ -1,11 +1,11 @@
-"""Golden texts as rows of any shape: what certification compares and what health checks run."""
+"""Golden texts as batches of any shape, for certification and health checks."""
 
 from __future__ import annotations
 
-from npu_proxy.engine.packing import fill_bins, pack, room
-from npu_proxy.engine.tokenize import TextEncoder
-from npu_proxy.graph.packed import RowFormat, RowShape
-from npu_proxy.types import Encoding, Job, Lane, ModelSpec, Pack
+from npu_proxy.batch import Batch, BatchShape, Encoding
+from npu_proxy.engine.packing import aligned, fill_bins, pack
+from npu_proxy.engine.tokenize import RequestTokenizer
+from npu_proxy.spec import ModelSpec
 
 _LONG = (
     "The segment of a row that belongs to one text must not see the segment of another, whatever lies between them: "
@@ -25,27 +25,27 @@ GOLDEN_TEXTS = (
     _LONG * 3,
     _LONG * 200,
 )
-"""Short, long, beyond every limit; several scripts. Certificates hold for these."""
+"""Short texts, long ones, one beyond every limit, several scripts. Certificates refer to these texts; do not change them."""
 
 
-class GoldenRows:
-    """A row of golden texts for a shape: as many of them as fit, the longest always in."""
+class GoldenBatches:
+    """Makes a batch of golden texts for any shape: as many texts as fit, always including the longest."""
 
-    def __init__(self, encoder: TextEncoder, spec: ModelSpec) -> None:
-        self._encodings = encoder.plain(GOLDEN_TEXTS)
-        self._layout = RowFormat.of(spec)
-        self._kind = spec.kind
+    def __init__(self, tokenizer: RequestTokenizer, spec: ModelSpec) -> None:
+        self._encodings = tokenizer.plain(GOLDEN_TEXTS)
+        self._layout = spec.batch_layout
+        self._output_type = spec.output_type
 
-    def __call__(self, shape: RowShape) -> Pack:
-        """The row; its jobs belong to nobody."""
+    def __call__(self, shape: BatchShape) -> Batch:
+        """Return the batch for a shape, without a deadline."""
         fitting = [_cut(encoding, shape.positions) for encoding in self._encodings]
         fitting.sort(key=lambda encoding: -encoding.tokens)
-        jobs = [Job(encoding=encoding, lane=Lane.BULK, queued_at=0.0, waiters=[]) for encoding in fitting * shape.bins]
-        plan = fill_bins([room(job.encoding.tokens, self._layout.align) for job in jobs], shape)
-        return pack(jobs, plan, self._layout, self._kind)
+        encodings = fitting * shape.bins
+        plan = fill_bins([aligned(encoding.tokens, self._layout.align) for encoding in encodings], shape)
+        return pack(encodings, plan, self._layout, self._output_type)
 
 
 def _cut(encoding: Encoding, positions: int) -> Encoding:
-    """The text within ``positions`` tokens, its last token (which may be special) kept."""
+    """Cut a text to ``positions`` tokens, keeping its last token (which may be special)."""
     ids = encoding.ids
     return encoding if len(ids) <= positions else Encoding(ids=ids[[*range(positions - 1), -1]], truncated=True)

@@ -1,28 +1,30 @@
-"""The jobs that wait, and which of them goes next. Data and decisions only: engine/pipeline.py holds the lock and the threads."""
+"""The queue of waiting jobs, and which of them come next. Data and decisions only; pipeline.py has the lock and the threads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from npu_proxy.engine.packing import Plan, plan_row, room
-from npu_proxy.types import Encoding, Job, Lane, Shaped, Ticket
+from npu_proxy.batch import BatchShape, Encoding
+from npu_proxy.engine.packing import BatchPlan, aligned, plan_batch
+from npu_proxy.engine.pending import Job, PendingRequest
+from npu_proxy.types import Lane
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How much waits: distinct texts and their tokens."""
+    """Size of the queue: distinct waiting texts and their tokens."""
 
-    items: int
+    texts: int
     tokens: int
 
 
-def leading_lane(*, now: float, oldest_bulk: float | None, last_bulk: float, aging: float, interactive: bool) -> Lane | None:
-    """Whose oldest job opens the next row; None when nothing waits.
+def next_lane(*, now: float, oldest_bulk: float | None, last_bulk: float, aging: float, interactive: bool) -> Lane | None:
+    """The lane whose oldest job starts the next batch; None if the queue is empty.
 
-    Interactive goes first, but once bulk work has waited ``aging`` seconds without opening a row, it opens one. So
-    bulk moves at least every ``aging`` seconds, and a deep bulk backlog delays an interactive text by one row at most.
+    The interactive lane goes first, unless bulk jobs have waited ``aging`` seconds without starting a batch. So the bulk lane
+    advances at least every ``aging`` seconds, and a long bulk backlog delays an interactive text by at most one batch.
     """
     if oldest_bulk is None:
         return Lane.INTERACTIVE if interactive else None
@@ -30,55 +32,13 @@ def leading_lane(*, now: float, oldest_bulk: float | None, last_bulk: float, agi
     return Lane.BULK if overdue or not interactive else Lane.INTERACTIVE
 
 
-@dataclass(slots=True)
-class Speed:
-    """How fast rows have gone lately; older ones count less and less."""
-
-    tokens: float = 0.0
-    texts: float = 0.0
-    seconds: float = 0.0
-
-    def row(self, *, tokens: int, texts: int, seconds: float) -> None:
-        """A row was inferred; seconds since the one before it, or of its own where the device was idle in between."""
-        self.tokens = _FADE * self.tokens + tokens
-        self.texts = _FADE * self.texts + texts
-        self.seconds = _FADE * self.seconds + seconds
-
-    @property
-    def tokens_a_second(self) -> float:
-        """Of all streams together; 0 before the first row."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def tokens_a_text(self) -> float:
-        """Mean length; 0 before the first row."""
-        return self.tokens / self.texts if self.texts else 0.0
-
-
-_FADE = 0.98
-"""What a row still counts after the next one."""
-
-
-def expected_wait(
-    lane: Lane, tokens: Mapping[Lane, int], untokenized: Mapping[Lane, int], tokens_a_text: float, speed: float
-) -> float:
-    """Seconds until what comes now is inferred; 0 where nothing is known yet.
-
-    tokens: that wait, a lane. untokenized: texts on their way to the queue, those that come now too. speed: tokens a second.
-    Interactive texts wait for their own lane only, bulk ones for both.
-    """
-    ahead = [lane] if lane is Lane.INTERACTIVE else list(Lane)
-    waiting = sum(tokens[one] + untokenized[one] * tokens_a_text for one in ahead)
-    return waiting / speed if speed else 0.0
-
-
 class JobQueue:
-    """Two lanes of jobs in order of arrival; equal texts in flight share one job. Not thread-safe."""
+    """Two lanes of jobs in order of arrival; equal texts share one job. Not thread-safe."""
 
     def __init__(self, *, aging: float, window: int, align: int = 1) -> None:
-        """``aging``: seconds, see leading_lane. ``window``: how many jobs in order of arrival packing may choose from.
+        """``aging``: seconds, see next_lane. ``window``: how many jobs, in order of arrival, packing may choose from.
 
-        align: texts begin at multiples of so many positions.
+        align: texts start at multiples of this many positions.
         """
         self._aging = aging
         self._align = align
@@ -86,26 +46,26 @@ class JobQueue:
         self._lanes: dict[Lane, dict[Job, None]] = {Lane.INTERACTIVE: {}, Lane.BULK: {}}
         self._in_flight: dict[bytes, Job] = {}
         self._last_bulk = float("-inf")
-        self.tokens = {Lane.INTERACTIVE: 0, Lane.BULK: 0}
-        """Tokens that wait, a lane."""
-        self.merged = 0
-        self.abandoned = 0
+        self.tokens: dict[Lane, int] = {Lane.INTERACTIVE: 0, Lane.BULK: 0}
+        """Number of waiting tokens per lane."""
+        self.merged: int = 0
+        self.abandoned: int = 0
 
     @property
     def depth(self) -> Depth:
-        """Jobs that have not started."""
+        """Number of jobs that have not started, and their tokens."""
         return Depth(sum(map(len, self._lanes.values())), sum(self.tokens.values()))
 
-    def add(self, encoding: Encoding, ticket: Ticket, index: int, lane: Lane, now: float) -> Job:
-        """Queue a text, or join the job that embeds the same ids already (and lift it into the faster lane)."""
+    def add(self, encoding: Encoding, request: PendingRequest, index: int, lane: Lane, now: float) -> Job:
+        """Queue a text, or join the job that already embeds the same ids (moving it to the interactive lane if needed)."""
         key = encoding.key
         job = self._in_flight.get(key)
         if job is None:
-            job = Job(encoding=encoding, lane=lane, queued_at=now, waiters=[(ticket, index)])
+            job = Job(encoding=encoding, lane=lane, queued_at=now, waiters=[(request, index)])
             self._in_flight[key] = self._put(job)
             return job
         self.merged += 1
-        job.waiters.append((ticket, index))
+        job.waiters.append((request, index))
         if lane is Lane.INTERACTIVE and job.lane is Lane.BULK:
             if not job.started:
                 del self._lanes[Lane.BULK][job]
@@ -116,28 +76,28 @@ class JobQueue:
         return job
 
     def oldest(self) -> float | None:
-        """When the job that has waited longest was queued."""
+        """When the oldest waiting job was queued; None if the queue is empty."""
         firsts = [next(iter(lane)).queued_at for lane in self._lanes.values() if lane]
         return min(firsts, default=None)
 
-    def take(self, shapes: Sequence[Shaped], now: float) -> tuple[list[Job], Plan] | None:
-        """Remove and return the jobs of the next row, in the order the plan counts them; None when nothing waits.
+    def take(self, shapes: Sequence[BatchShape], now: float) -> tuple[list[Job], BatchPlan] | None:
+        """Remove the jobs of the next batch; None if the queue is empty. Returns the candidates and the plan, which indexes them.
 
-        Jobs that nobody waits for any more are dropped on the way (their tickets have been answered already).
+        Jobs that no request waits for any more are dropped (their requests are already finished).
         """
         candidates = self._candidates(now)
         if not candidates:
             return None
-        answers = [job.encoding.answers for job in candidates] if any(job.encoding.parts for job in candidates) else ()
-        plan = plan_row([room(job.encoding.tokens, self._align) for job in candidates], shapes, answers)
-        for index in chain.from_iterable(plan.bins):
+        vectors = [job.encoding.vectors for job in candidates] if any(job.encoding.spans for job in candidates) else ()
+        plan = plan_batch([aligned(job.encoding.tokens, self._align) for job in candidates], shapes, vectors)
+        for index in plan.indices:
             self._start(candidates[index])
         if candidates[0].lane is Lane.BULK:
             self._last_bulk = now
         return candidates, plan
 
-    def finish(self, job: Job) -> Sequence[tuple[Ticket, int]]:
-        """The job has its answer: forget it, and say who waits. Later equal texts start a new job."""
+    def finish(self, job: Job) -> Sequence[tuple[PendingRequest, int]]:
+        """Remove a finished job and return the (request, index) pairs that waited for it. Later equal texts start a new job."""
         key = job.encoding.key
         if self._in_flight.get(key) is job:
             del self._in_flight[key]
@@ -155,7 +115,7 @@ class JobQueue:
         for job in [job for job in islice(chain(interactive, bulk), 2 * self._window) if not job.wanted(now)]:
             self._drop(job)
             self.abandoned += 1
-        lane = leading_lane(
+        lane = next_lane(
             now=now,
             oldest_bulk=next(iter(bulk)).queued_at if bulk else None,
             last_bulk=self._last_bulk,

@@ -1,1 +1,1 @@
-"""Graphs from weights: packed.py (rows), one file a family, heads.py (pooling, dense), build.py (the table)."""
+"""OpenVINO graphs from weights: build.py (table of families), one file per family, heads.py (pooling, Dense modules)."""

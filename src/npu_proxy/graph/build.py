@@ -1,13 +1,12 @@
-"""From a model's spec to an OpenVINO graph for one row shape. The table of families is here; a family is one file."""
+"""Build an OpenVINO graph from a model's spec. The table of model families is here; each family is one file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
 
-import openvino as ov
-from openvino import opset15 as op
-
+from npu_proxy.batch import GraphShape, GraphStyle
 from npu_proxy.errors import ModelError
 from npu_proxy.graph import (
     bert,
@@ -23,87 +22,93 @@ from npu_proxy.graph import (
     roberta,
     static,
 )
-from npu_proxy.graph.packed import Form, Node, RowFormat, RowInputs, Style, Weights, flat_rows, in_grid, row_inputs
-from npu_proxy.types import Kind, ModelSpec, Pooling
+from npu_proxy.graph.context import GraphContext
+from npu_proxy.graph.inputs import BatchInputs, batch_inputs
+from npu_proxy.graph.nodes import Config, Node, Weights, op, to_flat, to_grid
+from npu_proxy.spec import ModelSpec
+from npu_proxy.types import OutputType, Pooling
 
-Config = Mapping[str, Any]
+if TYPE_CHECKING:
+    import openvino as ov
 
 
 class Family(Protocol):
-    """What a family's file has.
+    """What the file of a model family provides.
 
-    MODEL_TYPES: values of ``model_type`` it builds. canonical_name: its name for a checkpoint's tensor. standard: config.json
-    with the names it reads. check: raises ModelError for what it would compute wrongly. encode: token vectors [tokens, width],
-    or of ``inputs.last`` alone where pooling reads one token a text. scores: logits [n, labels] of what ``scores_pooling``
-    pools. vocabulary: logits [tokens, vocabulary] of the masked language model.
+    MODEL_TYPES: values of ``model_type`` in config.json that it builds. canonical_name: its name for a checkpoint's tensor.
+    normalize_config: config.json with the keys that it reads. check_config: raises ModelError for a config that it would compute
+    wrongly. encode: token vectors [tokens, width]; only those of ``inputs.last_tokens`` if pooling reads one token per text.
+    classifier_pooling: the pooling whose output ``label_logits`` reads. label_logits: logits [n, labels] of pooled vectors.
+    vocabulary_logits: logits [tokens, vocabulary] of the masked language model.
     """
 
     @property
     def MODEL_TYPES(self) -> tuple[str, ...]: ...  # noqa: N802
 
     canonical_name: Callable[[str], str]
-    standard: Callable[[Config], Config]
-    check: Callable[[Config], None]
-    scores_pooling: Callable[[Config], Pooling]
+    normalize_config: Callable[[Config], Config]
+    check_config: Callable[[Config], None]
+    classifier_pooling: Callable[[Config], Pooling]
 
     @property
-    def encode(self) -> Callable[[Config, Weights, RowInputs, Style], Node]: ...
+    def encode(self) -> Callable[[GraphContext], Node]: ...
 
-    scores: Callable[[Config, Weights, Node, Style], Node]
-    vocabulary: Callable[[Config, Weights, Node, Style], Node]
+    label_logits: Callable[[GraphContext, Node], Node]
+    vocabulary_logits: Callable[[GraphContext, Node], Node]
 
 
 _MODULES: tuple[Family, ...] = (bert, roberta, mpnet, distilbert, modernbert, nomic, gte, deberta, qwen3, gemma3, static)
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
-"""Families by ``model_type`` of config.json."""
-
-_Model: Any = ov.Model  # the bindings' own annotations contradict each other
+"""Model families by ``model_type`` of config.json."""
 
 OUTPUT = "embeddings"
+"""The name of the graph's output."""
 
 
 def family(model_type: str, config: Config) -> Family:
-    """The family of a model. Raises ModelError when there is none or it cannot compute this config exactly."""
+    """The family of a model. Raises ModelError if there is none, or if it cannot compute this config exactly."""
     if model_type not in FAMILIES:
         raise ModelError(
             f"config.json: model_type `{model_type}` is not supported; known: {', '.join(sorted(FAMILIES))}. `npu-proxy"
-            " convert` makes a graph file that `device` ir serves"
+            " convert` makes a graph file of it, which can be served with `device` ir"
         )
-    found = FAMILIES[model_type]
-    found.check(config)
-    return found
+    selected = FAMILIES[model_type]
+    selected.check_config(config)
+    return selected
 
 
-def build(spec: ModelSpec, weights: Weights, form: Form, style: Style) -> ov.Model:
-    """The graph that turns a row into [bins, segments, width] float32, neither sliced nor normalized.
+def build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphStyle) -> ov.Model:
+    """The graph that turns a batch into [bins, segments, width] float32, neither truncated nor normalized.
 
-    Where every token has an answer it is [bins, positions, width].
+    If every token has an output, its shape is [bins, positions, width].
     weights: tensors by the family's canonical names; they must outlive the model, which shares their memory.
     """
-    found = family(spec.family, spec.config)
-    config = {**found.standard(spec.config), "max_length": spec.max_length}
-    inputs = row_inputs(form, RowFormat.of(spec))
-    hidden = found.encode(config, weights, inputs, style)
+    model_family = family(spec.family, spec.config)
+    config = {**model_family.normalize_config(spec.config), "max_length": spec.max_length}
+    inputs = batch_inputs(shape, spec.batch_layout)
+    graph = GraphContext(config=config, weights=weights, inputs=inputs, style=style)
+    hidden = model_family.encode(graph)
     width = hidden.get_output_partial_shape(0)[1].get_length()
-    match spec.kind:
-        case Kind.DENSE | Kind.TOKENS:
-            made = heads.dense(heads.pool(hidden, inputs, width), spec.dense)
-        case Kind.SPARSE:
-            made = heads.splade(found.vocabulary(config, weights, hidden, style), inputs, spec.width, spec.max_length)
-        case Kind.SCORES:
-            pooled = flat_rows(heads.pool(hidden, inputs, width), -1, width)
-            made = in_grid(found.scores(config, weights, pooled, style), _pooled_grid(inputs), spec.width)
-        case Kind.MULTI:
+    match spec.output_type:
+        case OutputType.DENSE | OutputType.TOKENS:
+            output = heads.apply_dense(heads.pool(hidden, inputs, width), spec.dense)
+        case OutputType.SPARSE:
+            output = heads.splade(model_family.vocabulary_logits(graph, hidden), inputs, spec.width, spec.max_length)
+        case OutputType.SCORES:
+            pooled = to_flat(heads.pool(hidden, inputs, width), -1, width)
+            output = to_grid(model_family.label_logits(graph, pooled), _pooled_grid(inputs), spec.width)
+        case OutputType.MULTI:
             lexical, late = spec.dense
-            made = heads.multi(hidden, inputs, lexical, late, spec.width)
-    result = op.result(made)
+            output = heads.multi_output(hidden, inputs, lexical, late, spec.width)
+    result = op.result(output)
     result.output(0).set_names({OUTPUT})
-    model: ov.Model = _Model([result], list(inputs.parameters), spec.family)
+    model_class: Any = import_module("openvino").Model  # the type annotations of the bindings contradict each other
+    model: ov.Model = model_class([result], list(inputs.parameters), spec.family)
     return model
 
 
-def _pooled_grid(inputs: RowInputs) -> Node:
+def _pooled_grid(inputs: BatchInputs) -> Node:
     """The shape [bins, segments] as an operand."""
-    if inputs.format.pooling.prunes:
-        return inputs.last.grid
+    if inputs.layout.pooling.prunes:
+        return inputs.last_tokens.grid
     return op.gather(op.shape_of(inputs.pool), op.constant([0, 1]), op.constant(0))

@@ -1,14 +1,21 @@
-"""DistilBERT: BERT's layers without token types, under other names. Source: Sanh et al. 2019; transformers' ``distilbert``."""
+"""DistilBERT: BERT's layers with other names and without token types. Source: Sanh et al. 2019; transformers' ``distilbert``."""
 
 from __future__ import annotations
 
-from openvino import opset15 as op
+from npu_proxy.graph.bert import check_config, classifier_pooling, encode
+from npu_proxy.graph.context import GraphContext
+from npu_proxy.graph.nodes import Config, Node, op
 
-from npu_proxy.graph.bert import Config, check, encode, scores_pooling
-from npu_proxy.graph.layers import ACTIVATIONS, dense, layer_norm, linear
-from npu_proxy.graph.packed import Node, Style, Weights
-
-__all__ = ["MODEL_TYPES", "canonical_name", "check", "encode", "scores", "scores_pooling", "standard", "vocabulary"]
+__all__ = [
+    "MODEL_TYPES",
+    "canonical_name",
+    "check_config",
+    "classifier_pooling",
+    "encode",
+    "label_logits",
+    "normalize_config",
+    "vocabulary_logits",
+]
 
 MODEL_TYPES = ("distilbert",)
 
@@ -25,8 +32,8 @@ _NAMES = {
 }
 
 
-def standard(config: Config) -> Config:
-    """BERT's names for the same numbers."""
+def normalize_config(config: Config) -> Config:
+    """config.json with BERT's keys."""
     return {
         **config,
         "hidden_size": config["dim"],
@@ -38,21 +45,21 @@ def standard(config: Config) -> Config:
 
 
 def canonical_name(name: str) -> str:
-    """BERT's name."""
+    """BERT's name for a checkpoint's tensor."""
     name = name.removeprefix("distilbert.")
     for old, new in _NAMES.items():
         name = name.replace(old, new)
     return name
 
 
-def scores(config: Config, weights: Weights, pooled: Node, style: Style) -> Node:
+def label_logits(graph: GraphContext, pooled: Node) -> Node:
     """Logits [n, labels]."""
-    return dense(weights, "classifier", op.relu(dense(weights, "pre_classifier", pooled)))
+    return graph.linear("classifier", op.relu(graph.linear("pre_classifier", pooled)))
 
 
-def vocabulary(config: Config, weights: Weights, hidden: Node, style: Style) -> Node:
+def vocabulary_logits(graph: GraphContext, hidden: Node) -> Node:
     """Logits [tokens, vocabulary]."""
-    x = ACTIVATIONS[config["hidden_act"]](dense(weights, "vocab_transform", hidden), style)
-    x = layer_norm(weights, "vocab_layer_norm", x, 1e-12)
-    stored, tied = "vocab_projector.weight", "embeddings.word_embeddings.weight"
-    return linear(x, weights[stored if stored in weights else tied], weights["vocab_projector.bias"])
+    x = graph.activation(graph.config["hidden_act"], graph.linear("vocab_transform", hidden))
+    x = graph.layer_norm("vocab_layer_norm", x, 1e-12)
+    bias = graph.weight("vocab_projector.bias")
+    return graph.tied_linear(x, "vocab_projector.weight", "embeddings.word_embeddings.weight", bias)

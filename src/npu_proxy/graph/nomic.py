@@ -1,19 +1,26 @@
-"""Nomic BERT: GTE's layers without biases in its products.
+"""Nomic BERT: GTE's layers without biases in their linear layers.
 
 Source: Nussbaum et al. 2024; tensor names of transformers' ``nomic_bert`` and of the original checkpoints.
 """
 
 from __future__ import annotations
 
-from openvino import opset15 as op
-
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.bert import Config, scores_pooling, vocabulary
+from npu_proxy.graph.activations import check_activation
+from npu_proxy.graph.bert import classifier_pooling, label_logits, vocabulary_logits
 from npu_proxy.graph.gte import encode
-from npu_proxy.graph.layers import check_activation, dense
-from npu_proxy.graph.packed import Node, Style, Weights
+from npu_proxy.graph.nodes import Config
 
-__all__ = ["MODEL_TYPES", "canonical_name", "check", "encode", "scores", "scores_pooling", "standard", "vocabulary"]
+__all__ = [
+    "MODEL_TYPES",
+    "canonical_name",
+    "check_config",
+    "classifier_pooling",
+    "encode",
+    "label_logits",
+    "normalize_config",
+    "vocabulary_logits",
+]
 
 MODEL_TYPES = ("nomic_bert",)
 
@@ -29,7 +36,7 @@ _NAMES = {
     ".norm2.": ".post_mlp_layernorm.",
     ".transform.layer_norm.": ".transform.LayerNorm.",
 }
-_OLD = {
+_GPT2_KEYS = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -37,11 +44,11 @@ _OLD = {
 }
 
 
-def standard(config: Config) -> Config:
-    """The names of transformers for those of the original config, which are GPT-2's."""
-    named = {"layer_norm_eps": 1e-12, **config, **{new: config[old] for old, new in _OLD.items() if old in config}}
+def normalize_config(config: Config) -> Config:
+    """config.json with transformers' keys in place of the original ones, which are GPT-2's."""
+    named = {"layer_norm_eps": 1e-12, **config, **{new: config[old] for old, new in _GPT2_KEYS.items() if old in config}}
     if "n_positions" in config:
-        # Beyond the length it was trained with, the original stretches positions by the length of the batch.
+        # Beyond its training length, the original model scales positions by the length of the batch.
         named["max_position_embeddings"] = min(config["n_positions"], config.get("max_trained_positions") or config["n_positions"])
         named["hidden_act"] = "silu"
     theta = config.get("rotary_emb_base", config.get("rope_theta", 1000.0))
@@ -49,16 +56,16 @@ def standard(config: Config) -> Config:
 
 
 def canonical_name(name: str) -> str:
-    """The names of transformers."""
+    """Transformers' name for a checkpoint's tensor."""
     name = name.removeprefix("bert.").removeprefix("nomic_bert.").removeprefix("model.")
     for old, new in _NAMES.items():
         name = name.replace(old, new)
     return name
 
 
-def check(config: Config) -> None:
-    """Refuse what this file would compute wrongly. Raises ModelError."""
-    plain = {
+def check_config(config: Config) -> None:
+    """Raise ModelError for a config that this file would compute wrongly."""
+    supported = {
         "prenorm": False,
         "rotary_emb_fraction": 1.0,
         "rotary_emb_interleaved": False,
@@ -72,12 +79,7 @@ def check(config: Config) -> None:
         "moe_every_n_layers": 0,
         "activation_function": "swiglu",
     }
-    for key, wanted in plain.items():
+    for key, wanted in supported.items():
         if config.get(key, wanted) not in (wanted, None):
             raise ModelError(f"config.json: {key} `{config[key]}` is not supported for Nomic BERT, only `{wanted}`")
     check_activation(config, "hidden_act", "silu")
-
-
-def scores(config: Config, weights: Weights, pooled: Node, style: Style) -> Node:
-    """Logits [n, labels]."""
-    return dense(weights, "classifier", op.tanh(dense(weights, "pooler.dense", pooled)))

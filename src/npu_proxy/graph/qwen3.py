@@ -1,70 +1,72 @@
-"""Qwen3 as an embedder or reranker: a decoder that is causal, read at its last token. Source: transformers' ``qwen3``."""
+"""Qwen3 for embedding or reranking: a causal decoder whose last token is read. Source: transformers' ``qwen3``."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from openvino import opset15 as op
 
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.bert import Config
-from npu_proxy.graph.decoder import Seen, attention, feed_forward, heads_of
-from npu_proxy.graph.layers import check_activation, linear, rms_norm, rotary
-from npu_proxy.graph.packed import Node, RowInputs, Style, Weights, attention_mask, constant, integers
+from npu_proxy.graph.activations import check_activation
+from npu_proxy.graph.context import GraphContext
+from npu_proxy.graph.decoder import DecoderAttention, feed_forward, grouped_heads
+from npu_proxy.graph.inputs import attention_mask
+from npu_proxy.graph.layers import linear, rms_norm
+from npu_proxy.graph.nodes import Config, Node, op
+from npu_proxy.graph.rotary import rotary
 from npu_proxy.types import Pooling
 
 MODEL_TYPES = ("qwen3",)
 
 
-def standard(config: Config) -> Config:
-    """What transformers takes for granted, written out."""
+def normalize_config(config: Config) -> Config:
+    """config.json with transformers' defaults filled in."""
     heads = config["num_attention_heads"]
     return {"rms_norm_eps": 1e-6, "head_dim": 128, "num_key_value_heads": heads, "hidden_act": "silu", **config}
 
 
 def canonical_name(name: str) -> str:
-    """No model prefix."""
+    """The name without model prefix."""
     return name.removeprefix("model.")
 
 
-def check(config: Config) -> None:
-    """Refuse what this file would compute wrongly. Raises ModelError."""
+def check_config(config: Config) -> None:
+    """Raise ModelError for a config that this file would compute wrongly."""
     check_activation(config, "hidden_act", "silu")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
         raise ModelError("config.json: a sliding window is not supported for qwen3")
 
 
-def encode(config: Config, weights: Weights, inputs: RowInputs, style: Style) -> Node:
-    """As bert.encode."""
-    epsilon, heads = config["rms_norm_eps"], heads_of(config, config["head_dim"] ** -0.5)
+def encode(graph: GraphContext) -> Node:
+    """Hidden states of the last layer; see ``bert.encode``."""
+    config, inputs, epsilon = graph.config, graph.inputs, graph.config["rms_norm_eps"]
+    heads = grouped_heads(config, config["head_dim"] ** -0.5)
     rotate = rotary(config, width=heads.width, theta=1_000_000.0)
-
-    def gain(name: str) -> npt.NDArray[np.float32]:
-        return weights[f"{name}.weight"]
-
-    x = op.gather(constant(weights["embed_tokens.weight"]), inputs.ids, integers(0))
+    x = graph.embedding("embed_tokens", inputs.ids)
     for number in range(layers := config["num_hidden_layers"]):
-        layer, rows = f"layers.{number}.", inputs.rows(last=number == layers - 1)
-        seen = Seen(mask=attention_mask(inputs, rows, causal=True), rotate=rotate, gain=gain, style=style)
-        normed = rms_norm(gain(f"{layer}input_layernorm"), x, epsilon)
-        mixed = attention(config, weights, layer, normed, inputs, rows, heads, seen)
-        x = op.add(rows.take(x, inputs.every.grid, config["hidden_size"]), mixed)
-        normed = rms_norm(gain(f"{layer}post_attention_layernorm"), x, epsilon)
-        x = op.add(x, feed_forward(config, weights, layer, normed, config["hidden_act"], style))
-    return rms_norm(gain("norm"), x, epsilon)
+        layer, tokens = graph.scope(f"layers.{number}"), inputs.layer_tokens(last=number == layers - 1)
+        mask = attention_mask(inputs, tokens, causal=True)
+        attention = DecoderAttention(heads=heads, mask=mask, rotate=rotate, gain=_gain)
+        mixed = attention(layer, rms_norm(_gain(layer, "input_layernorm"), x, epsilon), tokens)
+        x = op.add(layer.residual(x, tokens, config["hidden_size"]), mixed)
+        normed = rms_norm(_gain(layer, "post_attention_layernorm"), x, epsilon)
+        x = op.add(x, feed_forward(layer, normed, config["hidden_act"]))
+    return rms_norm(_gain(graph, "norm"), x, epsilon)
 
 
-def scores(config: Config, weights: Weights, pooled: Node, style: Style) -> Node:
+def label_logits(graph: GraphContext, pooled: Node) -> Node:
     """Logits [n, labels]."""
-    return linear(pooled, weights["score.weight"])
+    return linear(pooled, graph.weight("score.weight"))
 
 
-def scores_pooling(config: Config) -> Pooling:
-    """What ``scores`` wants to be pooled."""
+def classifier_pooling(config: Config) -> Pooling:
+    """The pooling that ``label_logits`` expects."""
     return Pooling.LAST_TOKEN
 
 
-def vocabulary(config: Config, weights: Weights, hidden: Node, style: Style) -> Node:
+def vocabulary_logits(graph: GraphContext, hidden: Node) -> Node:
     """Logits [tokens, vocabulary] of the next token."""
-    stored, tied = "lm_head.weight", "embed_tokens.weight"
-    return linear(hidden, weights[stored if stored in weights else tied])
+    return graph.tied_linear(hidden, "lm_head.weight", "embed_tokens.weight", None)
+
+
+def _gain(graph: GraphContext, name: str) -> npt.NDArray[np.float32]:
+    return graph.weight(f"{name}.weight")

@@ -1,1 +1,1 @@
-"""What a model is (layout), what it is called (catalog), where it comes from (pull) and where it lies (store)."""
+"""Models on disk: their names (catalog), download (pull), storage (store) and interpretation (layout)."""

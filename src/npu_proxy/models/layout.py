@@ -1,193 +1,218 @@
 """Reads a model folder into a ModelSpec: the sentence-transformers layout, or a plain Hugging Face folder.
 
-Everything comes from the model's own files. What is missing or contradictory is a ModelError that names the file;
-nothing is guessed, because a wrong pooling gives wrong vectors without an error.
+Everything comes from the model's own files. Missing or contradictory information raises a ModelError that names the file.
+Nothing is guessed, because a wrong pooling gives wrong vectors without an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.build import FAMILIES, Family
 from npu_proxy.models.catalog import INSTRUCTIONS
 from npu_proxy.models.fingerprint import fingerprint
-from npu_proxy.models.foreign import has_graph, translated, weights_of
-from npu_proxy.models.jsons import Json, existing, inside, read, read_object, where
-from npu_proxy.models.late import Late, pylate, sides_of, stanford
-from npu_proxy.models.modules import Stack, read_dense, skipped
-from npu_proxy.models.weights import Tensors, weight_files
-from npu_proxy.types import Activation, Kind, ModelSpec, Pooling, Similarity
+from npu_proxy.models.graph_files import find_weights, has_graph_file, normalize_config
+from npu_proxy.models.json_files import Json, existing
+from npu_proxy.models.late_interaction import LateInteractionFiles, late_interaction_config, read_pylate, read_stanford
+from npu_proxy.models.model_files import ModelFiles, max_length, missing, number, read_files
+from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
+from npu_proxy.models.weights import Tensors
+from npu_proxy.spec import Activation, ModelSpec
+from npu_proxy.types import OutputType, Pooling, Similarity
 
-_FIRST = ("Transformer", "MLMTransformer", "StaticEmbedding")
-_STATIC_TOKENS = 512
-"""Tokens of a text that static models read; their own code stops there as well."""
 _BGE_M3 = ("sparse_linear.pt", "colbert_linear.pt")
 
 
-def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None = None, max_length: int = 0) -> ModelSpec:
+def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None = None, max_length: int | None = None) -> ModelSpec:
     """Read the model in ``folder``.
 
-    pooling: required for a folder that does not say it, refused where it contradicts one; `none` gives token vectors.
-    max_length: tokens of a text where that is less than the model's own limit, 0 for that.
-    Raises ModelError for whatever is missing, contradictory or not supported, naming the file.
+    pooling: required if the folder does not define it; an error if it contradicts the folder; `none` gives token vectors.
+    max_length: maximum number of tokens per text, if less than the model's own limit.
+    Raises ModelError for anything missing, contradictory or not supported, naming the file.
     """
     if not folder.is_dir():
         raise ModelError(f"model folder `{folder}` does not exist")
     pooling = None if pooling is None else Pooling(pooling)
-    modules, transformer, limits, about, raw = _files(folder)
-    model_type = str(raw.get("model_type") or _missing(transformer / "config.json", "model_type"))
-    weights, refused = weights_of(transformer, model_type, raw, graph=has_graph(folder))
-    found = FAMILIES.get(model_type)
-    config = found.standard(raw) if found else translated(raw)
-    kind = _kind(raw, limits, about, modules, pooling)
-    prompts = cast("dict[str, str]", {key: text or "" for key, text in (about.get("prompts") or {}).items()})
+    files = read_files(folder)
+    model_type = str(files.config.get("model_type") or missing(files.transformer / "config.json", "model_type"))
+    family = FAMILIES.get(model_type)
+    config = family.normalize_config(files.config) if family else normalize_config(files.config)
+    spec = _transformer_spec(files, config, model_type, name or folder.resolve().name, pooling, max_length)
+    if spec.output_type is OutputType.SCORES:
+        spec = _with_classifier(spec, config, family, files)
+    else:
+        spec = _with_modules(spec, config, files, pooling)
+    return replace(spec, fingerprint=fingerprint(spec))
+
+
+def output_type_of(folder: Path, pooling: Pooling | None) -> tuple[OutputType, Path, Json]:
+    """A model's output type, and its transformer's folder and config.json, for any family. Raises ModelError."""
+    files = read_files(folder)
+    return _output_type(files, pooling), files.transformer, files.config
+
+
+def _transformer_spec(
+    files: ModelFiles, config: Json, model_type: str, name: str, pooling: Pooling | None, limit: int | None
+) -> ModelSpec:
+    """The spec of the transformer; pooling, modules and fingerprint are filled in later."""
+    weights, refused = find_weights(files.transformer, model_type, files.config, graph=has_graph_file(files.folder))
+    output_type, about = _output_type(files, pooling), files.about
+    own_limit = max_length(config, files)
     spec = ModelSpec(
-        name=name or folder.resolve().name,
-        folder=folder,
+        name=name,
+        folder=files.folder,
         family=model_type,
-        config=raw,
+        config=files.config,
         weight_files=weights,
         refused=refused,
-        tokenizer_file=existing(transformer / "tokenizer.json", "npu-proxy reads the fast tokenizer only"),
+        tokenizer_file=existing(files.transformer / "tokenizer.json", "npu-proxy supports only fast tokenizers"),
         pooling=Pooling.MEAN,
         dense=(),
         width=0,
-        max_length=min(own_length := _max_length(config, limits, transformer), max_length or own_length),
-        vocabulary=_number(config, "vocab_size", transformer),
+        max_length=min(own_limit, limit or own_limit),
+        vocabulary=number(config, "vocab_size", files.transformer),
         normalizes=False,
-        lower_case=bool(limits.get("do_lower_case", False)),
-        prompts=prompts,
+        lower_case=bool(files.limits.get("do_lower_case", False)),
+        prompts=cast("dict[str, str]", {key: text or "" for key, text in (about.get("prompts") or {}).items()}),
         default_prompt=about.get("default_prompt_name"),
         fingerprint="",
-        kind=kind,
+        output_type=output_type,
         similarity=cast("Similarity", about.get("similarity_fn_name") or "cosine"),
         special_tokens=model_type != "model2vec",
     )
     if spec.default_prompt is not None and spec.default_prompt not in spec.prompts:
-        raise ModelError(f"config_sentence_transformers.json: default_prompt_name `{spec.default_prompt}` is not among the prompts")
-    spec = replace(spec, instruction=_instruction(spec))
-    spec = _with_head(spec, config, found, modules, about, limits, pooling)
-    return replace(spec, fingerprint=fingerprint(spec))
+        raise ModelError(
+            f"config_sentence_transformers.json: default_prompt_name `{spec.default_prompt}` is not one of the prompts"
+        )
+    return replace(spec, instruction=_instruction(spec))
 
 
-def _files(folder: Path) -> tuple[Sequence[Json], Path, Json, Json, Json]:
-    """Modules, the transformer's folder, its limits, what sentence-transformers says of the model, and config.json."""
-    modules = _modules(folder)
-    transformer = inside(folder, str(modules[0]["path"])) if modules else folder
-    limits = read_object(transformer / "sentence_bert_config.json", optional=True)
-    about = read_object(folder / "config_sentence_transformers.json", optional=True)
-    return modules, transformer, limits, about, _config(folder, transformer, modules)
-
-
-def kind_of(folder: Path, pooling: Pooling | None) -> tuple[Kind, Path, Json]:
-    """What a model gives, its transformer's folder and config.json, of any family. Raises ModelError."""
-    modules, transformer, limits, about, raw = _files(folder)
-    return _kind(raw, limits, about, modules, pooling), transformer, raw
-
-
-def _kind(raw: Json, limits: Json, about: Json, modules: Sequence[Json], pooling: Pooling | None) -> Kind:
-    """What the files say that the model gives."""
-    types = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-    architecture = str((raw.get("architectures") or [""])[0])
+def _output_type(files: ModelFiles, pooling: Pooling | None) -> OutputType:
+    """The model's output type according to its files."""
+    types, about = files.module_types, files.about
     if "LogitScore" in types:
-        raise ModelError("modules.json: rerankers that answer yes or no through a chat template (LogitScore) are not supported")
-    if limits.get("transformer_task") == "sequence-classification" or (
-        not modules and architecture.endswith("ForSequenceClassification") and pooling is None
+        raise ModelError("modules.json: rerankers with a chat template and yes or no as output (LogitScore) are not supported")
+    plain_classifier = not files.modules and files.architecture.endswith("ForSequenceClassification") and pooling is None
+    if files.limits.get("transformer_task") == "sequence-classification" or plain_classifier:
+        return OutputType.SCORES
+    if (
+        "MultiVectorMask" in types
+        or about.get("model_type") in ("ColBERT", "MultiVectorEncoder")
+        or files.architecture == "HF_ColBERT"
+        or any("pylate" in str(module["type"]) for module in files.modules)
     ):
-        return Kind.SCORES
-    late = (
-        "MultiVectorMask" in types or about.get("model_type") in ("ColBERT", "MultiVectorEncoder") or architecture == "HF_ColBERT"
-    )
-    if late or any("pylate" in str(module["type"]) for module in modules):
-        return Kind.TOKENS
+        return OutputType.TOKENS
     if "SpladePooling" in types or pooling is Pooling.SPLADE:
-        return Kind.SPARSE
-    return Kind.TOKENS if pooling is Pooling.NONE else Kind.DENSE
+        return OutputType.SPARSE
+    return OutputType.TOKENS if pooling is Pooling.NONE else OutputType.DENSE
 
 
-def _with_head(
-    spec: ModelSpec, config: Json, found: Family | None, modules: Sequence[Json], about: Json, limits: Json, pooling: Pooling | None
-) -> ModelSpec:
-    """The spec with what stands on the transformer."""
-    if spec.kind is Kind.SCORES:
-        return _classifier(spec, config, found, about)
-    hidden = _number(config, "hidden_size", spec.folder)
-    stack = Stack(hidden, spec.vocabulary)
-    late: Late | None = None
-    if (spec.kind is Kind.TOKENS and (spec.folder / "artifact.metadata").exists()) or _architecture(spec) == "HF_ColBERT":
-        stack.dense = [read_dense(Tensors(spec.weight_files), "linear.")]
-        stack.width = stack.dense[0].weight.shape[0]
-        late = stanford(spec.folder)
-    elif modules:
-        stack.add(modules[1:], spec.folder)
-        late = pylate(about, limits, stack.skip) if spec.kind is Kind.TOKENS and stack.pooling in (None, Pooling.NONE) else None
-    chosen = _chosen(spec, stack, pooling, static=not spec.special_tokens, given=bool(modules))
+# -- what follows the transformer ----------------------------------------------------------------------------------------
+
+
+def _with_modules(spec: ModelSpec, config: Json, files: ModelFiles, pooling: Pooling | None) -> ModelSpec:
+    """Add pooling, Dense modules and late interaction to the spec."""
+    hidden = number(config, "hidden_size", spec.folder)
+    stack, late = _read_stack(spec, files, hidden)
+    pooling = _pooling(spec, stack, pooling, static=not spec.special_tokens, has_modules=bool(files.modules))
+    sparse_default = spec.output_type is OutputType.SPARSE and not files.about.get("similarity_fn_name")
     spec = replace(
         spec,
-        pooling=chosen,
+        pooling=pooling,
         dense=stack.dense,
-        width=spec.vocabulary if chosen is Pooling.SPLADE else stack.width,
+        width=spec.vocabulary if pooling is Pooling.SPLADE else stack.width,
         normalizes=stack.normalizes,
         include_prompt=stack.include_prompt,
-        similarity="dot" if spec.kind is Kind.SPARSE and not about.get("similarity_fn_name") else spec.similarity,
+        similarity="dot" if sparse_default else spec.similarity,
     )
     if late is not None:
-        sides = sides_of(late, spec.max_length, spec.tokenizer_file)
-        skip, query_skip = (skipped(late.mask, side, spec.tokenizer_file) for side in ("document", "query"))
-        sides = replace(sides, skip=skip, query_skip=query_skip)
-        return replace(spec, kind=Kind.TOKENS, pooling=Pooling.NONE, sides=sides, prompts={**spec.prompts, **late.prompts})
-    if spec.kind is Kind.TOKENS and all((spec.folder / file).is_file() for file in _BGE_M3):
-        lexical, projection = (read_dense(Tensors([spec.folder / file]), "") for file in _BGE_M3)
-        if projection.weight.shape != (hidden, hidden) or lexical.weight.shape != (1, hidden):
-            raise ModelError(f"{_BGE_M3[1]}: the projection is {projection.weight.shape}; only {hidden} to {hidden} is supported")
-        return replace(spec, kind=Kind.MULTI, dense=[lexical, projection], width=hidden)
-    if spec.kind is Kind.TOKENS:  # a dense model before pooling
+        return _with_late_interaction(spec, late)
+    if spec.output_type is OutputType.TOKENS and all((spec.folder / file).is_file() for file in _BGE_M3):
+        return _with_multi_output(spec, hidden)
+    if spec.output_type is OutputType.TOKENS:  # a dense model without its pooling
         return replace(spec, dense=(), width=hidden)
     return spec
 
 
-def _chosen(spec: ModelSpec, stack: Stack, pooling: Pooling | None, *, static: bool, given: bool) -> Pooling:
-    """The pooling that the files say, or the setting where they do not. Raises ModelError."""
-    if static:
-        return Pooling.MEAN
-    said = Pooling.NONE if spec.kind is Kind.TOKENS else stack.pooling
-    if said is None and pooling is None:
-        if given:
-            raise ModelError("modules.json: there is no Pooling module")
-        raise ModelError(
-            f"{spec.folder.name}: there is no modules.json, so nothing says how the model pools; "
-            f"set `pooling` to one of {', '.join(Pooling)} (the model's card names it)"
-        )
-    if said is not None and pooling not in (None, said):
-        raise ModelError(f"modules.json says pooling `{said}`, the setting `pooling` says `{pooling}`; leave it unset")
-    return said or pooling or Pooling.MEAN
+def _read_stack(spec: ModelSpec, files: ModelFiles, hidden: int) -> tuple[ModuleStack, LateInteractionFiles | None]:
+    """The modules after the transformer, and the additional files of late-interaction models."""
+    stack = ModuleStack(hidden, spec.vocabulary)
+    tokens = spec.output_type is OutputType.TOKENS
+    if (tokens and (spec.folder / "artifact.metadata").exists()) or files.architecture == "HF_ColBERT":
+        stack.dense = [read_dense(Tensors(spec.weight_files), "linear.")]
+        stack.width = stack.dense[0].weight.shape[0]
+        return stack, read_stanford(spec.folder)
+    if not files.modules:
+        return stack, None
+    stack.add(files.modules[1:], spec.folder)
+    is_late = tokens and stack.pooling in (None, Pooling.NONE)
+    return stack, read_pylate(files.about, files.limits, stack.mask) if is_late else None
 
 
-def _classifier(spec: ModelSpec, config: Json, found: Family | None, about: Json) -> ModelSpec:
-    """A cross-encoder or classifier: labels, and what turns logits into scores."""
-    names = cast("Mapping[str, str]", config.get("id2label") or {})
-    count = len(names) or int(config.get("num_labels") or 2)
-    labels = [str(names.get(str(number), f"LABEL_{number}")) for number in range(count)]
-    own = cast("Json", config.get("sentence_transformers") or {})
-    stored = about.get("activation_fn") or own.get("activation_fn") or config.get("sbert_ce_default_activation_function")
+def _with_late_interaction(spec: ModelSpec, late: LateInteractionFiles) -> ModelSpec:
+    config = late_interaction_config(late, spec.max_length, spec.tokenizer_file)
+    skip_ids, query_skip_ids = (skipped_ids(late.mask, side, spec.tokenizer_file) for side in ("document", "query"))
     return replace(
         spec,
-        pooling=found.scores_pooling(config) if found else Pooling.CLS,
+        output_type=OutputType.TOKENS,
+        pooling=Pooling.NONE,
+        late_interaction=replace(config, skip_ids=skip_ids, query_skip_ids=query_skip_ids),
+        prompts={**spec.prompts, **late.prompts},
+    )
+
+
+def _with_multi_output(spec: ModelSpec, hidden: int) -> ModelSpec:
+    """The spec of bge-m3: dense, sparse and token vectors in one pass."""
+    lexical, projection = (read_dense(Tensors([spec.folder / file]), "") for file in _BGE_M3)
+    if projection.weight.shape != (hidden, hidden) or lexical.weight.shape != (1, hidden):
+        raise ModelError(
+            f"{_BGE_M3[1]}: the projection has shape {projection.weight.shape}; only {hidden} to {hidden} is supported"
+        )
+    return replace(spec, output_type=OutputType.MULTI, dense=[lexical, projection], width=hidden)
+
+
+def _pooling(spec: ModelSpec, stack: ModuleStack, setting: Pooling | None, *, static: bool, has_modules: bool) -> Pooling:
+    """The pooling in the files, or the setting if they define none. Raises ModelError if both are missing or contradictory."""
+    if static:
+        return Pooling.MEAN
+    stated = Pooling.NONE if spec.output_type is OutputType.TOKENS else stack.pooling
+    if stated is None and setting is None:
+        if has_modules:
+            raise ModelError("modules.json: there is no Pooling module")
+        raise ModelError(
+            f"{spec.folder.name}: modules.json is missing, so the model's pooling is unknown; "
+            f"set `pooling` to one of {', '.join(Pooling)} (see the model card)"
+        )
+    if stated is not None and setting not in (None, stated):
+        raise ModelError(f"modules.json has pooling `{stated}`, but the setting `pooling` is `{setting}`; leave it unset")
+    return stated or setting or Pooling.MEAN
+
+
+def _with_classifier(spec: ModelSpec, config: Json, family: Family | None, files: ModelFiles) -> ModelSpec:
+    """Add the labels and the activation of a cross-encoder or classifier to the spec."""
+    names = cast("Mapping[str, str]", config.get("id2label") or {})
+    count = len(names) or int(config.get("num_labels") or 2)
+    extra = cast("Json", config.get("sentence_transformers") or {})
+    stored = files.about.get("activation_fn") or extra.get("activation_fn") or config.get("sbert_ce_default_activation_function")
+    return replace(
+        spec,
+        pooling=family.classifier_pooling(config) if family else Pooling.CLS,
         width=count,
-        labels=labels,
+        labels=[str(names.get(str(index), f"LABEL_{index}")) for index in range(count)],
         activation=_activation(count, str(stored or "").rsplit(".", 1)[-1], config.get("problem_type")),
-        types=int(config.get("type_vocab_size") or 0) > 1,
+        type_ids=int(config.get("type_vocab_size") or 0) > 1,
     )
 
 
 def _activation(count: int, stored: str, problem: str | None) -> Activation:
-    """What makes scores of logits. stored: the class that sentence-transformers wrote down, "" where it did not.
+    """The activation that turns logits into scores. stored: the class name stored by sentence-transformers, or "".
 
-    It writes Identity for several labels, whose shares people want all the same; there the problem's type decides.
+    sentence-transformers stores Identity for models with several labels, although users expect probabilities; for those, the
+    problem type decides.
     """
     if count == 1:
         return "identity" if stored == "Identity" else "sigmoid"
@@ -197,72 +222,14 @@ def _activation(count: int, stored: str, problem: str | None) -> Activation:
 
 
 def _instruction(spec: ModelSpec) -> str:
-    """How a task becomes a prompt: as the catalog has it, or as a prompt of the model's own shows."""
-    known = INSTRUCTIONS.get(spec.name.lower())
-    if known:
-        return known
+    """The template that turns a task into a prompt: from the catalog, or derived from the model's own prompts."""
+    template = INSTRUCTIONS.get(spec.name.lower())
+    if template:
+        return template
     for prompt in spec.prompts.values():
-        head, mark, rest = prompt.partition("\n")
-        if head.startswith("Instruct: ") and mark and rest.startswith("Query:"):
+        head, newline, rest = prompt.partition("\n")
+        if head.startswith("Instruct: ") and newline and rest.startswith("Query:"):
             return "Instruct: {task}\n" + rest
         if head.startswith("task: ") and "|" in head and prompt.endswith("query: "):  # EmbeddingGemma
             return "task: {task} | query: "
     return ""
-
-
-def _config(folder: Path, transformer: Path, modules: Sequence[Json]) -> Json:
-    """config.json; for static models, which may have none, what it would say."""
-    static = bool(modules) and str(modules[0]["type"]).endswith(".StaticEmbedding")
-    file = transformer / "config.json"
-    raw = read_object(file, optional=static)
-    if static or raw.get("model_type") == "model2vec":
-        tensors = Tensors(weight_files(transformer))
-        table = tensors["embedding.weight" if "embedding.weight" in tensors else "embeddings"]
-        vocabulary = len(tensors["mapping"]) if "mapping" in tensors else len(table)
-        return {
-            **raw,
-            "model_type": "model2vec",
-            "hidden_size": table.shape[1],
-            "vocab_size": vocabulary,
-            "max_position_embeddings": _STATIC_TOKENS,
-        }
-    return raw or read_object(folder / "config.json")
-
-
-def _modules(folder: Path) -> Sequence[Json]:
-    file = folder / "modules.json"
-    if not file.exists():
-        return ()
-    modules = read(file)
-    if not isinstance(modules, list) or not modules:
-        raise ModelError("modules.json: a list of modules is expected")
-    listed = cast("list[Any]", modules)
-    for module in listed:
-        if not isinstance(module, dict) or not {"type", "path"} <= set(cast("Json", module)):
-            raise ModelError("modules.json: each module needs `type` and `path`")
-    listed = [module for _, module in sorted(enumerate(listed), key=lambda one: one[1].get("idx", one[0]))]
-    if str(listed[0]["type"]).rsplit(".", 1)[-1] not in _FIRST:
-        raise ModelError(f"modules.json: the first module is `{listed[0]['type']}`, only {' or '.join(_FIRST)} is supported")
-    return listed
-
-
-def _max_length(config: Json, limits: Json, folder: Path) -> int:
-    """The model's own limit: sentence_bert_config.json, else the tokenizer's, never beyond its positions."""
-    positions = _number(config, "max_position_embeddings", folder)
-    stated = limits.get("max_seq_length")
-    if stated is None:
-        stated = read_object(folder / "tokenizer_config.json", optional=True).get("model_max_length", positions)
-    return max(1, min(int(stated), positions))
-
-
-def _architecture(spec: ModelSpec) -> str:
-    return str((spec.config.get("architectures") or [""])[0])
-
-
-def _number(config: Json, key: str, folder: Path) -> int:
-    value = config.get(key)
-    return value if isinstance(value, int) else _missing(folder / "config.json", key)
-
-
-def _missing(file: Path, key: str) -> Any:
-    raise ModelError(f"{where(file)}: `{key}` is missing")

@@ -1,9 +1,10 @@
-"""The int8 copies of models in the store, each under a fingerprint of its own and with what it was measured to be worth.
+"""The int8 copies of models in the store, each with its own fingerprint and a report of its measured quality.
 
-store/quantized/FINGERPRINT/graph.xml, graph.bin   the graph, rows of any shape
-store/quantized/FINGERPRINT/report.json            of which model it is, its sizes, its accuracy
+store/quantized/FINGERPRINT/graph.xml, graph.bin   the graph, for batches of any shape
+store/quantized/FINGERPRINT/report.json            its model, file sizes and accuracy
 
-A copy is never changed, and goes only with its model: a server may have to read it again at any time. The newest counts.
+A copy is never changed, and is removed only together with its model, because a server may read it again at any time. The newest
+copy of a model is the one that is used.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
-import openvino as ov
 
 from npu_proxy.errors import ModelError, PullError
 from npu_proxy.models.fingerprint import file_sha256
-from npu_proxy.types import ModelSpec
+from npu_proxy.spec import ModelSpec
 
 _GRAPH, _REPORT = "graph.xml", "report.json"
 _FILES = (_GRAPH, "graph.bin")
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What an int8 copy is. spearman: of cosines against human scores, x100, over ``pairs`` pairs, before and after."""
+class Int8Report(msgspec.Struct, frozen=True, kw_only=True):
+    """Describes an int8 copy.
+
+    spearman_fp32, spearman: Spearman correlation x100 of cosines with human scores over ``pairs`` pairs, in fp32 and in int8.
+    """
 
     of: str
     """Fingerprint of the model it was made from."""
@@ -42,16 +46,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     unix: float
     fingerprint: str = ""
     files: Mapping[str, int] = {}
-    """Bytes by name."""
+    """Size in bytes by file name."""
 
     @property
     def loss(self) -> float:
-        """Points of Spearman that int8 costs."""
+        """Points of Spearman correlation that int8 loses."""
         return self.spearman_fp32 - self.spearman
 
 
-def stage(store: Path, spec: ModelSpec, model: ov.Model) -> ModelSpec:
-    """Write a graph where it is not served from yet; the spec of it. Raises PullError when the disk is full."""
+def stage(store: Path, spec: ModelSpec, model: Any) -> ModelSpec:
+    """Write a graph to a staging folder, and return its spec. Raises PullError if the store cannot be written."""
+    import openvino as ov
+
     folder = None
     try:
         (store / "quantized").mkdir(parents=True, exist_ok=True)
@@ -68,13 +74,13 @@ def stage(store: Path, spec: ModelSpec, model: ov.Model) -> ModelSpec:
 
 
 def discard(staged: ModelSpec) -> None:
-    """Remove what ``stage`` wrote."""
+    """Remove the folder that ``stage`` wrote."""
     assert staged.graph is not None
     shutil.rmtree(staged.graph.parent, ignore_errors=True)
 
 
-def publish(store: Path, staged: ModelSpec, report: Report) -> Report:
-    """Let a staged graph be served. Raises PullError when the store cannot be written."""
+def publish(store: Path, staged: ModelSpec, report: Int8Report) -> Int8Report:
+    """Move a staged graph to where it is served from. Raises PullError if the store cannot be written."""
     assert staged.graph is not None
     folder = staged.graph.parent
     files = {name: (folder / name).stat().st_size for name in _FILES}
@@ -82,7 +88,7 @@ def publish(store: Path, staged: ModelSpec, report: Report) -> Report:
     target = store / "quantized" / staged.fingerprint
     try:
         (folder / _REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)))
-        if target.exists():  # the very same graph, measured again
+        if target.exists():  # the same graph, measured again
             (folder / _REPORT).replace(target / _REPORT)
         else:
             folder.rename(target)
@@ -91,20 +97,20 @@ def publish(store: Path, staged: ModelSpec, report: Report) -> Report:
     return report
 
 
-def reports(store: Path) -> list[Report]:
-    """Of every int8 copy in the store that can be read."""
-    found: list[Report] = []
+def int8_reports(store: Path, of: str | None = None) -> list[Int8Report]:
+    """The readable reports of all int8 copies in the store, or only of copies of the model with the fingerprint ``of``."""
+    reports: list[Int8Report] = []
     for file in sorted((store / "quantized").glob(f"[!.]*/{_REPORT}")):
         try:
-            found.append(msgspec.json.decode(file.read_bytes(), type=Report))
+            reports.append(msgspec.json.decode(file.read_bytes(), type=Int8Report))
         except (OSError, ValueError):
             continue
-    return found
+    return [report for report in reports if of in (None, report.of)]
 
 
 def int8_spec(store: Path, spec: ModelSpec) -> ModelSpec:
-    """The spec of a model's int8 copy. Raises ModelError saying how to make it where there is none, or it is damaged."""
-    report = max((one for one in reports(store) if one.of == spec.fingerprint), key=lambda one: one.unix, default=None)
+    """The spec of a model's newest int8 copy. Raises ModelError if there is none or it is damaged."""
+    report = max(int8_reports(store, spec.fingerprint), key=lambda report: report.unix, default=None)
     if report is None:
         raise ModelError(f"{spec.name} has no int8 copy in the store; make it with `npu-proxy quantize --pairs FILE {spec.name}`")
     folder = store / "quantized" / report.fingerprint
@@ -114,8 +120,7 @@ def int8_spec(store: Path, spec: ModelSpec) -> ModelSpec:
     return replace(spec, precision="int8", graph=folder / _GRAPH, fingerprint=report.fingerprint)
 
 
-def remove(store: Path, fingerprint: str) -> None:
+def remove_int8(store: Path, fingerprint: str) -> None:
     """Remove every int8 copy of a model."""
-    for report in reports(store):
-        if report.of == fingerprint:
-            shutil.rmtree(store / "quantized" / report.fingerprint, ignore_errors=True)
+    for report in int8_reports(store, fingerprint):
+        shutil.rmtree(store / "quantized" / report.fingerprint, ignore_errors=True)

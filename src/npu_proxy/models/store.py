@@ -1,9 +1,9 @@
-"""The local store of models. A model appears in it whole or not at all.
+"""The local store of models. A model is added to it atomically.
 
-store/blobs/SHA256                    every file once, by its content
-store/models/ORG--NAME/               the model's folder, hard links to blobs (copies where links are impossible)
-store/models/ORG--NAME/.manifest.json path, checksum and size of each file, and where it came from
-store/partial/                        downloads under way; thrown away or resumed
+store/blobs/SHA256                    each file once, named by its content
+store/models/ORG--NAME/               the model's folder, hard links to blobs (copies if links are not possible)
+store/models/ORG--NAME/.manifest.json path, checksum and size of each file, and the mirror
+store/partial/                        downloads in progress; resumed or deleted
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from npu_proxy.models.fingerprint import MANIFEST, file_sha256
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _LONGEST_NAME = 200
-"""As long as file systems allow, with something to spare."""
+"""Safely below the limit of file systems."""
 LOCK_SECONDS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A model in the store: its full name, folder, bytes, and the place it was pulled from."""
+    """A model in the store: its full name, folder, size in bytes, and the mirror it was pulled from."""
 
     name: str
     folder: Path
@@ -41,8 +41,8 @@ class StoredModel:
     source: str
 
 
-class Store:
-    """Models under one folder; safe for several processes at once."""
+class ModelStore:
+    """A store of models in one folder. Several processes may use it at once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -50,11 +50,11 @@ class Store:
         self._blobs = root / "blobs"
 
     def partial(self, name: str) -> Path:
-        """Where downloads of a model may lie between tries."""
+        """The folder in which downloads of a model are kept between attempts."""
         return self._root / "partial" / _file_name(name)
 
     def find(self, name: str) -> StoredModel | None:
-        """The stored model of that name or alias, or None."""
+        """The stored model with this name or alias, or None."""
         folder = self._models / _file_name(canonical(name))
         manifest = _manifest(folder)
         if manifest is None:
@@ -63,27 +63,27 @@ class Store:
         return StoredModel(name=manifest["name"], folder=folder, size=size, source=manifest["source"])
 
     def resolve(self, name: str) -> tuple[str, Path]:
-        """Full name and folder of a model given by name, alias or path. Raises ModelNotFoundError with the cure."""
+        """Full name and folder of a model given by name, alias or path. Raises ModelNotFoundError if there is none."""
         path = Path(name).expanduser()
         if path.is_dir() and (path.is_absolute() or name.startswith(".") or not self._is_stored(name)):
             return path.resolve().name, path
         stored = self.find(name) if _NAME.fullmatch(canonical(name)) else None
         if stored is None:
             if path.is_absolute() or name.startswith("."):
-                message = f"there is no folder `{name}`"
+                message = f"folder `{name}` does not exist"
             else:
-                message = f"model `{name}` is not in the local store, and no folder here; fetch it with `npu-proxy pull {name}`"
+                message = f"model `{name}` is neither in the local store nor a folder; download it with `npu-proxy pull {name}`"
             raise ModelNotFoundError(message, param="model")
         return stored.name, stored.folder
 
     def list(self) -> list[StoredModel]:
-        """All stored models by name."""
+        """All stored models, sorted by name."""
         folders = sorted(self._models.iterdir()) if self._models.is_dir() else []
         found = (self.find(folder.name.replace("--", "/", 1)) for folder in folders if not folder.name.startswith("."))
         return [model for model in found if model]
 
     def damaged(self, model: StoredModel) -> list[str]:
-        """Paths of files that are missing or whose content is not what was stored."""
+        """Paths of files that are missing or whose content has changed."""
         manifest = _manifest(model.folder) or {"files": {}}
         return [
             path
@@ -93,7 +93,7 @@ class Store:
 
     @contextmanager
     def lock(self, name: str) -> Generator[None]:
-        """Only one process at a time changes a model. Raises PullError after ten minutes of waiting."""
+        """Allow only one process at a time to change a model. Raises PullError after waiting for ten minutes."""
         folder = self._root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -103,7 +103,7 @@ class Store:
             raise PullError(f"another process has held `{name}` for {LOCK_SECONDS} seconds; is a pull stuck?") from error
 
     def publish(self, name: str, source: str, files: Mapping[str, Path], *, on_file: Callable[[str], None]) -> StoredModel:
-        """Take files (path in the model -> file on disk) into the store, then show them all at once."""
+        """Copy files (path in the model -> file on disk) into the store, then publish the model atomically."""
         self._models.mkdir(parents=True, exist_ok=True)
         self._blobs.mkdir(parents=True, exist_ok=True)
         target = self._models / _file_name(name)
@@ -126,15 +126,17 @@ class Store:
             raise PullError(f"the store cannot be written: {error.strerror or error}; free space or set `store`") from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        found = self.find(name)
-        assert found is not None  # published above
-        return found
+        stored = self.find(name)
+        assert stored is not None  # published above
+        return stored
 
     def remove(self, name: str) -> StoredModel:
-        """Remove a model and the blobs nobody else uses. Raises ModelNotFoundError."""
+        """Remove a model, and blobs that no other model uses. Raises ModelNotFoundError if it is not stored."""
         model = self.find(name)
         if model is None:
-            raise ModelNotFoundError(f"model `{name}` is not in the local store; `npu-proxy list` shows what is", param="model")
+            raise ModelNotFoundError(
+                f"model `{name}` is not in the local store; `npu-proxy list` shows the models in it", param="model"
+            )
         with self.lock(model.name):
             retired = model.folder.with_name(f".retired-{model.folder.name}")
             shutil.rmtree(retired, ignore_errors=True)
@@ -146,22 +148,22 @@ class Store:
     def _is_stored(self, name: str) -> bool:
         return bool(_NAME.fullmatch(canonical(name))) and self.find(name) is not None
 
-    def _take(self, file: Path, place: Path) -> dict[str, str | int]:
+    def _take(self, file: Path, destination: Path) -> dict[str, str | int]:
         checksum = file_sha256(file)
         blob = self._blobs / checksum
         if not blob.exists() or file_sha256(blob) != checksum:
             partial = blob.with_suffix(f".{os.getpid()}")
             shutil.copyfile(file, partial)
             partial.replace(blob)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        destination.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(blob, place)
+            os.link(blob, destination)
         except OSError:  # a file system without hard links
-            shutil.copyfile(blob, place)
-        return {"sha256": checksum, "size": place.stat().st_size}
+            shutil.copyfile(blob, destination)
+        return {"sha256": checksum, "size": destination.stat().st_size}
 
     def _sweep(self) -> None:
-        """Drop blobs that no manifest names."""
+        """Delete blobs that no manifest refers to."""
         manifests = (_manifest(folder) for folder in self._models.iterdir() if folder.is_dir())
         used = {entry["sha256"] for manifest in manifests if manifest for entry in manifest["files"].values()}
         for blob in self._blobs.iterdir():
@@ -170,14 +172,14 @@ class Store:
 
 
 def is_name(name: str) -> bool:
-    """Whether it is a model name that is safe as a file name: `name` or `org/name`."""
+    """Whether this is a model name, `name` or `org/name`, that is safe to use as a file name."""
     return bool(_NAME.fullmatch(name)) and ".." not in name and "--" not in name and len(name) <= _LONGEST_NAME
 
 
 def check_name(name: str) -> str:
-    """The name, where ``is_name`` says yes. Raises InputError."""
+    """Return a name for which ``is_name`` is true. Raises InputError for any other."""
     if not is_name(name):
-        raise InputError(f"`{name[:_LONGEST_NAME]}` is no model name; expected `name` or `org/name`", param="model")
+        raise InputError(f"`{name[:_LONGEST_NAME]}` is not a valid model name; expected `name` or `org/name`", param="model")
     return name
 
 

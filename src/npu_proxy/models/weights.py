@@ -1,8 +1,8 @@
-"""Tensors of safetensors files, memory-mapped: nothing is read before a graph needs it, and nothing is copied.
+"""Tensors of memory-mapped safetensors files: nothing is read before a graph needs it, and nothing is copied.
 
-Torch's own .bin and .pt files are read whole (models/pickled.py). The format of safetensors is eight bytes of header
-length, a JSON header, and raw little-endian tensors; safetensors' own reader checks it first (offsets within the file, no
-overlaps), because the map is handed to native code.
+Torch's .bin and .pt files are read completely (models/pickled.py). A safetensors file consists of eight bytes of header length,
+a JSON header, and raw little-endian tensors. The safetensors library validates it first (offsets within the file, no overlaps),
+because the map is passed to native code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from npu_proxy.errors import ModelError
-from npu_proxy.models.jsons import inside, read_object, where
+from npu_proxy.models.json_files import inside, read_object, short_path
 from npu_proxy.models.pickled import read_pickled
 
 Array = npt.NDArray[Any]
@@ -27,20 +27,21 @@ _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8",
 
 
 class NoWeightsError(ModelError):
-    """A folder has no weights at all."""
+    """A folder contains no weights."""
 
 
-class MissingError(ModelError, KeyError):
-    """There is no tensor of that name. A KeyError as well, which is what a mapping's ``get`` expects."""
+class MissingTensorError(ModelError, KeyError):
+    """There is no tensor with this name. Also a KeyError, because a mapping's ``get`` expects one."""
 
-    __str__ = ModelError.__str__
+    def __str__(self) -> str:
+        return ModelError.__str__(self)  # KeyError would quote the message
 
 
 class Tensors(Mapping[str, Array]):
     """A read-only mapping from tensor name to array, over one or several files.
 
-    rename: maps a checkpoint's name to the name the graph uses (a family's ``canonical_name``). Half-precision tensors
-    are widened to float32, which is exact. Arrays are views of the file: they must not be written to.
+    rename: maps a checkpoint's tensor name to the graph's (a family's ``canonical_name``). Half-precision tensors are
+    widened to float32, which is exact. Arrays are views of the file and must not be written to.
     """
 
     def __init__(self, files: Sequence[Path], rename: Callable[[str], str] = str) -> None:
@@ -54,14 +55,14 @@ class Tensors(Mapping[str, Array]):
             try:
                 self._open(file, rename)
             except (SafetensorError, OSError, ValueError) as error:
-                reason = (error.strerror or "it is not there") if isinstance(error, OSError) else error  # without the path
+                reason = (error.strerror or "file not found") if isinstance(error, OSError) else error  # without the path
                 raise ModelError(f"{file.name} cannot be read as safetensors: {reason}") from error
 
     def _open(self, file: Path, rename: Callable[[str], str]) -> None:
         with safe_open(file, framework="numpy"):
             pass
         with file.open("rb") as opened:
-            # Private and copy-on-write: OpenVINO wants writeable memory, the file stays as it is.
+            # Private and copy-on-write, because OpenVINO needs writable memory; the file does not change.
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         self._maps.append(mapped)
         size = int.from_bytes(mapped[:8], "little")
@@ -74,10 +75,10 @@ class Tensors(Mapping[str, Array]):
         if name in self._read:
             return self._read[name]
         if name not in self._places:
-            raise MissingError(f"the weights have no tensor `{name}`")
+            raise MissingTensorError(f"the weights have no tensor `{name}`")
         mapped, start, kind, shape = self._places[name]
         if kind not in _KINDS:
-            raise ModelError(f"tensor `{name}` has the type {kind}; known: {', '.join(_KINDS)}")
+            raise ModelError(f"tensor `{name}` has the unsupported type {kind}; supported: {', '.join(_KINDS)}")
         count = int(np.prod(shape, dtype=np.int64))
         flat = np.frombuffer(mapped, _KINDS[kind], count, start).reshape(shape)
         if kind == "BF16":
@@ -85,7 +86,7 @@ class Tensors(Mapping[str, Array]):
         return flat.astype(np.float32) if kind in ("F64", "F16") else flat
 
     def release(self) -> None:
-        """Give the pages read so far back to the system; they come again from the file when touched."""
+        """Return the pages read so far to the operating system; they are read from the file again when needed."""
         for mapped in self._maps:
             if hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
@@ -102,18 +103,18 @@ class Tensors(Mapping[str, Array]):
 
 
 def weight_files(folder: Path) -> Sequence[Path]:
-    """model.safetensors or the shards its index names; without them, torch's own. Raises ModelError."""
+    """model.safetensors or the shards in its index; without them, torch's files. Raises ModelError if a file is missing."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
             files = [
                 inside(folder, shard, by=index.name)
-                for shard in sorted({str(one) for one in read_object(index)["weight_map"].values()})
+                for shard in sorted({str(name) for name in read_object(index)["weight_map"].values()})
             ]
             missing = next((file for file in files if not file.is_file()), None)
             if missing is not None:
-                raise ModelError(f"{where(missing)} is missing")
+                raise ModelError(f"{short_path(missing)} is missing")
             return files
-        if whole.is_file():
-            return [whole]
-    raise NoWeightsError(f"{where(folder / 'model.safetensors')} is missing")
+        if single.is_file():
+            return [single]
+    raise NoWeightsError(f"{short_path(folder / 'model.safetensors')} is missing")

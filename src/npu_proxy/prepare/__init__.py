@@ -1,1 +1,1 @@
-"""What is done once, ahead of serving: an int8 copy of a model, the fastest settings of a machine, compiled blobs."""
+"""Work done once before serving: graph files, int8 copies, and the fastest settings for a machine."""

@@ -1,7 +1,7 @@
-"""Which device, precision, streams and row length embed fastest on this machine, measured side by side in one run.
+"""Measures which device, precision, number of streams and batch size embed fastest on this machine, in one run.
 
-Every candidate serves the same texts in every round, one after the other, so that a machine that slows down slows them
-all; figures are ratios within a round. The slow ones leave early. What is not right is not used, however fast.
+In each round, all candidates embed the same texts one after the other, and speeds are compared within the round, so that a machine
+that slows down affects all of them. Slow candidates are dropped early. Candidates with wrong vectors are never used.
 """
 
 from __future__ import annotations
@@ -17,67 +17,66 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from npu_proxy.devices.exported import with_graph
-from npu_proxy.devices.kinds import ALONE, TARGETS, chain
-from npu_proxy.devices.openvino import available_threads
-from npu_proxy.devices.profile import Choice, Profile, Trial, keep, machine
 from npu_proxy.devices.shapes import ROW_TOKENS
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.golden import GOLDEN_TEXTS
 from npu_proxy.errors import InputError, ModelError, NpuProxyError, PullError, UnavailableError
-from npu_proxy.models.layout import read_spec
+from npu_proxy.models.graph_files import available_devices
 from npu_proxy.models.quantized import int8_spec
-from npu_proxy.models.store import Store
+from npu_proxy.models.resolve import read_model
+from npu_proxy.models.tuning import TuningChoice, TuningProfile, TuningTrial, machine, save_profile
 from npu_proxy.settings import Settings
-from npu_proxy.types import ModelSpec
+from npu_proxy.spec import ModelSpec
+from npu_proxy.system import available_threads
+from npu_proxy.targets import STANDALONE, TARGETS, device_chain
 
-BASELINE = Choice(device="cpu", precision="fp32")
+BASELINE = TuningChoice(device="cpu", precision="fp32")
 _ROW_LENGTHS = (256, ROW_TOKENS, 2 * ROW_TOKENS)
-_CONTENDERS = 0.8
-"""Share of the fastest one's speed, of the same device and precision, that keeps a candidate in for the next round."""
+_CLOSE_ENOUGH = 0.8
+"""A candidate stays for the next round if it has this share of the speed of the fastest of its device and precision."""
 _LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98}
-"""What the vectors' mean cosine to fp32 on the CPU must be; int8 has passed the guard of `quantize` besides, and an
-accelerator its certification."""
+"""The minimum mean cosine to fp32 on the CPU. In addition, int8 has passed the checks of `quantize`, and an accelerator its
+certification."""
 
 Say = Callable[[str], None]
 Vectors = npt.NDArray[np.float32]
 
 
 def sample_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts whose lengths are spread as those of real corpora are: most short, some beyond every limit."""
+    """Texts whose lengths are distributed as in real corpora: most are short, some are longer than any limit."""
     random = np.random.default_rng(seed)
     words = " ".join(GOLDEN_TEXTS[:10]).split()
     lengths = np.minimum(random.lognormal(3.4, 1.0, count).astype(int) + 1, 600)
     return [" ".join(random.choice(words, length)) for length in lengths]
 
 
-def candidates(settings: Settings, spec: ModelSpec) -> Iterator[Choice]:
-    """What there is to choose from: the settings' devices (`auto`: all that this machine has), each in all its ways."""
-    names = [*chain(settings.device)]
+def candidates(settings: Settings, spec: ModelSpec) -> Iterator[TuningChoice]:
+    """All choices for the settings' devices; for `auto`, for all devices of this machine and graph files of the model."""
+    names = [*device_chain(settings.device)]
     if settings.device == "auto":
-        graphs = with_graph(settings, spec.folder)
+        graphs = available_devices(settings, spec.folder)
         names += [name for name in graphs if name != "onnx" or importlib.util.find_spec("onnxruntime")]
     int8 = _has_int8(settings, spec)
     for name in names:
-        if name in ALONE:
-            yield Choice(device=name)
+        if name in STANDALONE:
+            yield TuningChoice(device=name)
             continue
         precisions = ["fp32", *(["fp16"] if _has_fp16(name) else []), *(["int8"] if int8 else [])]
         streams = sorted({1, settings.threads or available_threads()}) if name == "cpu" else [0]
         for precision, count, tokens in itertools.product(precisions, streams, _ROW_LENGTHS):
-            yield Choice(device=name, precision=precision, streams=count, row_tokens=tokens)
+            yield TuningChoice(device=name, precision=precision, streams=count, row_tokens=tokens)
 
 
 @dataclass
-class _Contender:
-    choice: Choice
+class _Candidate:
+    choice: TuningChoice
     speeds: list[float] = field(default_factory=list[float])
     ratios: list[float] = field(default_factory=list[float])
     cosines: tuple[float, float] = (1.0, 1.0)
     error: str = ""
 
-    def trial(self) -> Trial:
-        return Trial(
+    def trial(self) -> TuningTrial:
+        return TuningTrial(
             choice=self.choice,
             tokens_per_second=statistics.median(self.speeds) if self.speeds else 0.0,
             ratio=statistics.median(self.ratios) if self.ratios else 0.0,
@@ -88,72 +87,75 @@ class _Contender:
         )
 
 
-def tune(settings: Settings, texts: Sequence[str] = (), *, rounds: int = 3, say: Say = print) -> Profile:
-    """Measure every candidate on ``texts``, and keep all figures as this machine's profile of the model.
+def tune(settings: Settings, texts: Sequence[str] = (), *, rounds: int = 3, say: Say = print) -> TuningProfile:
+    """Measure all candidates on ``texts``, and store the results as this machine's profile of the model.
 
-    Without texts, made-up ones of realistic lengths. Raises InputError for no rounds, ModelError for a model that is not
-    there, UnavailableError where nothing is right.
+    Without texts, generated ones of realistic lengths are used. Raises InputError for less than one round, ModelError if the model
+    cannot be read, UnavailableError if no candidate is correct, and PullError if the store cannot be written.
     """
     if rounds < 1:
         raise InputError(f"`rounds` is {rounds}; it must be at least 1", param="rounds")
-    name, folder = Store(settings.store).resolve(settings.model[0])
-    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
+    spec = read_model(settings)
     texts = list(texts) or sample_texts(400)
-    contenders = [_Contender(choice) for choice in candidates(settings, spec)]
-    say(f"{name} on {machine()}: {len(contenders)} candidates, {len(texts)} texts, {rounds} rounds")
-    going = contenders
+    entrants = [_Candidate(choice) for choice in candidates(settings, spec)]
+    say(f"{spec.name} on {machine()}: {len(entrants)} candidates, {len(texts)} texts, {rounds} rounds")
+    running = entrants
     for number in range(rounds):
         base, reference = _measure(settings, BASELINE, texts)
-        for one in going:
-            _race(settings, one, texts, base, reference)
-            ratio = f"{one.ratios[-1]:5.2f} x" if not one.error else one.error
-            say(f"round {number + 1}  {one.choice!s:40} {ratio}")
-        going = _contending(going)
-    trials = sorted((one.trial() for one in contenders), key=lambda trial: (bool(trial.error), -trial.ratio))
+        for candidate in running:
+            _run_round(settings, candidate, texts, base, reference)
+            ratio = f"{candidate.ratios[-1]:5.2f} x" if not candidate.error else candidate.error
+            say(f"round {number + 1}  {candidate.choice!s:40} {ratio}")
+        running = _remaining(running)
+    trials = sorted((candidate.trial() for candidate in entrants), key=lambda trial: (bool(trial.error), -trial.ratio))
     if not trials or trials[0].error:
-        raise UnavailableError("no candidate is right; see `npu-proxy doctor`")
-    profile = Profile(model=name, fingerprint=spec.fingerprint, machine=machine(), trials=trials, unix=time.time())
+        raise UnavailableError("no device computes correct vectors; see `npu-proxy doctor`")
+    profile = TuningProfile(model=spec.name, fingerprint=spec.fingerprint, machine=machine(), trials=trials, unix=time.time())
     try:
-        say(f"profile: {keep(settings.store, profile)}")
+        say(f"profile: {save_profile(settings.store, profile)}")
     except OSError as error:
         raise PullError(f"the store cannot be written: {error.strerror or error}; free space or set `store`") from error
     return profile
 
 
-def _contending(going: Sequence[_Contender]) -> list[_Contender]:
-    """Those near the fastest of their device and precision: each of these wants its own best streams and rows."""
+def _remaining(running: Sequence[_Candidate]) -> list[_Candidate]:
+    """Candidates nearly as fast as the best of their device and precision, whose best streams and batch sizes differ."""
     best: dict[tuple[str, str], float] = {}
-    for one in going:
-        key = one.choice.device, one.choice.precision
-        best[key] = max(best.get(key, 0.0), 0.0 if one.error else one.ratios[-1])
-    return [one for one in going if not one.error and one.ratios[-1] >= _CONTENDERS * best[one.choice.device, one.choice.precision]]
+    for candidate in running:
+        key = candidate.choice.device, candidate.choice.precision
+        best[key] = max(best.get(key, 0.0), 0.0 if candidate.error else candidate.ratios[-1])
+    return [
+        candidate
+        for candidate in running
+        if not candidate.error and candidate.ratios[-1] >= _CLOSE_ENOUGH * best[candidate.choice.device, candidate.choice.precision]
+    ]
 
 
-def _race(settings: Settings, one: _Contender, texts: Sequence[str], base: float, reference: Vectors) -> None:
-    """One candidate's part of a round."""
+def _run_round(settings: Settings, candidate: _Candidate, texts: Sequence[str], base: float, reference: Vectors) -> None:
+    """Measure one candidate in a round, and record its speed or error."""
     try:
-        speed, vectors = _measure(settings, one.choice, texts)
+        speed, vectors = _measure(settings, candidate.choice, texts)
     except NpuProxyError as error:
-        one.error = str(error)
+        candidate.error = str(error)
         return
     cosines = (vectors * reference).sum(1)
-    one.speeds.append(speed)
-    one.ratios.append(speed / base)
-    one.cosines = float(cosines.mean()), float(cosines.min())
-    if not one.cosines[0] >= _LEAST_COSINE[one.choice.precision]:
-        one.error = f"vectors differ: mean cosine {one.cosines[0]:.6f}"
+    candidate.speeds.append(speed)
+    candidate.ratios.append(speed / base)
+    candidate.cosines = float(cosines.mean()), float(cosines.min())
+    if not candidate.cosines[0] >= _LEAST_COSINE[candidate.choice.precision]:
+        candidate.error = f"vectors differ: mean cosine {candidate.cosines[0]:.6f}"
 
 
-def _measure(settings: Settings, choice: Choice, texts: Sequence[str]) -> tuple[float, Vectors]:
-    """Tokens a second and the vectors, on this device alone, compiled and warm. Raises NpuProxyError."""
+def _measure(settings: Settings, choice: TuningChoice, texts: Sequence[str]) -> tuple[float, Vectors]:
+    """Tokens per second and the vectors, with only this device, after warm-up. Raises NpuProxyError."""
     alone = replace(
         settings,
         device=choice.device,
         precision=choice.precision,  # type: ignore[arg-type]
         streams=choice.streams,
         row_tokens=choice.row_tokens or ROW_TOKENS,
-        profile="off",
-        fallback="off",
+        profile=False,
+        fallback=False,
         probe_interval=0,
     )
     with Engine(settings=alone) as engine:
@@ -172,7 +174,7 @@ def _has_int8(settings: Settings, spec: ModelSpec) -> bool:
 
 
 def _has_fp16(name: str) -> bool:
-    """Whether the device has two arithmetics to choose from, and half precision is one."""
+    """Whether the device's arithmetic can be set to half precision."""
     target = TARGETS[name]
     if "fp16" not in target.hints or target.kind.isolated:  # an accelerator's plugin is not loaded in this process
         return "fp16" in target.hints

@@ -1,1 +1,1 @@
-"""HTTP: a dialect is one file, app.py joins them."""
+"""The HTTP server."""

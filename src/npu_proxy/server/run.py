@@ -1,4 +1,4 @@
-"""The server's process: listen at once, load behind it, say when ready, drain on SIGTERM, exit 0."""
+"""The server process: listen at once, load models in the background, report readiness, drain on SIGTERM, exit with 0."""
 
 from __future__ import annotations
 
@@ -18,56 +18,57 @@ from starlette.applications import Starlette
 
 from npu_proxy.devices.base import Device
 from npu_proxy.errors import NpuProxyError, SettingsError
-from npu_proxy.server import auth, logs
-from npu_proxy.server.app import create_app
-from npu_proxy.server.protocol import drop_silent_peers, protocol_of
-from npu_proxy.server.registry import Registry
+from npu_proxy.server.http import auth
+from npu_proxy.server.http.app import create_app
+from npu_proxy.server.http.protocol import drop_silent_peers, protocol_of
+from npu_proxy.server.models.loaded import LoadedModels
+from npu_proxy.server.ops import logs
 from npu_proxy.settings import Settings
 
 _AFTER_DRAIN = 3
-"""Seconds for sending the last answers."""
+"""Seconds after the drain for sending the last responses."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal that asked for a clean stop is a success: it is not raised again afterwards.
+    """uvicorn's server, except that a signal that stops it cleanly is not raised again afterwards.
 
-    And what is not answered when the drain is over is answered with 503, before uvicorn would cancel it.
+    Requests that are unfinished at the end of the drain get status 503 before uvicorn would cancel them.
     """
 
-    registry: Registry
+    registry: LoadedModels
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain, then fail what is left, then go."""
-        last = asyncio.create_task(self._end_of_drain())
+        """Drain, fail the remaining requests, then shut down."""
+        drain_end = asyncio.create_task(self._end_of_drain())
         try:
             await super().shutdown(sockets)
         finally:
-            last.cancel()
+            drain_end.cancel()
 
     async def _end_of_drain(self) -> None:
         await asyncio.sleep(self.registry.settings.drain)
-        await asyncio.gather(*(self.registry.in_thread(one.engine.stop, 0.0) for one in self.registry.loaded()))
+        await asyncio.gather(*(self.registry.in_thread(model.engine.stop, 0.0) for model in self.registry.loaded()))
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        def ask(number: int, frame: FrameType | None) -> None:
+        def request_exit(number: int, frame: FrameType | None) -> None:
             self.handle_exit(number, frame)
 
         for number in _STOP_SIGNALS:
-            signal.signal(number, ask)
+            signal.signal(number, request_exit)
         try:
             yield
         finally:
-            # The process ends now; a second signal must not turn its clean exit into a kill.
+            # The process is about to exit; a second signal must not turn its clean exit into a kill.
             for number in _STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
 
 def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code: 0 after a drain, 2 when a model cannot be loaded, 1 otherwise."""
+    """Run until SIGTERM or SIGINT. Returns the exit code: 0 after a drain, 2 if a model cannot be loaded, 1 otherwise."""
     logs.configure(settings)
-    registry = Registry(settings)
+    registry = LoadedModels(settings)
     outcome = {"code": 0}
 
     @asynccontextmanager
@@ -101,32 +102,39 @@ def serve(settings: Settings) -> int:
     server = _Server(_checked(config))
     server.registry = registry
     if auth.is_open(settings, keys):
-        print(f"npu-proxy: `insecure` is set: whoever reaches {settings.host} may use this server", file=sys.stderr, flush=True)
+        print(
+            f"npu-proxy: `insecure` is set: anyone who can reach {settings.host} may use this server", file=sys.stderr, flush=True
+        )
     _raise_file_limit()
     with _listen(settings) as listener:
-        own = settings.uds.stat() if settings.uds is not None else None
+        bound = settings.uds.stat() if settings.uds is not None else None
         try:
             server.run(sockets=[listener])
         finally:
-            if settings.uds is not None and own is not None and settings.uds.exists() and settings.uds.stat().st_ino == own.st_ino:
-                settings.uds.unlink(missing_ok=True)  # a successor may listen there already
+            if (
+                settings.uds is not None
+                and bound is not None
+                and settings.uds.exists()
+                and settings.uds.stat().st_ino == bound.st_ino
+            ):
+                settings.uds.unlink(missing_ok=True)  # unless another server has replaced it
     return outcome["code"]
 
 
 def _checked(config: uvicorn.Config) -> uvicorn.Config:
-    """Load the certificate now, so that what is wrong with it is one line. Raises SettingsError."""
+    """Load the certificate now, so that an error in it is reported in one line. Raises SettingsError."""
     if config.ssl_keyfile and not config.ssl_certfile:
-        raise SettingsError("`ssl_keyfile` is of no use without `ssl_certfile`", param="ssl_certfile")
+        raise SettingsError("`ssl_keyfile` is set without `ssl_certfile`; set both", param="ssl_certfile")
     try:
         config.load()
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # includes ssl.SSLError
         message = f"`ssl_certfile` or `ssl_keyfile` cannot be read: {error.strerror or error}"
         raise SettingsError(message, param="ssl_certfile") from error
     return config
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """The listening socket. Raises SettingsError when the address cannot be had."""
+    """Open the listening socket. Raises SettingsError if the address is not available."""
     if settings.uds is not None:
         return _listen_unix(settings.uds)
     try:
@@ -141,14 +149,14 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def _listen_unix(path: Path) -> socket.socket:
-    """A socket that only this user can open. One that a dead server left behind is replaced, a live one is not."""
+    """Open a Unix socket that only this user can connect to. Replaces the socket of a dead server, but not of a running one."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.settimeout(1.0)
                 if probe.connect_ex(str(path)) == 0:
-                    raise SettingsError(f"another server listens on {path}; set `uds`", param="uds")
+                    raise SettingsError(f"another server listens on {path}; set `uds` to another path", param="uds")
             path.unlink()
         mask = os.umask(0o177)
         try:
@@ -158,7 +166,9 @@ def _listen_unix(path: Path) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise SettingsError(f"cannot listen on {path}: {error.strerror or error}; set `uds`", param="uds") from error
+        raise SettingsError(
+            f"cannot listen on {path}: {error.strerror or error}; set `uds` to another path", param="uds"
+        ) from error
     except SettingsError:
         listener.close()
         raise
@@ -166,7 +176,7 @@ def _listen_unix(path: Path) -> socket.socket:
 
 
 def _raise_file_limit() -> None:
-    """As many connections as the system allows this process."""
+    """Allow as many open files, and so connections, as the system permits for this process."""
     if sys.platform != "win32":
         import resource
 
@@ -175,11 +185,11 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _load(registry: Registry, server: _Server, outcome: dict[str, int]) -> None:
-    """Load the models, then print the ready line; a model that cannot be loaded ends the server with the reason."""
+async def _load(registry: LoadedModels, server: _Server, outcome: dict[str, int]) -> None:
+    """Load the models, then print the ready line. If a model cannot be loaded, print the reason and stop the server."""
     try:
         await registry.start()
-        while not (server.started or server.should_exit):  # noqa: ASYNC110 (uvicorn tells of its socket in no other way)
+        while not (server.started or server.should_exit):  # noqa: ASYNC110 (uvicorn has no event for its socket)
             await asyncio.sleep(0.01)
     except NpuProxyError as error:
         registry.failure = str(error)
@@ -191,32 +201,32 @@ async def _load(registry: Registry, server: _Server, outcome: dict[str, int]) ->
         outcome["code"] = 1
         server.should_exit = True
         raise
-    for one in registry.loaded():
-        spec = one.engine.spec
+    for model in registry.loaded():
+        spec = model.engine.spec
         print(
-            f"npu-proxy ready: {_address(server, registry.settings)} model {spec.name} ({spec.width} wide, up to"
-            f" {spec.max_length} tokens) on {answering(one.engine.device)}, fingerprint {spec.fingerprint}",
+            f"npu-proxy ready: {_address(server, registry.settings)} model {spec.name} ({spec.width} dimensions, up to"
+            f" {spec.max_length} tokens) on {answering(model.engine.device)}, fingerprint {spec.fingerprint}",
             file=sys.stderr,
             flush=True,
         )
 
 
 def answering(device: Device) -> str:
-    """`npu (compiling; cpu answers)`: the chain's devices and who takes rows at this moment."""
+    """Describe the chain's first device and the one that serves requests now, such as `npu (compiling; cpu serving)`."""
     reports = device.reports()
     now = next((report.name for report in reports if report.state == "serving"), "none")
     precision = "" if reports[0].precision == "fp32" else f" in {reports[0].precision}"
     if reports[0].name == now:
         return f"{now}{precision}"
-    return f"{reports[0].name} ({reports[0].state}; {now} answers){precision}"
+    return f"{reports[0].name} ({reports[0].state}; {now} serving){precision}"
 
 
 def _address(server: _Server, settings: Settings) -> str:
-    """The URL as it is bound, also where the port was 0."""
+    """Return the URL that the server listens on, with the actual port if the setting was 0."""
     scheme, prefix = "https" if settings.ssl_certfile else "http", "/" + settings.url_prefix.strip("/")
     if settings.uds is not None:
         return f"unix:{settings.uds}"
-    listeners = [listener for one in server.servers for listener in one.sockets]
+    listeners = [listener for asyncio_server in server.servers for listener in asyncio_server.sockets]
     port = listeners[0].getsockname()[1] if listeners else settings.port
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{scheme}://{host}:{port}{prefix.rstrip('/')}"

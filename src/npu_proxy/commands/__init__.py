@@ -1,0 +1,1 @@
+"""The command line: each command is a short function over the library."""

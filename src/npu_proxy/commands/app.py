@@ -1,0 +1,252 @@
+"""The entry point of the command line. Settings are read from flags, then NPU_PROXY_* variables, then npu-proxy.toml."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from cyclopts import App, CycloptsError, config
+from rich.console import Console
+from rich.markup import escape
+
+from npu_proxy.commands.cache import cache
+from npu_proxy.commands.models import list_models, pull, rm, show
+from npu_proxy.commands.prepare import certify, compile_model, convert, doctor, quantize, tune
+from npu_proxy.commands.query import classify, rerank, similarity
+from npu_proxy.commands.shared import DEFAULTS, SharedSettings
+from npu_proxy.engine.engine import Engine
+from npu_proxy.engine.options import Options
+from npu_proxy.errors import InputError, ModelError, NpuProxyError, SettingsError
+from npu_proxy.settings import Settings
+from npu_proxy.types import DType, Truncate
+from npu_proxy.version import __version__
+
+_PREFIX = "NPU_PROXY_"
+_CONFIG = f"{_PREFIX}CONFIG"
+_PARAMETERS = (
+    "INPUT",
+    "TEXT_FIELD",
+    "OUTPUT",
+    "DIMENSIONS",
+    "NORMALIZE",
+    "TRUNCATE",
+    "DTYPE",
+    "INPUT_TYPE",
+    "PROMPT_NAME",
+    "TOP_N",
+    "RAW",
+    "HOW",
+    "BATCH_SIZE",
+    "PARALLEL",
+    "ON_ERROR",
+    "REVISION",
+    "JSON",
+    "PAIRS",
+    "SAMPLE",
+    "MOST_LOSS",
+    "ROUNDS",
+    "PLATFORM",
+    "ONLY",
+    "TRUST_REMOTE_CODE",
+)
+"""Parameters of individual commands that can also be set as NPU_PROXY_* variables."""
+
+
+def _format_error(error: CycloptsError) -> str:
+    return f"npu-proxy: {escape(' '.join(str(error).split()))} See `npu-proxy --help`."
+
+
+app: App = App(
+    name="npu-proxy",
+    version=__version__,
+    help="Embed text on an NPU, GPU or CPU. Settings come from flags, then NPU_PROXY_* variables, then npu-proxy.toml "
+    "(or the file that NPU_PROXY_CONFIG names).",
+    error_formatter=_format_error,
+    error_console=Console(stderr=True, soft_wrap=True),
+)
+
+
+@app.command
+def embed(
+    *texts: str,
+    input: Path | None = None,
+    text_field: str = "text",
+    output: Path | None = None,
+    dimensions: int | None = None,
+    normalize: bool = True,
+    truncate: Truncate = Truncate.END,
+    dtype: DType = DType.FLOAT32,
+    input_type: Literal["query", "document"] | None = None,
+    prompt_name: str | None = None,
+    batch_size: int = 256,
+    parallel: int | None = None,
+    on_error: Literal["stop", "null"] = "stop",
+    settings: SharedSettings = DEFAULTS,
+) -> None:
+    """Embed texts from the command line, a file or standard input.
+
+    Prints one JSON object per text: index, embedding, tokens, truncated. If neither texts nor --input are given, each line of
+    standard input is a text.
+
+    Parameters
+    ----------
+    texts
+        Texts to embed.
+    input
+        File of texts: .jsonl, .csv, .txt (one text per line) or .parquet.
+    text_field
+        Field or column of the file that contains the text.
+    output
+        File to write the vectors to, in input order: .npy, .jsonl or .parquet.
+    dimensions
+        Keep only the first `dimensions` numbers of each vector, and normalize again (Matryoshka models).
+    normalize
+        Scale each vector to length 1.
+    truncate
+        What to do with texts longer than the model's limit: cut off the end, cut off the start, fail, or split them into
+        chunks and average the vectors.
+    dtype
+        Number format of the output.
+    input_type
+        Use the model's prompt for queries or documents, if it has one.
+    prompt_name
+        Use one of the model's prompts by name.
+    batch_size
+        Number of texts passed to the engine at once.
+    parallel
+        Number of worker processes, each with its own copy of the model; 0 means one per core.
+    on_error
+        What to do with a text that cannot be embedded: stop, or write null and continue.
+    """
+    from npu_proxy.bulk.job import FileJob, run
+    from npu_proxy.bulk.readers import read_lines
+    from npu_proxy.bulk.writers import VectorWriter
+
+    options: Options = {
+        "dimensions": dimensions,
+        "normalize": normalize,
+        "truncate": truncate,
+        "dtype": dtype,
+        "input_type": input_type,
+        "prompt_name": prompt_name,
+    }
+    if texts and input:
+        raise InputError("texts and --input cannot be combined; give one of them", param="input")
+    with Engine(settings=settings) as engine:
+        if input is not None:
+            job = FileJob(
+                source=input,
+                text_field=text_field,
+                target=output,
+                on_error=on_error,
+                batch_size=batch_size,
+                parallel=parallel,
+            )
+            report = run(engine, job, options)
+            notes = f", {report.truncated} truncated" * bool(report.truncated)
+            notes += f", {report.failed} without a vector" * bool(report.failed)
+            print(f"{report.texts} texts, {report.tokens} tokens on {_devices(engine)}{notes}", file=sys.stderr)
+            return
+        source = texts or read_lines(sys.stdin)
+        with VectorWriter(output, dtype) as writer:
+            first = 0
+            for result in engine.results(source, batch_size=batch_size, parallel=parallel, **options):
+                if on_error == "stop":
+                    result.raise_first()
+                writer.write(result, first)
+                first += len(result.tokens)
+
+
+def _devices(engine: Engine) -> str:
+    """The devices that computed, as in `npu`; with the number of texts per device if there were several."""
+    executed = engine.stats().counters.executed
+    if len(executed) < 2:
+        return "".join(executed) or engine.device.name
+    return ", ".join(f"{device} ({texts} texts)" for device, texts in executed.items())
+
+
+@app.command
+def serve(*, settings: SharedSettings = DEFAULTS) -> None:
+    """Serve the model over HTTP.
+
+    The port is open immediately and returns status 503 until the model is ready. On SIGTERM, open requests get `drain`
+    seconds to finish.
+    """
+    from npu_proxy.server.run import serve as run_server
+
+    code = run_server(settings)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything has stopped; a hanging download thread must not keep the process alive
+
+
+app.command(cache)
+app.command(list_models, name="list")
+app.command(compile_model, name="compile")
+for _command in (pull, rm, doctor, certify, quantize, tune, convert, rerank, classify, similarity, show):
+    app.command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Exit codes: 0 for success, 1 for failure, 2 for a wrong flag, setting, file or model, 130 if interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        _check_environment()
+        app.config = [config.Env(_PREFIX, command=False), _toml()]
+        app(list(_without_old_spellings(sys.argv[1:] if arguments is None else arguments)))
+    except NpuProxyError as error:
+        _quit(str(error), 2 if isinstance(error, InputError | SettingsError | ModelError) else 1)
+    except KeyboardInterrupt:
+        _quit("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _quit(message: str, code: int) -> NoReturn:
+    print(f"npu-proxy: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _without_old_spellings(arguments: Iterable[str]) -> Iterable[str]:
+    """Translate `--fallback off` and `--profile off`, the syntax of earlier versions, to `--no-fallback` and `--no-profile`."""
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name not in ("--fallback", "--profile"):
+            yield argument
+            continue
+        following = value if equals else next(remaining, None)
+        if following in ("on", "off"):
+            yield name if following == "on" else name.replace("--", "--no-", 1)
+        else:
+            yield argument
+            if not equals and following is not None:
+                yield following
+
+
+def _check_environment() -> None:
+    """Raise SettingsError for an unknown NPU_PROXY_* variable."""
+    known = [_PREFIX + setting.name.upper() for setting in fields(Settings)] + [_CONFIG]
+    known += [_PREFIX + name for name in _PARAMETERS]
+    for name in os.environ:
+        if name.startswith(_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise SettingsError(f"unknown variable `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+
+
+def _toml() -> config.Toml:
+    named = os.environ.get(_CONFIG)
+    if named and not Path(named).is_file():
+        raise SettingsError(f"{_CONFIG} names `{named}`, which is not a file")
+    return config.Toml(named or "npu-proxy.toml", must_exist=bool(named), use_commands_as_keys=False)

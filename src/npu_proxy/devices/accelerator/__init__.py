@@ -1,0 +1,1 @@
+"""Devices that run in a worker process: circuit breaker, certification with golden texts, and recovery."""

@@ -1,0 +1,52 @@
+"""Reading a model's JSON files. A missing or malformed file raises a ModelError that names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from npu_proxy.errors import ModelError
+
+Json = Mapping[str, Any]
+
+
+def short_path(file: Path) -> str:
+    """A file's name and folder, without the rest of the path, for error messages."""
+    return f"{file.parent.name}/{file.name}"
+
+
+def existing(file: Path, hint: str = "") -> Path:
+    """Return ``file``. Raises ModelError if it is missing."""
+    if not file.is_file():
+        raise ModelError(f"{short_path(file)} is missing" + (f"; {hint}" if hint else ""))
+    return file
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises ModelError if it is missing or malformed."""
+    try:
+        return json.loads(existing(file).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{short_path(file)} is not valid JSON: {error}") from error
+
+
+def read_object(file: Path, *, optional: bool = False) -> Json:
+    """The JSON object in a file; empty if an ``optional`` file is missing. Raises ModelError if there is anything else in it."""
+    if optional and not file.exists():
+        return {}
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ModelError(f"{short_path(file)}: expected a JSON object")
+    return cast("Json", content)
+
+
+def inside(folder: Path, path: str, *, by: str = "modules.json") -> Path:
+    """A path in the model's folder. Raises ModelError if it leads out of the folder, naming the file (``by``) that contains it.
+
+    Only the path itself is checked, not the targets of links: the files of a Hugging Face cache are links to its blobs.
+    """
+    if ".." in Path(path).parts or Path(path).is_absolute():
+        raise ModelError(f"{by}: path `{path}` leads out of the model's folder")
+    return folder / path

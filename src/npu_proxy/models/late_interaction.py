@@ -1,0 +1,112 @@
+"""Late-interaction models: how queries and documents differ. Each layout of the folder is one function.
+
+Source: sentence-transformers' MultiVectorEncoder, PyLate, and Stanford's ColBERT.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+
+from npu_proxy.errors import ModelError
+from npu_proxy.models.json_files import Json, read_object
+from npu_proxy.spec import LateInteractionConfig
+
+_PYLATE_KEYS = (
+    "query_length",
+    "document_length",
+    "do_query_expansion",
+    "attend_to_expansion_tokens",
+    "attend_to_mask_tokens",
+    "query_prefix",
+    "document_prefix",
+    "skiplist_words",
+)
+"""Keys of config_sentence_transformers.json that show that PyLate wrote it; PyLate expands queries unless the file disables it."""
+_EXPANDED = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateInteractionFiles:
+    """Contents of the files. Lengths are in tokens; None means the model's limit. expanded_length: 0 for no expansion."""
+
+    query_length: int | None
+    document_length: int | None
+    expanded_length: int
+    attend_to_expansion: bool
+    prompts: Mapping[str, str]
+    mask: Json = field(default_factory=dict[str, Any])
+
+
+def read_pylate(about: Json, limits: Json, mask: Json) -> LateInteractionFiles:
+    """Read the layouts of PyLate and sentence-transformers.
+
+    about: config_sentence_transformers.json. limits: sentence_bert_config.json. mask: the config of the MultiVectorMask.
+    """
+    query, document = (limits.get(key) or about.get(key) for key in ("query_length", "document_length"))
+    expansion: Any = limits.get("query_expansion", about.get("query_expansion"))
+    by_pylate = expansion is None and "query_expansion" not in about and any(key in about for key in _PYLATE_KEYS)
+    if by_pylate and about.get("do_query_expansion") is not False:
+        attend = about.get("attend_to_expansion_tokens", about.get("attend_to_mask_tokens"))
+        expansion, query = {"strategy": "fixed", "attend": bool(attend), "length": query or _EXPANDED}, None
+    if "skiplist_words" in about and about["skiplist_words"] is not None:
+        mask = {"skiplist_words": about["skiplist_words"], **mask}
+    length, attend = 0, False
+    if expansion:
+        settings = cast("Json", expansion)
+        if settings.get("strategy", "fixed") != "fixed" or settings.get("token"):
+            raise ModelError("sentence_bert_config.json: only the query_expansion `fixed` with the mask token is supported")
+        length, attend = int(settings["length"]), bool(settings.get("attend"))
+    prompts: dict[str, str] = {}
+    for side in ("query", "document"):
+        prefix = about.get(f"{side}_prefix")
+        if prefix:
+            stored = str((about.get("prompts") or {}).get(side) or "")
+            prompts[side] = prefix + stored.removeprefix(prefix)
+    return LateInteractionFiles(
+        query_length=length or query,
+        document_length=document,
+        expanded_length=length,
+        attend_to_expansion=attend,
+        prompts=prompts,
+        mask=mask,
+    )
+
+
+def read_stanford(folder: Path) -> LateInteractionFiles:
+    """Read the layout of Stanford's ColBERT: ``artifact.metadata`` next to the weights."""
+    about = read_object(folder / "artifact.metadata", optional=True)
+    length = int(about.get("query_maxlen") or _EXPANDED)
+    markers = (str(about.get("query_token_id") or "[unused0]"), str(about.get("doc_token_id") or "[unused1]"))
+    return LateInteractionFiles(
+        query_length=length,
+        document_length=about.get("doc_maxlen"),
+        expanded_length=length,
+        attend_to_expansion=bool(about.get("attend_to_mask_tokens")),
+        prompts={"query": f"{markers[0]} ", "document": f"{markers[1]} "},
+        mask={"skiplist_words": list(string.punctuation) if about.get("mask_punctuation", True) else []},
+    )
+
+
+def late_interaction_config(late: LateInteractionFiles, limit: int, tokenizer_file: Path) -> LateInteractionConfig:
+    """The config of queries and documents, with lengths up to ``limit``. Raises ModelError if the mask token is missing."""
+    mask_id = 0
+    if late.expanded_length:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        ids = [tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>")]
+        first_id = next((token_id for token_id in ids if token_id is not None), None)
+        if first_id is None:
+            raise ModelError("tokenizer.json: queries are expanded with mask tokens, but the tokenizer has none")
+        mask_id = first_id
+    return LateInteractionConfig(
+        query_length=min(late.query_length or limit, limit),
+        document_length=min(late.document_length or limit, limit),
+        expanded_length=min(late.expanded_length, limit),
+        attend_to_expansion=late.attend_to_expansion,
+        mask_id=mask_id,
+    )

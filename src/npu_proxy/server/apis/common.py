@@ -1,0 +1,72 @@
+"""Code that several APIs share: usage, errors with the HTTP status as their code, vectors, header values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from npu_proxy.errors import NpuProxyError
+from npu_proxy.types import EmbedResult
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """Number of tokens embedded, special tokens included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class StatusErrorDetail(msgspec.Struct, kw_only=True):
+    """What went wrong; the code is the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class StatusError(msgspec.Struct, kw_only=True):
+    """Error of the APIs of Infinity, vLLM and OpenVINO Model Server: OpenAI's format with the HTTP status as the code."""
+
+    error: StatusErrorDetail
+
+
+def to_status_error(error: NpuProxyError, status: int) -> StatusError:
+    """Convert an error to the format of those APIs."""
+    detail = StatusErrorDetail(message=str(error), type=error_type(status), param=error.param, code=status)
+    return StatusError(error=detail)
+
+
+def error_type(status: int) -> str:
+    """Return OpenAI's name for the type of an error."""
+    return "invalid_request_error" if 400 <= status < 499 else "server_error"
+
+
+def tokens_used(results: Sequence[EmbedResult]) -> int:
+    """Return the number of tokens of all texts of a reply."""
+    return sum(sum(result.tokens) for result in results)
+
+
+def usage(results: Sequence[EmbedResult]) -> Usage:
+    """Return the usage of a reply."""
+    tokens = tokens_used(results)
+    return Usage(prompt_tokens=tokens, total_tokens=tokens)
+
+
+def float_vectors(result: EmbedResult) -> npt.NDArray[np.float32]:
+    """Return the vectors [n, width] of a request for float32."""
+    return np.asarray(result.embeddings, np.float32)
+
+
+def json_vectors(result: EmbedResult) -> list[Any]:
+    """Return the vectors as JSON values: lists of numbers, or base64 strings."""
+    return result.embeddings if isinstance(result.embeddings, list) else result.embeddings.tolist()
+
+
+def header_text(text: str) -> str:
+    """Return text that is valid as a header's value: one line of printable ASCII, up to 400 characters."""
+    return "".join(character if " " <= character <= "~" else "?" for character in text)[:400]

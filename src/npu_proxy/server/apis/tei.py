@@ -1,0 +1,516 @@
+"""The API of text-embeddings-inference: /embed, /similarity, /rerank, /tokenize, /info and others. Source: its router, 1.9.
+
+Bodies may name a `model`, an extension by npu-proxy; without it, the first model that supports the route is used.
+
+Longer than most files here, to keep one API in one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from npu_proxy.engine.encode_options import find_prompt
+from npu_proxy.engine.scoring import sparse_vectors, token_vectors
+from npu_proxy.engine.validation import can_classify, can_rerank
+from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
+from npu_proxy.server.apis.common import float_vectors, header_text
+from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ModelListing, ModelQuery, ServedModel, TokenizerRoute
+from npu_proxy.server.apis.scoring import classified, reranked, to_classify, to_rerank
+from npu_proxy.spec import ModelSpec
+from npu_proxy.types import EmbedRequest, EmbedResult, OutputType, Pair, TextInput, Truncate
+from npu_proxy.version import __version__
+
+Direction = Literal["left", "right", "Left", "Right"]
+Vectors = list[list[float]]
+
+
+class EmbedBody(msgspec.Struct, kw_only=True):
+    """Body of POST /embed. truncate: null means the server's default, which is true."""
+
+    inputs: str | list[str | int | list[int]]
+    normalize: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+    dimensions: int | None = None
+    model: str | None = None
+
+
+class ComparedSentences(msgspec.Struct, kw_only=True):
+    """One sentence, and the sentences it is compared with."""
+
+    source_sentence: str
+    sentences: list[str]
+
+
+class SimilarityParameters(msgspec.Struct, kw_only=True):
+    """Options for embedding the sentences."""
+
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+
+
+class SimilarityBody(msgspec.Struct, kw_only=True):
+    """Body of POST /similarity."""
+
+    inputs: ComparedSentences
+    parameters: SimilarityParameters | None = None
+    model: str | None = None
+
+
+class RootBody(EmbedBody, kw_only=True):
+    """Body of POST /, the route of hosted models: texts to embed, or sentences to compare."""
+
+    inputs: str | list[str | int | list[int]] | ComparedSentences  # type: ignore[reportIncompatibleVariableOverride]
+    parameters: SimilarityParameters | None = None
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """Body of POST /tokenize."""
+
+    inputs: str | list[str]
+    add_special_tokens: bool | None = None
+    prompt_name: str | None = None
+    model: str | None = None
+
+
+class Token(msgspec.Struct, kw_only=True):
+    """A token and its position in the text, in characters; special tokens have no position."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None = None
+    stop: int | None = None
+
+
+class DecodeBody(msgspec.Struct, kw_only=True):
+    """Body of POST /decode."""
+
+    ids: list[int | list[int]]
+    skip_special_tokens: bool | None = None
+    model: str | None = None
+
+
+class AllBody(msgspec.Struct, kw_only=True):
+    """Body of POST /embed_all and /embed_sparse."""
+
+    inputs: str | list[str | int | list[int]]
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+    model: str | None = None
+
+
+class PredictBody(msgspec.Struct, kw_only=True):
+    """Body of POST /predict: a text, a pair, or a list of either."""
+
+    inputs: str | list[str | list[str]]
+    raw_scores: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    model: str | None = None
+
+
+class RerankBody(msgspec.Struct, kw_only=True):
+    """Body of POST /rerank."""
+
+    query: str
+    texts: list[str]
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    model: str | None = None
+
+
+class Entry(msgspec.Struct, kw_only=True):
+    """A vocabulary entry and its weight."""
+
+    index: int
+    value: float
+
+
+class Prediction(msgspec.Struct, kw_only=True):
+    """A label and its score."""
+
+    score: float
+    label: str
+
+
+class Rank(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A text's index in the request, and its score."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class Pooled(msgspec.Struct, kw_only=True):
+    """The pooling of an embedding model."""
+
+    pooling: str
+
+
+class Labels(msgspec.Struct, kw_only=True):
+    """Labels by number and numbers by label."""
+
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
+class ModelType(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The kind of model, from which clients tell which routes to call; only one field is set."""
+
+    embedding: Pooled | None = None
+    reranker: Labels | None = None
+    classifier: Labels | None = None
+
+
+class Info(msgspec.Struct, kw_only=True):
+    """Reply of GET /info."""
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    served_model_name: str
+    model_type: ModelType
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None = None
+    docker_label: str | None = None
+
+
+class Error(msgspec.Struct, kw_only=True):
+    """Error format of this API."""
+
+    error: str
+    error_type: str
+
+
+def to_requests(body: EmbedBody, served: ServedModel) -> list[EmbedRequest]:
+    """Return the request to embed texts or token ids."""
+    request = EmbedRequest(
+        texts=_inputs(body.inputs, served),
+        normalize=body.normalize is not False,
+        truncate=_truncate(body.truncate, body.truncation_direction),
+        prompt_name=body.prompt_name,
+        dimensions=body.dimensions,
+    )
+    return [request]
+
+
+def _inputs(given: str | list[str | int | list[int]], served: ServedModel) -> list[TextInput]:
+    """Return a text, token ids of the model's own vocabulary, or a list of texts and lists of token ids."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise EmptyInputError("`inputs` cannot be empty", param="inputs")
+    numbers = [item for item in given if isinstance(item, int)]
+    if numbers and len(numbers) < len(given):
+        raise InputError("`inputs` mixes token ids with texts; send the token ids of each text as a list", param="inputs")
+    texts: list[TextInput] = [numbers] if numbers else [item for item in given if not isinstance(item, int)]
+    if served.settings.token_ids == "reject" and not all(isinstance(text, str) for text in texts):
+        raise InputError("this server does not accept token ids (setting `token_ids`); send text", param="inputs")
+    return texts
+
+
+def to_reply(results: Sequence[EmbedResult], _: EmbedBody, __: ServedModel) -> Vectors:
+    """Return a list of vectors, even for one input."""
+    return float_vectors(results[0]).tolist()
+
+
+def similarity_requests(body: SimilarityBody, _: ServedModel) -> list[EmbedRequest]:
+    """Return a request with the source sentence first, then the others. Raises EmptyInputError."""
+    parameters = body.parameters or SimilarityParameters()
+    if not body.inputs.sentences:
+        raise EmptyInputError("`inputs.sentences` cannot be empty", param="inputs")
+    texts: list[TextInput] = [body.inputs.source_sentence, *body.inputs.sentences]
+    truncate = _truncate(parameters.truncate, parameters.truncation_direction)
+    return [EmbedRequest(texts=texts, truncate=truncate, prompt_name=parameters.prompt_name)]
+
+
+def similarity_reply(results: Sequence[EmbedResult], _: SimilarityBody, __: ServedModel) -> list[float]:
+    """Return the cosines with the first text."""
+    vectors = float_vectors(results[0])
+    return (vectors[1:] @ vectors[0]).tolist()
+
+
+def root_requests(body: RootBody, served: ServedModel) -> list[EmbedRequest]:
+    """Return the request to embed or to compare, depending on ``inputs``."""
+    if isinstance(body.inputs, ComparedSentences):
+        return similarity_requests(SimilarityBody(inputs=body.inputs, parameters=body.parameters), served)
+    return to_requests(body, served)
+
+
+def root_reply(results: Sequence[EmbedResult], body: RootBody, served: ServedModel) -> Vectors | list[float]:
+    """Return vectors or cosines, depending on ``inputs``."""
+    if isinstance(body.inputs, ComparedSentences):
+        return similarity_reply(results, SimilarityBody(inputs=body.inputs), served)
+    return to_reply(results, body, served)
+
+
+def tokenize(body: TokenizeBody, served: ServedModel) -> list[list[Token]]:
+    """Return the tokens of each text."""
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    if not texts:
+        raise EmptyInputError("`inputs` cannot be empty", param="inputs")
+    prompt = find_prompt(served.spec, EmbedRequest(texts=texts, prompt_name=body.prompt_name))
+    return [
+        [
+            Token(
+                id=token.id,
+                text=token.text,
+                special=token.special,
+                start=None if token.special else token.start,
+                stop=None if token.special else token.stop,
+            )
+            for token in tokens
+        ]
+        for tokens in served.tokenizer.tokens(texts, prompt, special=body.add_special_tokens is not False)
+    ]
+
+
+def decode(body: DecodeBody, served: ServedModel) -> list[str]:
+    """Return the text of token ids. Raises InputError for ids outside the model's vocabulary."""
+    lists, numbers = [item for item in body.ids if isinstance(item, list)], [item for item in body.ids if isinstance(item, int)]
+    if lists and numbers:
+        raise InputError("`ids` mixes ids with lists of ids; send one or the other", param="ids")
+    lists = lists or [numbers]
+    return [served.tokenizer.decode(ids, skip_special=body.skip_special_tokens is not False) for ids in lists]
+
+
+def info(listing: ModelListing, _: str) -> Info:
+    """Return the first model, and the limits by which clients split their requests."""
+    spec, settings, names = listing.default.spec, listing.settings, listing.default.names
+    pooling = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}.get(str(spec.pooling), str(spec.pooling))
+    return Info(
+        model_id=spec.name,
+        model_sha=spec.fingerprint,
+        model_dtype={"fp32": "float32", "fp16": "float16", "int8": "int8"}[spec.precision],
+        served_model_name=names[0] if names else spec.name,
+        model_type=_model_type(spec, pooling),
+        max_concurrent_requests=settings.max_queue_items,
+        max_input_length=spec.max_length,
+        max_batch_tokens=settings.max_queue_tokens,
+        max_batch_requests=None,
+        max_client_batch_size=settings.max_client_batch,
+        auto_truncate=True,
+        tokenization_workers=1,
+        version=__version__,
+    )
+
+
+def _model_type(spec: ModelSpec, pooling: str) -> ModelType:
+    """Return the kind of model, from which clients tell which routes to call."""
+    if spec.output_type is not OutputType.SCORES:
+        return ModelType(embedding=Pooled(pooling=pooling))
+    names = {str(number): label for number, label in enumerate(spec.labels)}
+    numbers = {label: number for number, label in enumerate(spec.labels)}
+    labels = Labels(id2label=names, label2id=numbers)
+    return ModelType(reranker=labels) if len(spec.labels) == 1 else ModelType(classifier=labels)
+
+
+def sparse_requests(body: AllBody, served: ServedModel) -> list[EmbedRequest]:
+    """Return the request for the vocabulary weights of texts or token ids."""
+    return _all(body, served, OutputType.SPARSE)
+
+
+def sparse_reply(results: Sequence[EmbedResult], _: AllBody, __: ServedModel) -> list[list[Entry]]:
+    """Return the nonzero weights of each text."""
+    return [
+        [Entry(index=int(index), value=float(value)) for index, value in zip(*vector, strict=True)]
+        for vector in sparse_vectors(results[0])
+    ]
+
+
+def all_requests(body: AllBody, served: ServedModel) -> list[EmbedRequest]:
+    """Return the request for one vector per token of texts or token ids."""
+    return _all(body, served, OutputType.TOKENS)
+
+
+def all_reply(results: Sequence[EmbedResult], _: AllBody, __: ServedModel) -> list[Vectors]:
+    """Return the token vectors of each text."""
+    return [vectors.tolist() for vectors in token_vectors(results[0])]
+
+
+def _all(body: AllBody, served: ServedModel, output_type: OutputType) -> list[EmbedRequest]:
+    request = EmbedRequest(
+        texts=_inputs(body.inputs, served),
+        output_type=output_type,
+        truncate=_truncate(body.truncate, body.truncation_direction),
+        prompt_name=body.prompt_name,
+        normalize=False,
+    )
+    return [request]
+
+
+def predict_requests(body: PredictBody, served: ServedModel) -> list[EmbedRequest]:
+    """Return the request to classify texts or pairs. Raises InputError for a list that is neither."""
+    return to_classify(served, _predicted(body)[0], _truncate(body.truncate, body.truncation_direction))
+
+
+def predict_reply(
+    results: Sequence[EmbedResult], body: PredictBody, served: ServedModel
+) -> list[Prediction] | list[list[Prediction]]:
+    """Return the labels by descending score, as one list per text if the body had a list."""
+    texts = classified(served, results, raw=bool(body.raw_scores))
+    predictions = [[Prediction(score=label.score, label=label.label) for label in labels] for labels in texts]
+    return predictions[0] if _predicted(body)[1] else predictions
+
+
+def _predicted(body: PredictBody) -> tuple[list[TextInput], bool]:
+    """Return the texts to classify, and whether the body had a single one. `["a", "b"]` is one pair."""
+    given = body.inputs
+    if isinstance(given, str):
+        return [given], True
+    if len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], str):
+        return [Pair(given[0], given[1])], True
+    texts: list[TextInput] = []
+    for item in given:
+        if not isinstance(item, list) or len(item) not in (1, 2):
+            raise InputError("`inputs` must be a text, a pair, or a list of lists of one or two texts", param="inputs")
+        texts.append(item[0] if len(item) == 1 else Pair(item[0], item[1]))
+    if not texts:
+        raise EmptyInputError("`inputs` cannot be empty", param="inputs")
+    return texts, False
+
+
+def rerank_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
+    """Return the requests to score the query with each text."""
+    return to_rerank(served, body.query, body.texts, None, truncate=_truncate(body.truncate, body.truncation_direction))
+
+
+def rerank_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> list[Rank]:
+    """Return the texts by descending score."""
+    return [
+        Rank(index=result.index, score=result.score, text=body.texts[result.index] if body.return_text else None)
+        for result in reranked(served, results, raw=bool(body.raw_scores))
+    ]
+
+
+def to_error(error: NpuProxyError, status: int) -> Error:
+    """Return an error with one of text-embeddings-inference's error types."""
+    kinds = {"empty": "Empty", "overloaded": "Overloaded", "unsupported": "Backend", "device": "Backend"}
+    kind = kinds.get(error.kind) or ("Unhealthy" if status in (503, 504) else "Tokenizer" if error.param == "ids" else "Validation")
+    return Error(error=str(error), error_type=kind)
+
+
+def headers(result: EmbedResult, request: EmbedRequest) -> dict[str, str]:
+    """Return the headers that text-embeddings-inference's load balancers read; times in whole milliseconds."""
+    timings = result.timings
+    return {
+        "x-compute-type": header_text(result.device),
+        "x-compute-characters": str(sum(len(text) for text in request.texts if isinstance(text, str))),
+        "x-compute-time": str(round(1000 * timings.total)),
+        "x-compute-tokens": str(sum(result.tokens)),
+        "x-total-time": str(round(1000 * timings.total)),
+        "x-tokenization-time": str(round(1000 * timings.tokenized)),
+        "x-queue-time": str(round(1000 * timings.queued)),
+        "x-inference-time": str(round(1000 * timings.infer)),
+    }
+
+
+def _truncate(wanted: bool | None, direction: Direction | None) -> Truncate:
+    if wanted is False:
+        return Truncate.ERROR
+    return Truncate.START if (direction or "right").lower() == "left" else Truncate.END
+
+
+def _root(path: str) -> InferenceRoute[RootBody, Vectors | list[float]]:
+    return InferenceRoute(
+        path=path,
+        summary="Embed texts, or compare sentences",
+        body=RootBody,
+        reply=list[list[float] | float],
+        to_requests=root_requests,
+        to_reply=root_reply,
+        texts_per_item=2,
+    )
+
+
+DIALECT = Dialect(
+    name="text-embeddings-inference",
+    routes=[
+        InferenceRoute(
+            path="/embed",
+            summary="Embed texts",
+            body=EmbedBody,
+            reply=Vectors,
+            to_requests=to_requests,
+            to_reply=to_reply,
+        ),
+        _root("/"),
+        _root("/invocations"),
+        InferenceRoute(
+            path="/similarity",
+            summary="Compare one sentence with others by cosine",
+            body=SimilarityBody,
+            reply=list[float],
+            to_requests=similarity_requests,
+            to_reply=similarity_reply,
+            texts_per_item=2,
+        ),
+        TokenizerRoute(
+            path="/tokenize",
+            summary="Tokenize texts",
+            body=TokenizeBody,
+            reply=list[list[Token]],
+            answer=tokenize,
+            applies=lambda fields, _: not fields.has("prompt") and not fields.has("text"),
+        ),
+        TokenizerRoute(path="/decode", summary="Decode token ids", body=DecodeBody, reply=list[str], answer=decode),
+        InferenceRoute(
+            path="/embed_sparse",
+            summary="Compute weights of vocabulary entries (needs a sparse model)",
+            suits=lambda spec: OutputType.SPARSE in spec.output_types,
+            body=AllBody,
+            reply=list[list[Entry]],
+            to_requests=sparse_requests,
+            to_reply=sparse_reply,
+        ),
+        InferenceRoute(
+            path="/embed_all",
+            summary="Embed each token (needs a late-interaction model, or pooling none)",
+            suits=lambda spec: OutputType.TOKENS in spec.output_types,
+            body=AllBody,
+            reply=list[Vectors],
+            to_requests=all_requests,
+            to_reply=all_reply,
+        ),
+        InferenceRoute(
+            path="/predict",
+            summary="Classify texts (needs a classifier)",
+            suits=can_classify,
+            body=PredictBody,
+            reply=list[Prediction | list[Prediction]],
+            to_requests=predict_requests,
+            to_reply=predict_reply,
+        ),
+        InferenceRoute(
+            path="/rerank",
+            summary="Rank texts (needs a reranker)",
+            suits=can_rerank,
+            body=RerankBody,
+            reply=list[Rank],
+            to_requests=rerank_requests,
+            to_reply=rerank_reply,
+            applies=lambda fields, _: fields.has("texts") or not fields.has("documents"),
+        ),
+        ModelQuery(path="/info", summary="Show the model and the limits", reply=Info, answer=info),
+    ],
+    error=Error,
+    to_error=to_error,
+    status={"invalid": 422, "too_long": 422, "too_large": 413, "overloaded": 429, "unsupported": 424, "device": 424},
+    headers=headers,
+)

@@ -1,0 +1,1 @@
+"""The application: routes, request handling, authentication, and limits on connections."""

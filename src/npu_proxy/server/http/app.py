@@ -1,0 +1,331 @@
+"""The application: the routes of all APIs, one handler per kind of route, and one place for errors.
+
+Longer than most files here, so that the path of a request can be read from top to bottom.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route as StarletteRoute
+from starlette.types import ASGIApp, Lifespan
+
+from npu_proxy.errors import DeadlineError, InputError, NpuProxyError
+from npu_proxy.server.apis import cohere, infinity, model_server, ollama, openai, tei, vllm
+from npu_proxy.server.apis.contract import (
+    Dialect,
+    InferenceRoute,
+    ModelCommand,
+    ModelQuery,
+    Route,
+    TokenizerRoute,
+    model_of,
+)
+from npu_proxy.server.errors import ClientGoneError, MethodNotAllowedError, RouteNotFoundError
+from npu_proxy.server.http import auth
+from npu_proxy.server.http.exchange import (
+    Exchange,
+    JsonResponse,
+    RequestBodies,
+    decode,
+    fields_of,
+    headers_of,
+    request_id,
+    retry_headers,
+    timeout_of,
+    unless_disconnected,
+)
+from npu_proxy.server.http.host_guard import ExactRouter, HostGuard
+from npu_proxy.server.models.listing import ServedModels
+from npu_proxy.server.models.loaded import LoadedModels
+from npu_proxy.server.ops import health
+from npu_proxy.server.ops.logs import log_access
+from npu_proxy.server.ops.metrics import Metrics
+from npu_proxy.server.ops.openapi import document
+from npu_proxy.server.ops.tracing import Tracer, open_tracer
+from npu_proxy.settings import Settings
+from npu_proxy.types import EmbedRequest, EmbedResult
+
+DIALECTS: tuple[Dialect, ...] = (
+    openai.DIALECT,
+    ollama.DIALECT,
+    tei.DIALECT,
+    infinity.DIALECT,
+    cohere.DIALECT,
+    vllm.DIALECT,
+    model_server.DIALECT,
+)
+"""The APIs on the port; a new API is one file and its name here. On a path that several share, the first one whose route applies
+to the body handles the request."""
+
+_log = logging.getLogger("npu_proxy.server")
+
+_TOKENIZER_BODY_BYTES = 250_000
+Handler = Callable[[Exchange], Awaitable[Response]]
+
+
+@dataclass(kw_only=True)
+class AppState:
+    """State that the handlers share. tokenizing: limits the tokenizer routes, which return one object per token."""
+
+    models: LoadedModels
+    settings: Settings
+    metrics: Metrics
+    bodies: RequestBodies
+    keys: Sequence[bytes]
+    tracer: Tracer | None
+    tokenizing: asyncio.Semaphore
+
+
+def create_app(
+    models: LoadedModels, settings: Settings, lifespan: Lifespan[Starlette] | None = None, keys: Sequence[bytes] | None = None
+) -> ASGIApp:
+    """Build the application. The caller starts and stops ``models``. keys: API keys; None reads those of the settings."""
+    state = AppState(
+        models=models,
+        settings=settings,
+        metrics=Metrics(models),
+        bodies=RequestBodies(settings),
+        keys=auth.read_keys(settings) if keys is None else keys,
+        tracer=open_tracer(settings),
+        tokenizing=asyncio.Semaphore(2),
+    )
+    api_routes, owners = _api_routes(state)
+    routes = [*_operations_routes(state), *api_routes]
+    missing = _missing(state, owners)
+    router = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: missing, 405: missing})
+    router.router.redirect_slashes = False
+    router.state.npu_proxy = state
+    app: ASGIApp = ExactRouter(routes, router)
+    if settings.cors_allow_origin:
+        app = CORSMiddleware(app, allow_origins=settings.cors_allow_origin, allow_methods=["*"], allow_headers=["*"])
+    hosts, origins = auth.allowed_hosts(settings), settings.cors_allow_origin
+    return HostGuard(app, hosts=hosts, origins=origins, prefix=settings.url_prefix)
+
+
+def _operations_routes(state: AppState) -> list[StarletteRoute]:
+    """Return the routes for health, metrics and the API description, with and without a trailing slash."""
+    openapi = msgspec.json.encode(document(DIALECTS))
+    first, models = DIALECTS[0], state.models
+    handlers: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
+        ("/health", health.health(models)),
+        ("/health/live", health.live(models)),
+        ("/health/ready", health.health(models)),
+        ("/ping", health.health(models)),
+        ("/metrics", health.metrics(state.metrics)),
+        ("/openapi.json", _guarded(state, first, "/openapi.json", _static(openapi, "application/json"))),
+        ("/docs", _guarded(state, first, "/docs", _static(health.docs(), "text/html"))),
+    ]
+    routes = [StarletteRoute(spelling, handle, methods=["GET"]) for path, handle in handlers for spelling in (path, path + "/")]
+    return [*routes, StarletteRoute("/", health.static(b"Ollama is running", "text/plain"), methods=["GET"])]
+
+
+def _api_routes(state: AppState) -> tuple[list[StarletteRoute], dict[str, Dialect]]:
+    """Return the routes of all APIs, and for each path the API it belongs to (the first, if several share it)."""
+    pairs = [(dialect, route) for dialect in DIALECTS for route in dialect.routes]
+    by_path = sorted(pairs, key=lambda pair: (pair[1].path, pair[1].method))
+    routes: list[StarletteRoute] = []
+    owners: dict[str, Dialect] = {}
+    for (path, method), group in groupby(by_path, key=lambda pair: (pair[1].path, pair[1].method)):
+        shared = list(group)
+        owner = shared[0][0]
+        owners.setdefault(path, owner)
+        # Some clients add a trailing slash, and some lose the body in a redirect.
+        for spelling in [path] if path.endswith(":path}") else [path, path + "/"]:
+            handle = _guarded(state, owner, spelling, _dispatching(state, shared))
+            routes.append(StarletteRoute(spelling, handle, methods=[method]))
+    return routes, owners
+
+
+def _static(content: bytes, media_type: str) -> Handler:
+    async def handle(_: Exchange) -> Response:
+        return Response(content, media_type=media_type)
+
+    return handle
+
+
+def _dispatching(state: AppState, shared: Sequence[tuple[Dialect, Route]]) -> Handler:
+    """Return the handler of a path. If several APIs share it, the body decides which one handles it and formats its errors."""
+    handlers = [_handler(state, dialect, route) for dialect, route in shared]
+    if len(handlers) == 1:
+        return handlers[0]
+
+    async def handle(exchange: Exchange) -> Response:
+        fields = fields_of(await state.bodies.read(exchange))
+        applicable = (
+            number
+            for number, (_, route) in enumerate(shared)
+            if isinstance(route, ModelQuery) or route.applies(fields, state.settings)
+        )
+        number = next(applicable, 0)
+        exchange.dialect = shared[number][0]
+        return await handlers[number](exchange)
+
+    return handle
+
+
+def _handler(state: AppState, dialect: Dialect, route: Route) -> Handler:
+    match route:
+        case InferenceRoute():
+            return _inference(state, dialect, route)
+        case TokenizerRoute():
+            return _tokenizer(state, route)
+        case ModelQuery():
+            return _query(state, route)
+        case ModelCommand():
+            return _command(state, route)
+
+
+def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any]) -> Handler:
+    decoder, settings = msgspec.json.Decoder(route.body), state.settings
+
+    async def handle(exchange: Exchange) -> Response:
+        start = time.monotonic()
+        body = decode(decoder, await state.bodies.read(exchange))
+        with await state.models.acquire(model_of(body), exchange.seconds, route.suits) as use:
+            use.keep_alive = route.keep_alive(body)
+            served, exchange.model = use.served, use.served.spec.name
+            requests = route.to_requests(body, served)
+            _check_size(requests, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
+            futures: list[Future[EmbedResult]] = []
+            try:
+                futures.extend(use.model.engine.submit(request, start + exchange.seconds) for request in requests)
+                # Cached results are done at once.
+                results = [
+                    future.result() if future.done() else await unless_disconnected(exchange.request, asyncio.wrap_future(future))
+                    for future in futures
+                ]
+            finally:
+                for future in futures:  # after a failure or a disconnect, the others are not needed
+                    future.cancel()
+            headers: dict[str, str] = {}
+            if results:
+                exchange.result = results[-1]
+                headers = {**dialect.headers(results[-1], requests[-1]), **headers_of(results[-1])}
+            for result in results:
+                result.raise_first()
+            reply = route.to_reply(results, body, served)
+        return JsonResponse(reply, headers=headers, seconds=settings.header_timeout, bodies=state.bodies)
+
+    return handle
+
+
+def _check_size(requests: Sequence[EmbedRequest], limit: int, setting: int) -> None:
+    """Raise InputError if a request has more texts than ``max_client_batch`` allows."""
+    for request in requests:
+        if len(request.texts) > limit:
+            message = f"the request has {len(request.texts)} texts; at most {setting} are allowed (`max_client_batch`)"
+            raise InputError(message)
+
+
+def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
+    """Return the handler of a tokenizer route. Every token becomes an object, so the bodies and the concurrency are limited."""
+    decoder = msgspec.json.Decoder(route.body)
+
+    async def handle(exchange: Exchange) -> Response:
+        content = await state.bodies.read(exchange)
+        if len(content) > _TOKENIZER_BODY_BYTES:
+            message = f"the body has {len(content)} bytes; this route accepts up to {_TOKENIZER_BODY_BYTES}; send less at once"
+            raise InputError(message)
+        body = decode(decoder, content)
+        with await state.models.acquire(model_of(body), exchange.seconds) as use:
+            exchange.model = use.served.spec.name
+            try:
+                async with asyncio.timeout(exchange.seconds), state.tokenizing:
+                    return await asyncio.to_thread(lambda: JsonResponse(route.answer(body, use.served)))
+            except TimeoutError:
+                raise DeadlineError(f"not done within {exchange.seconds:g} seconds; send less at once") from None
+
+    return handle
+
+
+def _query(state: AppState, route: ModelQuery[Any]) -> Handler:
+    async def handle(exchange: Exchange) -> Response:
+        listing = ServedModels(state.models, asyncio.get_running_loop())
+        name = exchange.request.path_params.get("id", "").rstrip("/")
+        return JsonResponse(await asyncio.to_thread(route.answer, listing, name))
+
+    return handle
+
+
+def _command(state: AppState, route: ModelCommand[Any, Any]) -> Handler:
+    decoder = msgspec.json.Decoder(route.body)
+
+    async def handle(exchange: Exchange) -> Response:
+        body = decode(decoder, await state.bodies.read(exchange))
+        listing = ServedModels(state.models, asyncio.get_running_loop())
+        answer = await state.models.in_thread(route.answer, body, listing)
+        if isinstance(answer, Iterator):
+            return StreamingResponse(map(_line, answer), media_type="application/x-ndjson")
+        return JsonResponse(answer)
+
+    return handle
+
+
+def _line(item: Any) -> bytes:
+    return msgspec.json.encode(item) + b"\n"
+
+
+def _guarded(state: AppState, dialect: Dialect, path: str, handle: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """Wrap a handler: API key, request id, metrics, log, trace, and every error in the API's own form."""
+
+    async def guarded(request: Request) -> Response:
+        exchange = Exchange(request, request_id(request))
+        response: Response | None = None
+        try:
+            auth.check(state.keys, request.headers)
+            exchange.seconds = timeout_of(request, state.settings.timeout)
+            response = await handle(exchange)
+        except NpuProxyError as error:
+            exchange.error = error
+        except ClientDisconnect:
+            exchange.error = ClientGoneError("the client has disconnected")  # for the log and the metrics
+        except Exception:  # a bug; the client does not see the details
+            _log.exception("%s: unexpected error in request %s", path, exchange.id)
+            exchange.error = NpuProxyError("internal error; see the server's log for details")
+        finally:
+            state.bodies.release(exchange)
+        if response is None:
+            api, failure = exchange.dialect or dialect, exchange.error or NpuProxyError("no response")
+            status = api.status_of(failure)
+            response = JsonResponse(api.to_error(failure, status), status, headers=retry_headers(failure))
+        response.headers["x-request-id"] = exchange.id
+        seconds = time.perf_counter() - exchange.start
+        state.metrics.answered(path, response.status_code, seconds, exchange)
+        log_access(exchange, response.status_code, seconds)
+        if state.tracer is not None:
+            state.tracer.record(path, exchange, response.status_code, seconds)
+        return response
+
+    return guarded
+
+
+def _missing(state: AppState, owners: dict[str, Dialect]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """Return a handler for 404 and 405, in the form of the API that the path belongs to or resembles."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        path = request.url.path.rstrip("/") or "/"
+        owner = owners.get(path, ollama.DIALECT if path.startswith("/api/") else DIALECTS[0])
+        failure: NpuProxyError = RouteNotFoundError("there is no such route; /docs lists all routes")
+        if getattr(error, "status_code", 404) == 405:
+            failure = MethodNotAllowedError(f"this route does not allow {request.method}")
+        status = owner.status_of(failure)
+        exchange = Exchange(request, request_id(request), error=failure)
+        state.metrics.answered("other", status, 0.0, exchange)
+        log_access(exchange, status, 0.0)
+        headers = {**dict(getattr(error, "headers", None) or {}), "x-request-id": exchange.id}
+        return JsonResponse(owner.to_error(failure, status), status, headers=headers)
+
+    return handle

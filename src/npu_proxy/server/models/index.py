@@ -1,0 +1,71 @@
+"""The models in the local store, by every name that clients may use, without loading them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from npu_proxy.errors import ModelError
+from npu_proxy.models.catalog import alias, canonical
+from npu_proxy.models.layout import read_spec
+from npu_proxy.models.store import ModelStore, StoredModel
+from npu_proxy.server.errors import UnknownModelError
+from npu_proxy.settings import Settings
+from npu_proxy.spec import ModelSpec
+
+_log = logging.getLogger("npu_proxy.server")
+
+
+def normalize_name(name: str) -> str:
+    """Return a name in the form used for comparison: the full name for an alias, lower case, without `:latest`."""
+    return canonical(name).lower().removesuffix(":latest")
+
+
+class ModelIndex:
+    """The models that can be loaded. Reads files, so it is used in threads; several threads may use it at once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.store: ModelStore = ModelStore(settings.store)
+        pairs = [name.partition("=") for name in settings.served_model_name]
+        self._aliases: Mapping[str, tuple[str, str]] = {
+            normalize_name(short): (short, normalize_name(target)) for short, _, target in pairs
+        }
+        self._specs: dict[Path, tuple[float, ModelSpec | None]] = {}
+
+    def aliases(self, names: set[str], *, first: bool) -> Sequence[str]:
+        """Return the names in `served_model_name` of a model. names: its normalized names. first: whether it is the first model."""
+        return [short for short, target in self._aliases.values() if target in names or (first and not target)]
+
+    def find(self, name: str) -> StoredModel:
+        """Return the stored model with a name or alias. Raises UnknownModelError, also if models are not loaded on demand."""
+        wanted = normalize_name(name)
+        _, target = self._aliases.get(wanted, ("", ""))
+        for stored in self.models():
+            if (target or wanted) in (normalize_name(stored.name), alias(stored.name)):
+                return stored
+        raise UnknownModelError(name)
+
+    def models(self) -> Iterator[StoredModel]:
+        """Yield the models that can be served; none if models are not loaded on demand."""
+        for stored in self.store.list() if self.settings.load_on_demand else ():
+            if self.spec(stored) is not None:
+                yield stored
+
+    def spec(self, stored: StoredModel) -> ModelSpec | None:
+        """Return a stored model's spec, or None if this version cannot serve it. Read again only after its folder has changed."""
+        spec = None
+        try:
+            changed = stored.folder.stat().st_mtime
+        except OSError:  # removed in the meantime
+            return None
+        known = self._specs.get(stored.folder)
+        if known is not None and known[0] == changed:
+            return known[1]
+        try:
+            spec = read_spec(stored.folder, name=stored.name, pooling=self.settings.pooling, max_length=self.settings.max_length)
+        except (ModelError, OSError) as error:
+            _log.info("%s cannot be served: %s", stored.name, error)
+        self._specs[stored.folder] = (changed, spec)
+        return spec

@@ -1,0 +1,175 @@
+"""Handlers for operators: health, metrics, the API description."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from npu_proxy.errors import DeviceError
+from npu_proxy.server.models.loaded import LoadedModel, LoadedModels
+from npu_proxy.server.ops.metrics import Metrics
+from npu_proxy.version import __version__
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class DeviceHealth(msgspec.Struct, kw_only=True):
+    """A device of the chain. certified: lowest cosine of golden texts with fp32 on the CPU. executed: number of texts."""
+
+    name: str
+    kind: str
+    state: str
+    breaker: str
+    worker_pid: int | None
+    certified: float | None
+    executed: int
+    restarts: int
+    precision: str
+    reason: str
+
+
+class ModelHealth(msgspec.Struct, kw_only=True):
+    """A model in memory. requests: how many use it now. expires: when it is unloaded, in Unix seconds; null for never."""
+
+    name: str
+    state: str
+    fingerprint: str | None
+    pinned: bool
+    requests: int
+    expires: float | None
+
+
+class Health(msgspec.Struct, kw_only=True):
+    """Reply of GET /health: the first model in detail, each model in brief. Status 200 if ready, else 503. `unix`: seconds."""
+
+    status: str
+    unix: float
+    version: str
+    model: str
+    fingerprint: str | None = None
+    device: str | None = None
+    reason: str | None = None
+    queue: dict[str, float] = {}
+    stages: dict[str, bool] = {}
+    executed: dict[str, int] = {}
+    devices: list[DeviceHealth] = []
+    models: list[ModelHealth] = []
+
+
+def health(models: LoadedModels) -> Handler:
+    """Return the handler of /health: readiness, the queue, and texts per device. ?probe=1 first runs a batch on each device."""
+    probing: dict[str, asyncio.Task[None]] = {}
+
+    async def handle(request: Request) -> Response:
+        if request.query_params.get("probe") in ("1", "true") and models.first.running:
+            task = probing.get("now")
+            if task is None or task.done():  # concurrent requests share one probe
+                task = probing["now"] = asyncio.create_task(asyncio.to_thread(_probe, models))
+            await asyncio.shield(task)
+        shown = _health(models)
+        return Response(msgspec.json.encode(shown), 200 if shown.status == "ok" else 503, media_type="application/json")
+
+    return handle
+
+
+def live(models: LoadedModels) -> Handler:
+    """Return the handler of /health/live: 503 only if a stage's thread has died, which only a restart can fix."""
+
+    async def handle(_: Request) -> Response:
+        dead = any(model.running and not all(model.engine.stats().stages.values()) for model in models.loaded())
+        return Response(msgspec.json.encode({"live": not dead}), 503 if dead else 200, media_type="application/json")
+
+    return handle
+
+
+def _probe(models: LoadedModels) -> None:
+    with suppress(DeviceError):  # the devices' states show it
+        models.first.engine.device.probe()
+
+
+def _health(models: LoadedModels) -> Health:
+    settings, engine = models.settings, models.first.engine
+    shown = Health(
+        status="ok",
+        unix=time.time(),
+        version=__version__,
+        model=Path(models.first.name).name,
+    )
+    shown.models = [_model(model) for model in models.loaded()]
+    if engine.state != "running":
+        shown.status = "failed" if models.failure else {"new": "loading"}.get(engine.state, engine.state)
+        shown.reason = models.failure
+        return shown
+    stats = engine.stats()
+    shown.model, shown.fingerprint, shown.device = engine.spec.name, engine.spec.fingerprint, engine.device.name
+    shown.queue = {
+        "texts": stats.open_texts,
+        "waiting_texts": stats.depth.texts,
+        "waiting_tokens": stats.depth.tokens,
+        "fraction": max(stats.open_texts / settings.max_queue_items, stats.depth.tokens / settings.max_queue_tokens),
+    }
+    shown.stages, shown.executed = stats.stages, stats.counters.executed
+    shown.devices = [
+        DeviceHealth(
+            name=report.name,
+            kind=report.kind,
+            state=report.state,
+            breaker=report.breaker,
+            worker_pid=report.worker_pid,
+            certified=report.certified,
+            executed=stats.counters.executed.get(report.name, 0),
+            restarts=report.restarts,
+            precision=report.precision,
+            reason=report.reason,
+        )
+        for report in engine.device.reports()
+    ]
+    loading = next((model for model in models.loaded() if model.pinned and not model.running), None)
+    if loading is not None:
+        shown.status, shown.reason = "loading", f"model {loading.name} is loading"
+    if not engine.device.ready:
+        shown.status = "unready"
+        shown.reason = "; ".join(f"{device.name} is {device.state}: {device.reason}" for device in shown.devices)
+    if not all(stats.stages.values()):
+        shown.status, shown.reason = "failed", "a stage's thread has died; restart the server"
+    return shown
+
+
+def _model(model: LoadedModel) -> ModelHealth:
+    state = {"new": "loading"}.get(model.engine.state, model.engine.state)
+    name, fingerprint = (model.engine.spec.name, model.engine.spec.fingerprint) if model.running else (Path(model.name).name, None)
+    return ModelHealth(
+        name=name, state=state, fingerprint=fingerprint, pinned=model.pinned, requests=model.uses, expires=model.expires
+    )
+
+
+def metrics(metrics: Metrics) -> Handler:
+    """Return the handler of /metrics, in Prometheus' text format."""
+
+    async def handle(_: Request) -> Response:
+        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    return handle
+
+
+def static(content: bytes, media_type: str) -> Handler:
+    """Return a handler for constant content."""
+
+    async def handle(_: Request) -> Response:
+        return Response(content, media_type=media_type)
+
+    return handle
+
+
+def docs() -> bytes:
+    """Return the page that shows /openapi.json; it loads nothing from other servers."""
+    return (files("npu_proxy.server.ops") / "docs.html").read_bytes()
