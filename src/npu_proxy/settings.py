@@ -64,8 +64,8 @@ class Settings:
     name uses the first model that supports it."""
 
     pooling: Pooling | None = _setting("Model", None)
-    """How token vectors are combined into one vector; only for a model folder without modules.json, which does not define it.
-    `none`: one vector per token (bge-m3 then computes dense, sparse and token vectors in one pass)."""
+    """How token vectors are combined into one vector. Needed for a folder without modules.json. `none`, for any dense model: one
+    vector per token (bge-m3 then computes dense, sparse and token vectors in one pass)."""
 
     max_length: int | None = _setting("Model", None, 1)
     """Maximum number of tokens per text, including special tokens. Default and upper bound: the model's own limit."""
@@ -136,10 +136,11 @@ class Settings:
     """Put several texts into one bin of a batch. Off: one text per bin, with padding, for comparison."""
 
     hedge: float | None = _setting("Device", None, _ABOVE_ZERO)
-    """Seconds after which a batch on an accelerator is also started on the next device. Default: half of the time left to it."""
+    """Seconds after which a batch on an accelerator is also started on the next device. Default: half of the time left to it, but
+    at least four times the usual duration of a batch."""
 
     accelerator_tokens: int = _setting("Device", 2048, _SHORTEST_BATCH)
-    """Longest text, in tokens, that accelerators are compiled for if `cpu` follows them in `device`; the CPU computes longer
+    """Longest text, in tokens, that accelerators are compiled for if `device` lists `cpu` after them; the CPU computes longer
     texts. The time of a batch grows with the square of the length of its texts, and compiling takes minutes."""
 
     compile_timeout: float = _setting("Device", 300.0, _ABOVE_ZERO)
@@ -155,8 +156,8 @@ class Settings:
     """Seconds between test inferences on each device; 0 for none."""
 
     breaker_failures: int = _setting("Device", 3, 1)
-    """Number of failures within `breaker_window` after which a device is taken out of service; a lost device, a hang or NaN
-    takes it out of service immediately."""
+    """Number of failures within `breaker_window` after which a device is taken out of service; a lost device, a hang, a
+    crash, NaN or a failed compilation takes it out of service immediately."""
 
     breaker_window: float = _setting("Device", 30.0, _ABOVE_ZERO)
     """Seconds over which failures are counted; after this long without a failure, the backoff starts again from the beginning."""

@@ -58,7 +58,7 @@ class ModelSpec:
     family: str
     """``model_type`` of config.json, the key of graph.build.FAMILIES."""
     config: Mapping[str, Any]
-    """The content of config.json, unchanged."""
+    """The content of config.json; for static models, with the keys that their files lack."""
     weight_files: Sequence[Path]
     tokenizer_file: Path
     pooling: Pooling

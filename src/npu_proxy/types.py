@@ -103,11 +103,12 @@ class Lane(StrEnum):
 class Chunking:
     """How a text longer than the model's limit is split into chunks.
 
-    overlap: number of tokens that neighbouring chunks share; None means 32, or an eighth of a chunk. size: maximum number of
-    tokens per chunk; None means the model's limit, or 256 for late chunking. sentences: end each chunk at a sentence boundary
-    if there is one in its second half. spans: return each chunk's position in the text and its own vector (such texts bypass
-    the cache). late: the model reads as much of the text at once as it can, and the tokens of each chunk are pooled separately,
-    so that a chunk's vector reflects its context; for models that pool by mean or maximum. Late chunks do not overlap.
+    overlap: number of tokens that neighbouring chunks share; None means 32 or an eighth of a chunk, whichever is smaller. size:
+    maximum number of tokens per chunk; None means the model's limit, or 256 for late chunking. sentences: end each chunk at a
+    sentence boundary if there is one in its second half. spans: return each chunk's position in the text and its own vector
+    (such texts bypass the cache). late: the model reads as much of the text at once as it can, and the tokens of each chunk are
+    pooled separately, so that a chunk's vector reflects its context; for models that pool by mean or maximum. Late chunks do
+    not overlap.
     Source: Guenther et al. 2024 (late chunking).
     """
 

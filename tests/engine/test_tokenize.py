@@ -147,12 +147,14 @@ def test_chunks_cover_a_text_and_overlap(tokens: int, room: int, data: st.DataOb
     assert all(after[0] == before[1] - overlap for before, after in itertools.pairwise(parts))
 
 
+PAIR_TOKENIZER = Tokenizer.from_file(str(GOLDEN / "bert_rerank" / "tokenizer.json"))
+PAIR_TOKENIZER.no_padding()
+
+
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 200))
 def test_a_pair_is_cut_as_the_tokenizer_cuts_it(first: int, second: int, room: int) -> None:
-    tokenizer = Tokenizer.from_file(str(GOLDEN / "bert_rerank" / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(room + 3)
-    types = np.array(tokenizer.encode("cat " * first, "dog " * second).type_ids)
+    PAIR_TOKENIZER.enable_truncation(room + 3)
+    types = np.array(PAIR_TOKENIZER.encode("cat " * first, "dog " * second).type_ids)
     if first + second <= room:
         return
     assert longest_first(first, second, room) == (len(types) - types.sum() - 2, types.sum() - 1)

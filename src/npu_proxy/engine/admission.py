@@ -10,7 +10,7 @@ from npu_proxy.types import Lane
 
 _FADE = 0.98
 """Factor by which each new batch reduces the weight of the previous ones."""
-_LONGEST_WAIT = 0.7
+_WAIT_SHARE = 0.7
 """Share of its time limit that a request may be expected to wait; a request that would wait longer is refused at once."""
 
 
@@ -86,9 +86,9 @@ def check_admission(
             retry_after=max(1.0, tokens / speed) if speed else 1.0,
         )
     wait = expected_wait(lane, load.tokens, load.untokenized, throughput.tokens_per_text, speed)
-    if wait > _LONGEST_WAIT * seconds > 0:  # a request whose time is over fails by its deadline instead
+    if wait > _WAIT_SHARE * seconds > 0:  # a request whose time is over fails by its deadline instead
         raise OverloadedError(
             f"the expected wait of {wait:.1f} seconds is too long for a request that must finish within {seconds:.3g} seconds;"
             " try again later, or increase its timeout",
-            retry_after=max(1.0, wait - _LONGEST_WAIT * seconds),
+            retry_after=max(1.0, wait - _WAIT_SHARE * seconds),
         )

@@ -1,6 +1,6 @@
 """The part of a device's output that is kept (and cached) for a text, and the part of it that a request asks for.
 
-To add an output type, add one case to each of ``kept_output``, ``requested_output`` and chunking.combine_chunks.
+To add an output type, add a case to ``kept_output``, to graph.build.build, to finish.py and to chunking.combine_chunks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from npu_proxy.types import OutputType, Vector
 def kept_output(spec: ModelSpec, encoding: Encoding, raw: npt.NDArray[np.float32], special_ids: frozenset[int]) -> Vector:
     """The part of a device's output that is kept for a text (TextResult.vector).
 
-    raw: [1, width], or [tokens, width] with one vector per token. special_ids: ids of special tokens, which get no lexical
-    weight.
+    raw: [1, width], [spans, width] for a text pooled in spans, or [tokens, width] with one vector per token. special_ids: ids of
+    special tokens, which get no lexical weight.
     """
     match spec.output_type:
         case OutputType.DENSE | OutputType.SCORES:

@@ -1,8 +1,8 @@
 """Resolve settings to a model: its name or path, folder and spec, and the settings with all defaults filled in.
 
-A model is looked up as a folder, then in the store, by full name or alias (catalog.py). The spec comes from the model's files
-(layout.py) and is adjusted to the precision and device that serve it. Settings that are not set are filled in from this machine's
-tuning profile (tuning.py). Nothing here loads OpenVINO.
+A model is an absolute path, a path that starts with a dot, a name or alias in the store (catalog.py), or else a folder. The spec
+comes from the model's files (layout.py) and is adjusted to the precision and device that serve it. Settings that are not set are
+filled in from this machine's tuning profile (tuning.py). Nothing here loads OpenVINO.
 """
 
 from __future__ import annotations
