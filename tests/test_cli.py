@@ -77,6 +77,7 @@ def test_mistakes_are_one_clear_line_and_exit_code_2(tmp_path: Path, arguments: 
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_toml_is_read_flags_win_and_unknown_keys_are_refused(tmp_path: Path) -> None:
     (tmp_path / "npu-proxy.toml").write_text(f'model = "{MODEL}"\nrow_tokens = 64\non_empty = "placeholder"\n')
     assert call("embed", "", folder=tmp_path).returncode == 0
@@ -92,6 +93,7 @@ def test_several_values_are_separated_by_commas_and_names_may_have_spaces(tmp_pa
     assert call("embed", "the cat", NPU_PROXY_MODEL=f"{tmp_path / 'my model'},{MODEL}").returncode == 0
 
 
+@pytest.mark.slow
 def test_cache_commands(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"NPU_PROXY_CACHE_FOLDER": str(tmp_path / "vectors"), "NPU_PROXY_STORE": str(tmp_path / "store")}
     assert "cache_disk_mb" in call("cache", "stats", **settings).stderr
@@ -104,6 +106,7 @@ def test_cache_commands(tmp_path: Path) -> None:
     assert "removed 2 vectors" in call("cache", "clear", "--only", "mean", **settings).stdout
 
 
+@pytest.mark.slow
 def test_store_commands(tmp_path: Path) -> None:
     store: dict[str, Any] = {"NPU_PROXY_STORE": str(tmp_path / "store")}
     assert "download the default one" in call("list", **store).stderr

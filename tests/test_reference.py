@@ -3,11 +3,13 @@
 import random
 
 import numpy as np
+import pytest
 
 from conftest import smallest_cosine
 from npu_proxy import Engine, Settings
 
 
+@pytest.mark.slow
 def test_every_reference_text(real_engine: Engine, reference: tuple[list[dict], np.ndarray]) -> None:
     rows, vectors = reference
     found = real_engine.embed([row["text"] for row in rows])
@@ -16,6 +18,7 @@ def test_every_reference_text(real_engine: Engine, reference: tuple[list[dict], 
     assert smallest_cosine(found, vectors) >= 0.99999
 
 
+@pytest.mark.slow
 def test_alone_padded_and_in_other_company_agree(
     real_engine: Engine, reference: tuple[list[dict], np.ndarray], default_model: str
 ) -> None:

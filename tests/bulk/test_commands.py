@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from conftest import GOLDEN
 
 
@@ -13,6 +15,7 @@ def run(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=60)
 
 
+@pytest.mark.slow
 def test_rerank_takes_documents_from_arguments_files_and_standard_input(tmp_path: Path) -> None:
     model, documents = str(GOLDEN / "bert_rerank"), ["the cat sleeps", "sea", "x"]
     file = tmp_path / "documents.txt"
@@ -31,6 +34,7 @@ def test_rerank_takes_documents_from_arguments_files_and_standard_input(tmp_path
     assert ways[1].stdout == ways[2].stdout == ways[0].stdout
 
 
+@pytest.mark.slow
 def test_classify_similarity_and_show() -> None:
     classified = run("classify", "the cat", "--model", str(GOLDEN / "roberta_labels"), "--top-n", "3", "--json")
     assert [label["label"] for label in json.loads(classified.stdout)["labels"]] == ["LABEL_1", "LABEL_0", "LABEL_2"]
@@ -44,6 +48,7 @@ def test_classify_similarity_and_show() -> None:
     assert len(shown["fingerprint"]) == 16
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_on_one_line() -> None:
     for arguments, words in (
         (["rerank", "q", "d", "--model", str(GOLDEN / "mean")], "has no head for ranking"),

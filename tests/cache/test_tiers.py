@@ -128,6 +128,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_committed_entry_and_two_processes_share_a_folder(tmp_path: Path) -> None:
     reader = DiskTier(tmp_path, 100_000_000)
     reader.open()

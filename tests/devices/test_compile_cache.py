@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from conftest import golden
 from npu_proxy import Engine, Settings
@@ -35,6 +36,7 @@ def test_the_least_recently_used_blobs_are_removed_first(tmp_path: Path) -> None
     assert cache.prune() == 0
 
 
+@pytest.mark.slow
 def test_a_worker_compiles_once_and_goes_on_when_the_disk_is_full(tmp_path: Path) -> None:
     folder, texts, vectors = golden("mean")
     settings = Settings(

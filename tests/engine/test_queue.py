@@ -1,6 +1,7 @@
 """The queue's decisions: lanes, aging, merging, dropping."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +42,7 @@ def test_lanes(now: float, oldest: float | None, last: float, aging: float, inte
         assert not interactive
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(20, 64), min_size=1, max_size=60), st.integers(1, 40))
 def test_aging_keeps_bulk_moving_under_endless_interactive_load(lengths: list[int], arrivals: int) -> None:
     queue = JobQueue(aging=1.0, window=64)

@@ -151,6 +151,7 @@ PAIR_TOKENIZER = Tokenizer.from_file(str(GOLDEN / "bert_rerank" / "tokenizer.jso
 PAIR_TOKENIZER.no_padding()
 
 
+@pytest.mark.slow
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 200))
 def test_a_pair_is_cut_as_the_tokenizer_cuts_it(first: int, second: int, room: int) -> None:
     PAIR_TOKENIZER.enable_truncation(room + 3)

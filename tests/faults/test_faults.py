@@ -55,6 +55,7 @@ def ask(engine: Engine, text: str = "the cat sleeps") -> EmbedResult:
     return engine.submit(EmbedRequest(texts=[text])).result(timeout=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_fault_loses_nothing_and_the_device_comes_back(name: str, engine: Engine, expected: dict[str, np.ndarray]) -> None:
     load = Load(engine, expected)

@@ -55,6 +55,7 @@ def executed(metrics: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.NAN, Fault.CRASH, Fault.HANG], ids=lambda fault: fault.name.lower())
 def test_headers_metrics_and_health_name_who_answered_and_why(fault: Fault, tmp_path: Path) -> None:
     async def run() -> None:

@@ -41,6 +41,7 @@ def pairs() -> SentencePairs:
     return pairs_of(MODEL)
 
 
+@pytest.mark.slow
 def test_an_int8_copy_is_measured_kept_and_served_under_its_own_fingerprint(
     tmp_path: Path, pairs: SentencePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_pairs_are_read_in_every_format_and_what_is_wrong_is_named(tmp_path: Pat
             read_pairs(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_tuning_measures_every_candidate_and_the_settings_follow_the_fastest(tmp_path: Path) -> None:
     settings = Settings(model=(str(MODEL),), store=tmp_path, device="cpu")
     with pytest.raises(InputError, match="rounds"):

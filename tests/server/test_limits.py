@@ -191,6 +191,7 @@ def test_texts_of_clients_that_have_gone_are_dropped_and_counted(server: Server)
     assert 'npu_proxy_request_failure_total{err="gone"}' in urllib.request.urlopen(f"{server.url}/metrics").read().decode()
 
 
+@pytest.mark.slow
 def test_sigterm_does_not_wait_for_slow_clients() -> None:
     own = Server("--model", str(FOLDER), "--device", "cpu", "--drain", "2").wait_ready()
     with connect(own) as connection:
@@ -201,6 +202,7 @@ def test_sigterm_does_not_wait_for_slow_clients() -> None:
         assert time.monotonic() - start < 15
 
 
+@pytest.mark.slow
 def test_a_unix_socket_is_the_user_s_own_and_survives_a_killed_server(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     for _ in range(2):
@@ -242,6 +244,7 @@ def test_https(tmp_path: Path) -> None:
     assert broken.stop() == 2
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_under_refused_bodies(server: Server) -> None:
     def resident() -> int:
         pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
@@ -385,6 +388,7 @@ def test_open_requests_get_503_when_the_drain_is_over() -> None:
     assert 503 in statuses
 
 
+@pytest.mark.slow
 def test_a_successor_on_the_same_socket_stays_reachable(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     flags = ["--model", str(FOLDER), "--device", "cpu", "--uds", str(path)]

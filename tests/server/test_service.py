@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import functools
 import json
 import logging
 import re
@@ -373,14 +374,19 @@ def test_ambiguous_ids_are_refused_and_many_of_the_model_s_own_are_not(vocabular
     assert "npu-proxy pull cl100k_base" in never_pulled.json()["error"]["message"]
 
 
+@functools.cache
+def read_vocabulary(file: Path) -> tuple[Cl100k, dict[bytes, int]]:
+    """The vocabulary, and the id of each of its pieces."""
+    rows = (line.split() for line in file.read_bytes().splitlines())
+    return Cl100k(file), {base64.b64decode(piece): int(number) for piece, number in rows}
+
+
 @given(st.text(min_size=1, max_size=50))
 def test_the_real_vocabulary_gives_back_every_byte(text: str) -> None:
     stored = ModelStore(Settings().store).find(NAME)
     if stored is None:
         pytest.skip("cl100k_base is not in the store; `npu-proxy pull cl100k_base`")
-    vocabulary = Cl100k(stored.folder / FILE)
-    rows = (line.split() for line in (stored.folder / FILE).read_bytes().splitlines())
-    by_piece = {base64.b64decode(piece): int(number) for piece, number in rows}
+    vocabulary, by_piece = read_vocabulary(stored.folder / FILE)
     assert vocabulary.decode([by_piece[bytes([byte])] for byte in text.encode("utf-8", "ignore")]) == text
 
 
