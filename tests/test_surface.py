@@ -59,6 +59,15 @@ def test_exported_members() -> None:
     assert raised <= set(npu_proxy.__all__)
 
 
+def test_every_error_is_public_or_in_a_file_that_errors_py_names() -> None:
+    known = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    for name, file in modules().items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and known & {base.id for base in node.bases if isinstance(base, ast.Name)}:
+                place = str(file.relative_to(SOURCE))
+                assert name == "npu_proxy.errors" or place in (errors.__doc__ or ""), f"{node.name} of {place}"
+
+
 def test_no_module_imports_itself_through_others() -> None:
     known = modules()
     list(TopologicalSorter({name: imports(file, known) for name, file in known.items()}).static_order())

@@ -144,7 +144,7 @@ def test_import_verify_repair_and_remove(tmp_path: Path, model: Path) -> None:
 
 def test_mirrors_are_asked_in_order_and_checksums_hold(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ModelStore(tmp_path / "store")
-    entry = catalog.Entry(name="org/tiny", aliases=("tiny-alias",), sha256={"model.safetensors": "0" * 64})
+    entry = catalog.CatalogModel(name="org/tiny", aliases=("tiny-alias",), sha256={"model.safetensors": "0" * 64})
     monkeypatch.setitem(catalog._BY_NAME, "org/tiny", entry)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(PullError) as caught:

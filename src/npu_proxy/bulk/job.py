@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from npu_proxy.bulk.readers import TextReader, open_texts
 from npu_proxy.bulk.writers import VectorWriter
 from npu_proxy.engine.engine import Engine
-from npu_proxy.engine.options import Options
+from npu_proxy.engine.options import RequestOptions
 from npu_proxy.errors import InputError
 from npu_proxy.types import DType
 
@@ -42,7 +42,7 @@ class JobReport:
     failed: int = 0
 
 
-def run(engine: Engine, job: FileJob, options: Options) -> JobReport:
+def run(engine: Engine, job: FileJob, options: RequestOptions) -> JobReport:
     """Embed the file. Raises InputError for a bad file, and for the first bad text unless ``on_error`` is `null`."""
     report = JobReport()
     with (

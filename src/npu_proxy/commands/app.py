@@ -21,7 +21,7 @@ from npu_proxy.commands.prepare import certify, compile_model, convert, doctor, 
 from npu_proxy.commands.query import classify, rerank, similarity
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings
 from npu_proxy.engine.engine import Engine
-from npu_proxy.engine.options import Options
+from npu_proxy.engine.options import RequestOptions
 from npu_proxy.errors import InputError, ModelError, NpuProxyError, SettingsError
 from npu_proxy.settings import Settings
 from npu_proxy.types import DType, Truncate
@@ -128,7 +128,7 @@ def embed(
     from npu_proxy.bulk.readers import read_lines
     from npu_proxy.bulk.writers import VectorWriter
 
-    options: Options = {
+    options: RequestOptions = {
         "dimensions": dimensions,
         "normalize": normalize,
         "truncate": truncate,

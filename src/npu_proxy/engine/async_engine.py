@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.engine.engine import BATCH_SIZE, Engine
-from npu_proxy.engine.options import Options, make_request
+from npu_proxy.engine.options import RequestOptions, make_request
 from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedRequest, EmbedResult, Label, RerankResult, SparseVector, TextInput, Vector
 
@@ -52,7 +52,7 @@ class AsyncEngine:
         """Like Engine.submit; cancelling the task drops the request."""
         return await asyncio.wrap_future(self.engine.submit(request))
 
-    async def embed(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> Array:
+    async def embed(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> Array:
         """Like Engine.embed."""
         if isinstance(texts, str) or len(texts) > BATCH_SIZE:
             return await asyncio.to_thread(self.engine.embed, texts, **options)
@@ -60,7 +60,7 @@ class AsyncEngine:
         return np.asarray(result.raise_first().embeddings)
 
     async def stream(
-        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
+        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[RequestOptions]
     ) -> AsyncIterator[Array]:
         """Like Engine.stream; the iterable is read in a thread."""
         results = self.engine.results(texts, batch_size=batch_size, parallel=parallel, **options)
@@ -74,22 +74,28 @@ class AsyncEngine:
                 await asyncio.to_thread(close)
 
     async def rerank(
-        self, query: str, documents: Sequence[str], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        raw: bool = False,
+        **options: Unpack[RequestOptions],
     ) -> list[RerankResult]:
         """Like Engine.rerank."""
         return await asyncio.to_thread(self.engine.rerank, query, documents, top_n=top_n, raw=raw, **options)
 
     async def classify(
-        self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
+        self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[RequestOptions]
     ) -> list[list[Label]]:
         """Like Engine.classify."""
         return await asyncio.to_thread(self.engine.classify, texts, top_n=top_n, raw=raw, **options)
 
-    async def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[SparseVector]:
+    async def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> list[SparseVector]:
         """Like Engine.embed_sparse."""
         return await asyncio.to_thread(self.engine.embed_sparse, texts, **options)
 
-    async def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[Vector]:
+    async def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> list[Vector]:
         """Like Engine.embed_tokens."""
         return await asyncio.to_thread(self.engine.embed_tokens, texts, **options)
 

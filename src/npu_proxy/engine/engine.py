@@ -26,7 +26,7 @@ from npu_proxy.engine.admission import QueueLimits
 from npu_proxy.engine.components import EngineComponents, load_components
 from npu_proxy.engine.counters import Stats
 from npu_proxy.engine.finish import finish
-from npu_proxy.engine.options import Options, make_request
+from npu_proxy.engine.options import RequestOptions, make_request
 from npu_proxy.engine.parallel import parallel_results
 from npu_proxy.engine.pending import PendingRequest
 from npu_proxy.engine.pipeline import Pipeline, PipelineLimits
@@ -241,7 +241,7 @@ class Engine:
         future.add_done_callback(lambda done: pending.fail_all(_CANCELLED) if done.cancelled() else None)
         return future
 
-    def embed(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> Array:
+    def embed(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> Array:
         """Embed texts; returns vectors [n, width] in their order, in ``dtype`` (float32 by default; n strings for base64).
 
         If any text failed, raises the error of the first one after all texts are done.
@@ -254,7 +254,7 @@ class Engine:
         return np.asarray(result.raise_first().embeddings)
 
     def stream(
-        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
+        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[RequestOptions]
     ) -> Iterator[Array]:
         """Yield one vector per text, in order, from an iterable of any length, in bounded memory.
 
@@ -265,7 +265,7 @@ class Engine:
             yield from result.raise_first().embeddings  # type: ignore[misc]  # rows of an array, or strings
 
     def results(
-        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[Options]
+        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[RequestOptions]
     ) -> Iterator[EmbedResult]:
         """Like ``stream``, but yield one EmbedResult per batch, with token counts and the errors of individual texts."""
         if batch_size < 1:
@@ -290,7 +290,13 @@ class Engine:
         return self.embed(texts, input_type="document").tolist() if texts else []
 
     def rerank(
-        self, query: str, documents: Sequence[str], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        raw: bool = False,
+        **options: Unpack[RequestOptions],
     ) -> list[RerankResult]:
         """Rank documents by how well they answer a query, best first. Needs a cross-encoder or a late-interaction model.
 
@@ -318,7 +324,7 @@ class Engine:
                 future.cancel()
 
     def classify(
-        self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[Options]
+        self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[RequestOptions]
     ) -> list[list[Label]]:
         """Labels of each text (or Pair), best first. Needs a classifier. raw: return logits instead of probabilities."""
         check_top_n(top_n)
@@ -326,11 +332,11 @@ class Engine:
         result = self._result(texts, options, OutputType.SCORES)
         return sorted_labels(self.spec, probabilities(self.spec, result, raw=raw), top_n)
 
-    def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[SparseVector]:
+    def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> list[SparseVector]:
         """One sparse vector per text: weights of vocabulary entries (SPLADE, or the lexical weights of bge-m3)."""
         return sparse_vectors(self._result(texts, options, OutputType.SPARSE))
 
-    def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[Options]) -> list[Vector]:
+    def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> list[Vector]:
         """One array [tokens, width] per text. Needs a late-interaction model, or a dense one with the setting `pooling`=`none`."""
         return token_vectors(self._result(texts, options, OutputType.TOKENS))
 
@@ -340,7 +346,7 @@ class Engine:
 
     # -- internal ------------------------------------------------------------------------------------------------
 
-    def _result(self, texts: Sequence[TextInput], options: Options, output_type: OutputType) -> EmbedResult:
+    def _result(self, texts: Sequence[TextInput], options: RequestOptions, output_type: OutputType) -> EmbedResult:
         request = make_request(texts, options, self.settings.bulk_timeout)
         return self._wait(self.submit(replace(request, output_type=output_type)))
 

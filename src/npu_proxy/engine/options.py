@@ -10,7 +10,7 @@ from npu_proxy.engine.validation import check_options
 from npu_proxy.types import Chunking, DType, EmbedRequest, TextInput, Truncate
 
 
-class Options(TypedDict, total=False):
+class RequestOptions(TypedDict, total=False):
     """Keyword options of the Engine's methods; see EmbedRequest for their meaning."""
 
     input_type: str | None
@@ -27,9 +27,9 @@ class Options(TypedDict, total=False):
     """Seconds until DeadlineError; None uses the setting `timeout` (when streaming, `bulk_timeout` per batch)."""
 
 
-def make_request(texts: Sequence[TextInput], options: Options, timeout: float) -> EmbedRequest:
+def make_request(texts: Sequence[TextInput], options: RequestOptions, timeout: float) -> EmbedRequest:
     """Make a request from options; its deadline is in ``timeout`` seconds unless they set one. Raises InputError."""
-    check_options(options, Options.__annotations__)
+    check_options(options, RequestOptions.__annotations__)
     fields: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"}
     seconds = options.get("timeout")
     return EmbedRequest(texts=texts, deadline=time.monotonic() + (timeout if seconds is None else seconds), **fields)

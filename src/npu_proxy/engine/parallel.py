@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
 
-from npu_proxy.engine.options import Options
+from npu_proxy.engine.options import RequestOptions
 from npu_proxy.errors import DeviceError, InputError
 from npu_proxy.settings import Settings
 from npu_proxy.system import available_threads
@@ -26,7 +26,11 @@ _engines: list[Any] = []
 
 
 def parallel_results(
-    engine_class: Callable[..., Any], settings: Settings, batches: Iterable[Sequence[TextInput]], parallel: int, options: Options
+    engine_class: Callable[..., Any],
+    settings: Settings,
+    batches: Iterable[Sequence[TextInput]],
+    parallel: int,
+    options: RequestOptions,
 ) -> Iterator[EmbedResult]:
     """Yield one EmbedResult per batch, in order. parallel: number of worker processes; 0 starts one per core.
 
@@ -76,5 +80,5 @@ def _start(engine_class: Callable[..., Any], settings: Settings) -> None:
     _engines.append(engine_class(settings=settings).start())
 
 
-def _embed(batch: Sequence[TextInput], options: Options) -> list[EmbedResult]:
+def _embed(batch: Sequence[TextInput], options: RequestOptions) -> list[EmbedResult]:
     return list(_engines[0].results(batch, batch_size=max(1, len(batch)), **options))

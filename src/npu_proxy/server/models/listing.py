@@ -21,7 +21,7 @@ from npu_proxy.settings import Settings
 _DELETE_SECONDS = 60.0
 
 
-class ServedModels:
+class ServerListing:
     """A ModelListing: the models in memory when it was created, and those in the store.
 
     Create it in the event loop (``loop``), where the models in memory change, and use it in a thread.
