@@ -102,8 +102,8 @@ class Settings:
 
     device: str = _setting("Device", "auto")
     """Devices in order of preference, such as `npu,cpu`. auto: those of npu, gpu and cpu that this machine appears to have, or
-    onnx or ir for a model that only a graph file can serve. npu-sim: an NPU's rules, applied on the CPU. onnx, ir: run a graph file from the model's folder. debug: return made-up
-    vectors, for testing clients."""
+    onnx or ir for a model that only a graph file can serve. npu-sim: an NPU's rules, applied on the CPU. onnx, ir: run a graph
+    file from the model's folder. debug: return made-up vectors, for testing clients."""
 
     fallback: bool = _setting("Device", True)
     """Use the next device when the first one cannot compute a batch. Off: a failing device means status 503."""
@@ -113,8 +113,8 @@ class Settings:
     the model that `npu-proxy quantize` made. Each has its own vectors and its own fingerprint."""
 
     profile: bool = _setting("Device", True)
-    """Use the fastest values that `npu-proxy tune` found on this machine for `device`, `streams` and `row_tokens`, if they
-    have their defaults. The fingerprint stays the same."""
+    """Use the fastest values that `npu-proxy tune` found on this machine for `device`, `streams` and `row_tokens`, if they have
+    their defaults. The fingerprint stays the same."""
 
     hint: Literal["throughput", "latency"] = _setting("Device", "throughput")
     """Whether accelerators are optimized for many batches at once, or for the latency of each batch."""
