@@ -38,7 +38,7 @@ def job(source: Path, target: Path | None, **changes: Any) -> FileJob:
 def test_readers(tmp_path: Path) -> None:
     for name, texts in write_inputs(tmp_path).items():
         with open_texts(tmp_path / name, "text") as source:
-            assert list(source.texts) == texts
+            assert list(source.items) == texts
             assert source.fraction() == pytest.approx(1.0)
 
 

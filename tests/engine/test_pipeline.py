@@ -16,14 +16,15 @@ from npu_proxy.batch import Batch, BatchShape, Encoding, Output
 from npu_proxy.devices.fake import FakeDevice, fail, fake_vector
 from npu_proxy.engine import pipeline as pipeline_module
 from npu_proxy.engine.admission import QueueLimits
-from npu_proxy.engine.chunking import ChunkedText
+from npu_proxy.engine.chunking import ChunkedText, combine_chunks
 from npu_proxy.engine.encode_options import EncodeOptions
 from npu_proxy.engine.outputs import kept_output
 from npu_proxy.engine.pending import PendingRequest
 from npu_proxy.engine.pipeline import Pipeline, PipelineLimits
 from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.models.layout import read_spec
-from npu_proxy.types import Lane, TextInput, TextResult, Truncate
+from npu_proxy.spec import ModelSpec
+from npu_proxy.types import Lane, Span, TextInput, TextResult, Truncate
 
 SPEC = read_spec(GOLDEN / "mean")
 TOKENIZER = RequestTokenizer(SPEC)
@@ -283,6 +284,21 @@ def test_a_text_that_cannot_be_finished_fails_alone(monkeypatch: pytest.MonkeyPa
         pending = made.ask("the cat", "the dog", "the moon")
         assert kinds(pending) == ["", "internal", ""]
         assert len(made.device.batches) == 1
+        assert all(made.pipeline.stats().stages.values())
+
+
+def test_chunks_that_cannot_be_combined_fail_their_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(spec: ModelSpec, chunks: Sequence[TextResult], spans: Sequence[Span], *, pair: bool) -> TextResult:
+        if len(chunks) > 1:
+            raise ZeroDivisionError
+        return combine_chunks(spec, chunks, spans, pair=pair)
+
+    monkeypatch.setattr(pipeline_module, "combine_chunks", script)
+    long = "the moon " * 200
+    options = TOKENIZER.options(EmbedRequest(texts=[long], truncate=Truncate.CHUNK))
+    with running() as made:
+        pending = made.submit([long, "the cat"], options=options).result(SECONDS)
+        assert kinds(pending) == ["internal", ""]
         assert all(made.pipeline.stats().stages.values())
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from npu_proxy.bulk.readers import TextReader, open_texts
+from npu_proxy.bulk.readers import Reader, open_texts
 from npu_proxy.bulk.writers import VectorWriter
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.options import RequestOptions
@@ -50,7 +50,7 @@ def run(engine: Engine, job: FileJob, options: RequestOptions) -> JobReport:
         VectorWriter(job.target, DType(options.get("dtype", DType.FLOAT32))) as target,
         _progress(source, report) as advance,
     ):
-        for result in engine.results(source.texts, batch_size=job.batch_size, parallel=job.parallel, **options):
+        for result in engine.results(source.items, batch_size=job.batch_size, parallel=job.parallel, **options):
             if job.on_error == "stop":
                 for number, error in enumerate(result.errors):
                     if error is not None:
@@ -66,7 +66,7 @@ def run(engine: Engine, job: FileJob, options: RequestOptions) -> JobReport:
 
 
 @contextmanager
-def _progress(source: TextReader, report: JobReport) -> Generator[Callable[[], None]]:
+def _progress(source: Reader[str], report: JobReport) -> Generator[Callable[[], None]]:
     """Show a progress bar if standard error is a terminal; yields a function to call after each batch."""
     if not sys.stderr.isatty():
         yield lambda: None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, TextIO, cast
+from typing import Any, BinaryIO, Generic, Self, TextIO, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,16 +20,17 @@ from npu_proxy.errors import InputError
 _BATCH_ROWS = 1024
 Record = Mapping[str, Any] | str
 """A record's fields by name, or a line of a text file."""
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class Records:
-    """The records of a file in order, each with its place in the file. A context manager that closes the file.
+class Reader(Generic[T]):
+    """The items of a file in order. A context manager that closes the file.
 
     fraction: returns the share of the file read so far, from 0 to 1.
     """
 
-    records: Iterator[tuple[str, Record]]
+    items: Iterator[T]
     fraction: Callable[[], float]
     close: Callable[[], None]
 
@@ -40,19 +41,8 @@ class Records:
         self.close()
 
 
-@dataclass(kw_only=True)
-class TextReader:
-    """The texts of a file in order. A context manager that closes the file. fraction: the share read so far, from 0 to 1."""
-
-    texts: Iterator[str]
-    fraction: Callable[[], float]
-    close: Callable[[], None]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+Records = Reader[tuple[str, Record]]
+"""Records, each with its place in the file."""
 
 
 def open_records(path: Path, columns: Sequence[str] | None = None) -> Records:
@@ -68,11 +58,11 @@ def open_records(path: Path, columns: Sequence[str] | None = None) -> Records:
     return read(path, columns)
 
 
-def open_texts(path: Path, text_field: str) -> TextReader:
+def open_texts(path: Path, text_field: str) -> Reader[str]:
     """Open the texts in one field of a file. Raises InputError naming the file, line and field at fault."""
     opened = open_records(path, [text_field])
-    texts = (_text(record, text_field, place) for place, record in opened.records)
-    return TextReader(texts=texts, fraction=opened.fraction, close=opened.close)
+    texts = (_text(record, text_field, place) for place, record in opened.items)
+    return Reader(items=texts, fraction=opened.fraction, close=opened.close)
 
 
 def read_lines(stream: TextIO) -> Iterator[str]:
@@ -109,7 +99,7 @@ def _by_line(
             except UnicodeDecodeError as error:
                 raise InputError(f"`{path}` is not UTF-8: {error.reason} at byte {error.start}", param="input") from error
 
-        return Records(records=records(), fraction=lambda: raw.tell() / size, close=stream.close)
+        return Reader(items=records(), fraction=lambda: raw.tell() / size, close=stream.close)
 
     return open_file
 
@@ -162,7 +152,7 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Records:
                 done[0] += 1
                 yield f"`{path}` row {done[0]}", record
 
-    return Records(records=records(), fraction=lambda: done[0] / total, close=file.close)
+    return Reader(items=records(), fraction=lambda: done[0] / total, close=file.close)
 
 
 _READERS: dict[str, Callable[[Path, Sequence[str] | None], Records]] = {

@@ -219,7 +219,7 @@ def _texts(path: Path | None, text_field: str, limit: int) -> list[str]:
     if path is None:
         return []
     with open_texts(path, text_field) as source:
-        texts = list(islice(filter(str.strip, source.texts), limit))
+        texts = list(islice(filter(str.strip, source.items), limit))
     if not texts:
         raise InputError(f"`{path}` contains no texts", param="sample")
     return texts

@@ -17,7 +17,7 @@ from npu_proxy.devices.exported import ExportedDevice
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
 from npu_proxy.devices.openvino import OpenVinoCpu
-from npu_proxy.devices.shapes import ROW_TOKENS, dynamic_shapes, static_shapes
+from npu_proxy.devices.shapes import dynamic_shapes, full_batch_tokens, static_shapes
 from npu_proxy.devices.worker.compile_ahead import Blob, compile_ahead
 from npu_proxy.devices.worker.compile_cache import CompileCache
 from npu_proxy.devices.worker.faults import Fault
@@ -43,7 +43,7 @@ def open_devices(
     """
     names = device_chain(settings.device)[: None if settings.fallback else 1]
     if names == ["debug"]:
-        shapes = dynamic_shapes(spec.max_length, settings.row_tokens or ROW_TOKENS, packed=settings.packing)
+        shapes = dynamic_shapes(spec.max_length, full_batch_tokens(settings), packed=settings.packing)
         return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes)], probe_every=0)
     if names[0] in GRAPH_FILES:
         return Fallback([_exported(settings, spec, golden, names[0])], probe_every=settings.probe_interval)
@@ -98,8 +98,7 @@ def compile_blobs(settings: Settings, spec: ModelSpec, name: str, platform: str)
 
 def _exported(settings: Settings, spec: ModelSpec, golden: GoldenBatch, name: str) -> Device:
     threads, file = settings.threads or available_threads(), spec.folder / graph_file(settings, name)
-    batch_tokens = settings.row_tokens or ROW_TOKENS
-    return ExportedDevice(spec, name, file, threads=threads, batch_tokens=batch_tokens, golden=golden)
+    return ExportedDevice(spec, name, file, threads=threads, batch_tokens=full_batch_tokens(settings), golden=golden)
 
 
 def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = None) -> AcceleratorPlan:
@@ -117,7 +116,7 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = 
         task=WorkerTask(
             target=target, spec=spec, properties=properties, cache=cache, store=settings.store, faults=fault is not None
         ),
-        shapes=static_shapes(longest, settings.row_tokens or ROW_TOKENS, packed=settings.packing),
+        shapes=static_shapes(longest, full_batch_tokens(settings), packed=settings.packing),
         limits=WorkerLimits(compile=settings.compile_timeout, batch=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
         streams=settings.requests,
         first_fault=fault or Fault.NONE,
@@ -135,7 +134,7 @@ def _cpu(settings: Settings, spec: ModelSpec, golden: GoldenBatch) -> OpenVinoCp
         spec,
         threads=settings.threads,
         streams=settings.streams,
-        batch_tokens=settings.row_tokens or ROW_TOKENS,
+        batch_tokens=full_batch_tokens(settings),
         packed=settings.packing,
         golden=golden,
     )

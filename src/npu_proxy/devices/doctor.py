@@ -18,11 +18,10 @@ from pathlib import Path
 import msgspec
 
 from npu_proxy.devices.failure import first_line
-from npu_proxy.devices.shapes import ROW_TOKENS
+from npu_proxy.devices.shapes import full_batch_tokens
 from npu_proxy.errors import ModelNotFoundError, NpuProxyError
-from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import int8_reports
-from npu_proxy.models.store import ModelStore
+from npu_proxy.models.resolve import read_model
 from npu_proxy.models.tuning import apply_profile, find_profile
 from npu_proxy.settings import Settings
 from npu_proxy.system import available_threads, cgroup, library, pci, run_python
@@ -223,8 +222,7 @@ def _folders(settings: Settings) -> Iterator[Finding]:
 def _model(settings: Settings) -> Iterator[Finding]:
     """The model in the settings, its int8 copy, and its tuning profile."""
     try:
-        name, folder = ModelStore(settings.store).resolve(settings.model[0])
-        spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
+        spec = read_model(settings)
     except ModelNotFoundError as error:
         yield Finding(topic="model", level="note", text=str(error), fix=f"npu-proxy pull {settings.model[0]}")
         return
@@ -233,11 +231,11 @@ def _model(settings: Settings) -> Iterator[Finding]:
         return
     int8 = next(iter(int8_reports(settings.store, spec.fingerprint)), None)
     words = f", int8 copy with Spearman {int8.spearman:.2f} (fp32: {int8.spearman_fp32:.2f})" if int8 else ""
-    yield Finding(topic="model", level="ok", text=f"{name}, fingerprint {spec.fingerprint}{words}")
+    yield Finding(topic="model", level="ok", text=f"{spec.name}, fingerprint {spec.fingerprint}{words}")
     if find_profile(settings.store, spec.fingerprint) is not None:
         used = apply_profile(settings, spec)
         text = f"tuned on this machine; with these settings: device {used.device}, streams {used.streams or 'default'}"
-        yield Finding(topic="model", level="ok", text=f"{text}, {used.row_tokens or ROW_TOKENS} tokens per batch")
+        yield Finding(topic="model", level="ok", text=f"{text}, {full_batch_tokens(used)} tokens per batch")
 
 
 _CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (_system, _memory, _folders, _model, _npu, _gpu)

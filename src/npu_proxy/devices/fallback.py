@@ -85,19 +85,9 @@ class Fallback:
 
     def submit(self, batch: Batch) -> Future[Output]:
         """Compute a batch on the first device that can. Fails with the last device's error, or with UnavailableError."""
-        reasons: list[str] = []
-        for number, device in enumerate(self._devices):
-            if reason := _why_not(device, batch):
-                reasons.append(reason)
-            elif number < len(self._devices) - 1:
-                return self._threads.submit(self._run, self._devices[number:], batch, reasons)
-            elif reasons:
-                return _with_reasons(device.submit(batch), reasons)
-            else:
-                return device.submit(batch)
-        unavailable: Future[Output] = Future()
-        unavailable.set_exception(_unavailable(reasons))
-        return unavailable
+        if len(self._devices) == 1 and not _why_not(self._devices[0], batch):
+            return self._devices[0].submit(batch)  # there is nothing to watch for
+        return self._threads.submit(self._run, self._devices, batch, [])
 
     def reports(self) -> Sequence[DeviceReport]:
         """The reports of every device."""
@@ -146,7 +136,7 @@ class Fallback:
             usual = self._usual.get(device.name, output.seconds)
             self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
             return replace(output, fallback="; ".join(reasons)) if reasons else output
-        raise last or _unavailable(reasons)
+        raise last or UnavailableError(f"no device is ready: {'; '.join(reasons)}")
 
     def _patience(self, device: Device, batch: Batch) -> float | None:
         """Seconds after which a batch on ``device`` is late: the setting `hedge`, or half of its time; None means never.
@@ -207,26 +197,6 @@ def _why_not(device: Device, batch: Batch) -> str:
     longest = max((shape.positions for shape in device.shapes), default=batch.shape.positions)
     too_long = batch.shape.positions > longest
     return f"{device.name} " + ("does not take texts of this length" if too_long else "was not ready when the batch was packed")
-
-
-def _with_reasons(run: Future[Output], reasons: Sequence[str]) -> Future[Output]:
-    """The same output, with the reasons why the first device did not compute it."""
-    future: Future[Output] = Future()
-
-    def copy(run: Future[Output]) -> None:
-        if run.cancelled():
-            future.cancel()
-        elif (error := run.exception()) is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(replace(run.result(), fallback="; ".join(reasons)))
-
-    run.add_done_callback(copy)
-    return future
-
-
-def _unavailable(reasons: Sequence[str]) -> UnavailableError:
-    return UnavailableError(f"no device is ready: {'; '.join(reasons)}")
 
 
 def _with_longer(shapes: Sequence[Sequence[BatchShape]]) -> Sequence[BatchShape]:

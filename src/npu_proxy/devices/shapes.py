@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from npu_proxy.batch import BatchShape
+from npu_proxy.settings import Settings
 
 ROW_TOKENS = 512
 """Positions in a full batch, unless the setting `row_tokens` or a tuning profile says otherwise."""
@@ -24,6 +25,11 @@ MOST_SEGMENTS = 64
 
 SHORT_BIN = 128
 """Length of the short bins of compiled batches."""
+
+
+def full_batch_tokens(settings: Settings) -> int:
+    """Positions in a full batch: the setting `row_tokens`, or its default."""
+    return settings.row_tokens or ROW_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Engine: loads a model and embeds, reranks and classifies. AsyncEngine (async_engine.py) has the same methods as coroutines."""
+"""Engine: loads a model and embeds, reranks and classifies. AsyncEngine (async_engine.py) has the same methods as coroutines.
+
+Longer than most files here: it is the public surface, and most of it is signatures and their docstrings.
+"""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ class Pipeline:
         """Make a request for the chunks of one text; when it is done, the combined result is delivered for that text."""
 
         def on_done(chunks: PendingRequest) -> None:
-            for error in filter(None, chunks.errors):
+            if (error := next(filter(None, chunks.errors), None)) is not None:
                 request.fail(index, error)
                 return
             pairs = zip(filter(None, chunks.results), chunked.encodings, strict=True)
@@ -262,7 +262,12 @@ class Pipeline:
             request.fallbacks |= chunks.fallbacks
             request.queued_seconds = max(request.queued_seconds, chunks.queued_seconds)
             request.infer_seconds += chunks.infer_seconds
-            self._resolve(request, index, combine_chunks(self._spec, results, chunked.spans, pair=is_pair))
+            try:
+                combined = combine_chunks(self._spec, results, chunked.spans, pair=is_pair)
+            except Exception as error:  # only this text fails, not the rest of the batch that its last chunk was in
+                request.fail(index, _wrapped(error, "combining chunks failed"))
+            else:
+                self._resolve(request, index, combined)
 
         texts = replace(request.request, texts=[""] * len(chunked.encodings))
         abandoned = lambda: not request.unfinished or request.abandoned()  # noqa: E731

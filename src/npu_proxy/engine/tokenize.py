@@ -1,6 +1,7 @@
 """Convert texts to token ids, with exact counts, before they are queued.
 
-The limit is the model's; truncation and padding defined in tokenizer.json are disabled.
+The limit is the model's; truncation and padding defined in tokenizer.json are disabled. Longer than most files here: texts,
+pairs and token ids, whole, cut and in chunks, must agree to the token, so they are read together.
 """
 
 from __future__ import annotations

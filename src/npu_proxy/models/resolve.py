@@ -8,6 +8,7 @@ filled in from this machine's tuning profile (tuning.py). Nothing here loads Ope
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from npu_proxy.errors import ModelError
 from npu_proxy.models.fingerprint import fingerprint
@@ -34,6 +35,11 @@ def resolve(settings: Settings) -> tuple[Settings, ModelSpec]:
 def read_model(settings: Settings, model: str = "") -> ModelSpec:
     """The fp32 spec of ``model`` (default: the settings' first) from its files. Raises ModelError, ModelNotFoundError."""
     name, folder = ModelStore(settings.store).resolve(model or settings.model[0])
+    return read_folder(settings, folder, name)
+
+
+def read_folder(settings: Settings, folder: Path, name: str | None = None) -> ModelSpec:
+    """The fp32 spec of the model in ``folder``, with the settings that change how its files are read. Raises ModelError."""
     return read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
 
 

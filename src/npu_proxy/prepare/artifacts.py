@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from npu_proxy.errors import ModelError
-from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import int8_reports, remove_int8
+from npu_proxy.models.resolve import read_folder
 from npu_proxy.models.tuning import remove_profile
 from npu_proxy.settings import Settings
 
@@ -16,7 +16,7 @@ def remove_artifacts(settings: Settings, folder: Path) -> None:
     from npu_proxy.devices.worker.blobs import remove_blobs  # loads OpenVINO, whose version is part of the names of blobs
 
     try:
-        fingerprint = read_spec(folder, pooling=settings.pooling, max_length=settings.max_length).fingerprint
+        fingerprint = read_folder(settings, folder).fingerprint
     except ModelError:
         return
     for prepared in (fingerprint, *(report.fingerprint for report in int8_reports(settings.store, fingerprint))):

@@ -25,7 +25,8 @@ from npu_proxy.engine.golden import GOLDEN_TEXTS
 from npu_proxy.errors import InputError, ModelError, SettingsError
 from npu_proxy.graph.build import FAMILIES
 from npu_proxy.models.json_files import Json
-from npu_proxy.models.layout import output_type_of, read_spec
+from npu_proxy.models.layout import output_type_of
+from npu_proxy.models.resolve import read_folder
 from npu_proxy.models.store import ModelStore
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
@@ -66,7 +67,7 @@ def convert(settings: Settings, output: Path, *, trust: bool, say: Say) -> tuple
         file = staged / GRAPH_FILES["ir"][1]
         file.parent.mkdir()
         ov.save_model(_traced(module, inputs), file, compress_to_fp16=False)
-        spec = read_spec(staged, name=output.name, pooling=settings.pooling, max_length=settings.max_length)
+        spec = read_folder(settings, staged, output.name)
         say("comparing the graph with torch")
         least = _least_cosine(module, file, inputs, Tokenizer.from_file(str(tokenizer)), min(_LONGEST, spec.max_length))
         if not least >= _LEAST_COSINE:

@@ -98,7 +98,7 @@ def _sts_benchmark(path: Path) -> list[list[Any]]:
 def _columns(path: Path) -> list[list[Any]]:
     names = ("sentence1", "sentence2", "score")
     with open_records(path, names) as opened:
-        rows = [record if isinstance(record, Mapping) else {} for _, record in opened.records]
+        rows = [record if isinstance(record, Mapping) else {} for _, record in opened.items]
     return [[row[name] for row in rows] for name in names]
 
 

@@ -16,24 +16,21 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from npu_proxy.batch import Batch, BatchShape, Output
-from npu_proxy.devices.failure import BatchError, Failure, classify_failure
+from npu_proxy.batch import Batch, Output
+from npu_proxy.devices.failure import BatchError, Failure
 from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.devices.worker.compile_cache import CompileCache
 from npu_proxy.devices.worker.faults import Fault
-from npu_proxy.devices.worker.main import REPLY, REQUEST, Hello, WorkerJob, receive
-from npu_proxy.devices.worker.shared_memory import OUTPUT, MemoryLayout, SharedMemory
+from npu_proxy.devices.worker.main import Hello, WorkerJob, receive
+from npu_proxy.devices.worker.shared_memory import MemoryLayout, SharedMemory
+from npu_proxy.devices.worker.slot import SEND_SECONDS, WorkerSlot
 from npu_proxy.spec import ModelSpec
 from npu_proxy.system import child_environment, python_command
 from npu_proxy.targets import Target
 
-_SEND_SECONDS = 5.0
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 
@@ -57,71 +54,6 @@ class WorkerTask:
     cache: CompileCache | None = None
     store: Path | None = None
     faults: bool = False
-
-
-class WorkerSlot:
-    """Carries one batch at a time: its part of the shared memory, and the socket that announces a batch."""
-
-    def __init__(self, name: str, number: int, memory: SharedMemory, layout: MemoryLayout) -> None:
-        self._name = name
-        self.mine: socket.socket
-        self.theirs: socket.socket
-        self.mine, self.theirs = socket.socketpair()
-        self.since: float = 0.0
-        """When the batch in progress was sent, in time.monotonic() seconds; 0 if there is none."""
-        self.ended: BatchError = BatchError(Failure.CRASH, f"the worker process of {name} died")
-        """The error raised for a batch if the worker ends."""
-        self._number = 0
-        self._index = {shape: index for index, shape in enumerate(layout.shapes)}
-        self._views: dict[BatchShape, Mapping[str, npt.NDArray[Any]]] = {
-            shape: memory.views(number, shape) for shape in layout.shapes
-        }
-
-    def begin(self, batch: Batch) -> None:
-        """Send a batch to the worker. Raises BatchError if the worker is gone."""
-        views = self._views[batch.shape]
-        for name, array in batch.inputs.items():
-            np.copyto(views[name], array)
-        self._number += 1
-        self.since = time.monotonic()
-        self.mine.settimeout(_SEND_SECONDS)
-        try:
-            self.mine.sendall(REQUEST.pack(self._number, self._index[batch.shape]))
-        except OSError as error:
-            self._raise_ended(error)
-
-    def wait(self, batch: Batch, seconds: float) -> Output | None:
-        """Wait for the batch's output. Returns None after ``seconds``. Raises BatchError."""
-        took, message = 0.0, ""
-        number, end = 0, time.monotonic() + seconds
-        try:
-            while number != self._number:  # the reply to an abandoned batch may come first
-                self.mine.settimeout(max(0.001, end - time.monotonic()))
-                reply = receive(self.mine, REPLY.size)
-                if len(reply) < REPLY.size:
-                    self._raise_ended(None)
-                number, took, length = REPLY.unpack(reply)
-                message = receive(self.mine, length).decode(errors="replace") if length else ""
-        except TimeoutError:
-            return None
-        except OSError as error:
-            self._raise_ended(error)
-        self.since = 0.0
-        if message:
-            raise BatchError(classify_failure(message), f"{self._name} failed: {message}")
-        return Output(self._views[batch.shape][OUTPUT].copy(), self._name, took)
-
-    def _raise_ended(self, error: OSError | None) -> NoReturn:
-        self.since = 0.0
-        raise BatchError(self.ended.failure, str(self.ended)) from error
-
-    def cut(self, reason: BatchError | None) -> None:
-        """Close the socket, so that a thread waiting on it raises ``reason``."""
-        self.ended = reason or self.ended
-        try:
-            self.mine.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the worker has closed its end
-            return
 
 
 class WorkerProcess:
@@ -163,9 +95,8 @@ class WorkerProcess:
 
     def _send_job(self, job: WorkerJob) -> None:
         assert self.process.stdin is not None
-        guard = threading.Timer(
-            _START_SECONDS, self.process.kill
-        )  # the job is larger than a pipe's buffer, and the process may be stopped
+        # The job is larger than a pipe's buffer, and the process may be stopped.
+        guard = threading.Timer(_START_SECONDS, self.process.kill)
         guard.daemon = True
         guard.start()
         with suppress(OSError):  # it has died; hello() reports that
@@ -272,7 +203,7 @@ class WorkerProcess:
         for slot in self.slots:
             slot.cut(reason)
         try:
-            self.process.wait(timeout=_SEND_SECONDS)
+            self.process.wait(timeout=SEND_SECONDS)
         finally:
             self._release()
 
@@ -280,7 +211,7 @@ class WorkerProcess:
         """Release the slots (once the threads waiting for them have woken), the threads, the sockets and the memory."""
         with suppress(queue.Empty):
             for _ in range(self._opened):
-                self.free.get(timeout=_SEND_SECONDS)
+                self.free.get(timeout=SEND_SECONDS)
         self.free.put(None)
         self._threads.close()
         for slot in self.slots:

@@ -1,4 +1,7 @@
-"""The Ollama API: /api/embed, /api/embeddings, and the model routes that its clients use. Source: Ollama, ollama-python."""
+"""The Ollama API: /api/embed, /api/embeddings, and the model routes that its clients use. Source: Ollama, ollama-python.
+
+Longer than most files here, because one API is one file and each of its bodies is a type.
+"""
 
 from __future__ import annotations
 

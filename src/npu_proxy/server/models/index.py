@@ -8,7 +8,7 @@ from pathlib import Path
 
 from npu_proxy.errors import ModelError
 from npu_proxy.models.catalog import alias, canonical
-from npu_proxy.models.layout import read_spec
+from npu_proxy.models.resolve import read_folder
 from npu_proxy.models.store import ModelStore, StoredModel
 from npu_proxy.server.errors import UnknownModelError
 from npu_proxy.settings import Settings
@@ -64,7 +64,7 @@ class ModelIndex:
         if known is not None and known[0] == changed:
             return known[1]
         try:
-            spec = read_spec(stored.folder, name=stored.name, pooling=self.settings.pooling, max_length=self.settings.max_length)
+            spec = read_folder(self.settings, stored.folder, stored.name)
         except (ModelError, OSError) as error:
             _log.info("%s cannot be served: %s", stored.name, error)
         self._specs[stored.folder] = (changed, spec)
