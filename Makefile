@@ -87,6 +87,12 @@ faults: weights  ## inject every fault under a thousand concurrent requests; wri
 rows: weights  ## compare packing with padded buckets on npu-sim, and measure what a worker process costs per batch; writes to bench/results/
 	$(BIN)/python bench/rows.py --data $(DATA)
 
+corruptions: weights  ## inject corruptions of vectors under load, and count those that reach a caller; writes a table to bench/results/
+	$(BIN)/python bench/corruptions.py
+
+stress: weights  ## start fresh processes under load for 20 minutes, every answer compared; continues an earlier run; writes to bench/results/
+	$(BIN)/python bench/stress.py
+
 soak: $(VENV)/.bench weights  ## run ten minutes of load with a random fault every five seconds
 	$(BIN)/python bench/soak.py
 

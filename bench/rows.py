@@ -101,7 +101,7 @@ def overhead(settings: Settings, scratch: Path, rounds: int) -> list[tuple[str, 
     plan = _plan(chosen, spec, "npu-sim")
     target = TARGETS["npu-sim"]
     core = open_core(target)
-    models = compile_static(core, target, spec, plan.shapes, plan.task.properties)
+    models = compile_static(core, target, spec, plan.shapes, plan.task.properties).models
     device = Accelerator(plan, golden, _Reference(chosen, spec, golden), Certificates(scratch))
     device.wait_decided(300)
     found: list[tuple[str, float, float, float, float]] = []

@@ -177,11 +177,22 @@ class Slot:
     start: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A short golden text in the free room of a batch: its index among the canaries (devices/canary.py), and its place."""
+
+    number: int
+    encoding: Encoding
+    slot: Slot
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One inference: its texts, the slot of each, and the input arrays by their names in the graph.
 
     output_type: what the model computes. deadline: the earliest deadline of its texts, in time.monotonic() seconds.
+    canaries: golden texts beside them, which show whether the device computes right vectors. echoes: free segments that pool a text
+    again, as (bin, segment of the text, free segment); their outputs must be equal.
     """
 
     encodings: Sequence[Encoding]
@@ -190,10 +201,12 @@ class Batch:
     inputs: Mapping[str, npt.NDArray[Any]]
     output_type: OutputType = OutputType.DENSE
     deadline: float = math.inf
+    canaries: Sequence[Canary] = ()
+    echoes: Sequence[tuple[int, int, int]] = ()
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of its texts; the rest of bins x positions is padding."""
+        """Number of tokens of its texts; the rest of bins x positions is padding and canaries."""
         return sum(encoding.tokens for encoding in self.encodings)
 
 
@@ -213,8 +226,12 @@ class Output:
 
 def output_for(batch: Batch, index: int, vectors: Array) -> Array:
     """The part of a batch's output that belongs to one text: [vectors, width], or [tokens, width] with one vector per token."""
-    slot, encoding = batch.slots[index], batch.encodings[index]
-    first, count = (slot.start, encoding.tokens) if batch.output_type.per_token else (slot.segment, encoding.vectors)
+    return output_at(batch.output_type, batch.encodings[index], batch.slots[index], vectors)
+
+
+def output_at(kind: OutputType, encoding: Encoding, slot: Slot, vectors: Array) -> Array:
+    """The part of an output that belongs to a text in a slot: [vectors, width], or [tokens, width] with one vector per token."""
+    first, count = (slot.start, encoding.tokens) if kind.per_token else (slot.segment, encoding.vectors)
     return vectors[slot.bin, first : first + count]
 
 

@@ -153,7 +153,14 @@ class Settings:
     """Seconds without a sign of life before an accelerator's worker process is restarted."""
 
     probe_interval: float = _setting("Device", 30.0, 0)
-    """Seconds between test inferences on each device; 0 for none."""
+    """Seconds between test inferences on each device, whose golden texts must give the known vectors; 0 for none."""
+
+    canaries: bool = _setting("Device", True)
+    """Put short golden texts into the free room of batches. If the vector of one is wrong, the batch is computed again elsewhere,
+    and the device is taken out of service."""
+
+    verify_every: int = _setting("Device", 128, 0)
+    """One in this many batches without room for a canary is computed twice, and the results are compared; 0 for none."""
 
     breaker_failures: int = _setting("Device", 3, 1)
     """Number of failures within `breaker_window` after which a device is taken out of service; a lost device, a hang, a

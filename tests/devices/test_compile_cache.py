@@ -9,6 +9,7 @@ import pytest
 
 from conftest import golden
 from npu_proxy import Engine, Settings
+from npu_proxy.devices.worker.blobs import read_blob, write_blob
 from npu_proxy.devices.worker.compile_cache import CompileCache
 
 
@@ -34,6 +35,24 @@ def test_the_least_recently_used_blobs_are_removed_first(tmp_path: Path) -> None
     assert cache.prune() == 200
     assert sorted(file.name for file in folder.iterdir()) == ["middle", "new"]
     assert cache.prune() == 0
+
+
+def test_a_blob_is_read_only_if_it_is_undamaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.blob"
+    content = os.urandom(10_000)
+    assert write_blob(path, content) == path.stat().st_size == 10_032
+    found = read_blob(path)
+    assert found is not None
+    assert found.tobytes() == content
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:100], b"", b"x" * 32, whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
+        path.write_bytes(damaged)
+        assert read_blob(path) is None
+        assert not path.exists()  # the next start finds none, and compiles
+    with pytest.raises(FileNotFoundError):
+        read_blob(path)
+    write_blob(path, content)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.blob"]
 
 
 @pytest.mark.slow

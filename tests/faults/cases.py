@@ -75,4 +75,11 @@ CASES: dict[str, Callable[[Engine, Load], None]] = {
     "compiler fails": broken_compiler(Fault.COMPILE_FAIL),
     "compiler hangs": broken_compiler(Fault.COMPILE_HANG),
     "slow first inference": slow_first,
+    "a slot with other weights": injected(Fault.SLOT_WEIGHTS),
+    "one bit of a weight flipped": injected(Fault.SLOT_BIT),
+    "weights beyond half precision": injected(Fault.SLOT_OVERFLOW),
+    "a slot leaves its output stale": injected(Fault.SLOT_STALE),
+    "a slot wrong now and then": injected(Fault.SLOT_SOMETIMES),
+    "outputs of two slots exchanged": injected(Fault.SWAPPED),
+    "outputs of a bin shifted": injected(Fault.SHIFTED),
 }

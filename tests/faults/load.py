@@ -41,8 +41,10 @@ def faulty_components(first: Fault = Fault.NONE) -> Callable[[Settings, threadin
     def components(settings: Settings, stopping: threading.Event) -> EngineComponents:
         settings, spec = resolve(settings)
         tokenizer = RequestTokenizer(spec)
-        device = open_devices(settings, spec, GoldenBatches(tokenizer, spec), stopping, fault=first)
-        return EngineComponents(spec=spec, tokenizer=tokenizer, device=device)
+        golden = GoldenBatches(tokenizer, spec)
+        device = open_devices(settings, spec, golden, stopping, fault=first)
+        canaries = golden.canaries if settings.canaries else None
+        return EngineComponents(spec=spec, tokenizer=tokenizer, device=device, canaries=canaries)
 
     return components
 

@@ -18,8 +18,9 @@ from cases import CASES
 from load import Load, accelerator, expected_vectors, faulty_components, faulty_engine, texts
 
 from conftest import golden
-from npu_proxy import EmbedRequest, EmbedResult, Engine, Settings, StoppedError, UnavailableError
+from npu_proxy import DeviceError, EmbedRequest, EmbedResult, Engine, Settings, StoppedError, UnavailableError
 from npu_proxy.devices.worker.faults import Fault
+from npu_proxy.system import available_threads
 from npu_proxy.targets import TARGETS
 
 QUICK: dict[str, Any] = {
@@ -79,8 +80,6 @@ def test_a_fault_loses_nothing_and_the_device_comes_back(name: str, engine: Engi
 
 
 def test_wrong_vectors_are_found_by_the_probe(engine: Engine) -> None:
-    from npu_proxy import DeviceError
-
     assert ask(engine).device == "npu-sim"
     accelerator(engine).inject(Fault.WRONG)
     with pytest.raises(DeviceError, match="cosine"):
@@ -105,6 +104,47 @@ def test_a_device_that_never_was_right_is_quarantined_and_stays_quarantined(tmp_
             assert "quarantined" in result.fallback
         finally:
             engine.stop(0)
+
+
+def test_a_slot_that_is_wrong_from_the_start_is_compiled_again_before_it_serves(tmp_path: Path) -> None:
+    settings = QUICK | {"model": MODEL, "store": tmp_path}
+    components = faulty_components(Fault.SLOT_AT_START)
+    engine = Engine(settings=Settings(device="npu-sim,cpu", **settings), components=components).start()
+    try:
+        assert accelerator(engine).wait_decided(60)
+        report = engine.device.reports()[0]
+        assert (report.state, report.reason, report.slots) == ("serving", "", available_threads())
+        assert report.certified is not None
+        assert report.certified > 0.9999
+        assert report.examined == 1
+    finally:
+        engine.stop(0)
+
+
+def test_the_probe_examines_slots_and_shapes_in_turn(engine: Engine) -> None:
+    device = accelerator(engine)
+    for fault, count in ((Fault.NONE, 20), (Fault.SLOT_WEIGHTS, 0)):
+        device.inject(fault)
+        for _ in range(count):
+            device.probe()
+
+    def probe_all() -> None:
+        for _ in range(20):  # one of the slots is wrong
+            device.probe()
+
+    with pytest.raises(DeviceError, match="cosine"):
+        probe_all()
+    assert not device.ready
+
+
+def test_a_doubted_device_returns_after_an_examination(engine: Engine) -> None:
+    device = accelerator(engine)
+    device.doubt("two computations of a batch differ")
+    assert ask(engine).device == "cpu"
+    end = time.monotonic() + 30
+    while not device.ready and time.monotonic() < end:
+        threading.Event().wait(0.05)
+    assert ask(engine).device == "npu-sim"
 
 
 @pytest.mark.parametrize("engine", [{"fallback": False}], indirect=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,12 +11,24 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.batch import Batch, BatchShape, Output, text_outputs
+from npu_proxy.batch import Batch, BatchShape, Encoding, Output, text_outputs
 from npu_proxy.devices.failure import BatchError, Failure
 from npu_proxy.types import OutputType
 
-GoldenBatch = Callable[[BatchShape], Batch]
-"""Makes a batch of golden texts in a given shape, for health checks and certification."""
+
+class GoldenBatch(Protocol):
+    """Makes batches of golden texts, for certification and examination. canaries: those that ride in other batches (canary.py)."""
+
+    @property
+    def canaries(self) -> Sequence[Encoding]: ...
+
+    def __call__(self, shape: BatchShape) -> Batch:
+        """A batch of golden texts in a shape."""
+        ...
+
+    def canary_batch(self, shape: BatchShape) -> Batch:
+        """A batch of all canaries as its texts. Raises ValueError if they do not fit into the shape."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +37,8 @@ class DeviceReport:
 
     state: `serving`, `waiting`, `compiling`, `certifying`, `recovering`, `failing`, `quarantined`, `absent`, `stopped`.
     certified: the minimum cosine to fp32 on the CPU over all golden texts and shapes; None until it is known.
+    slots: how many serve; None if the device has none. guarded: batches whose canaries were right. canary_failures: batches thrown
+    away because a canary was wrong. examined: the share of slots and shapes whose golden texts were compared in the last hour.
     """
 
     name: str
@@ -36,6 +50,10 @@ class DeviceReport:
     restarts: int = 0
     certified: float | None = None
     precision: str = "fp32"
+    slots: int | None = None
+    guarded: int = 0
+    canary_failures: int = 0
+    examined: float | None = None
 
 
 class Device(Protocol):
@@ -76,7 +94,11 @@ class Device(Protocol):
         ...
 
     def probe(self) -> None:
-        """Compute a golden batch now on each device that is ready. Raises DeviceError."""
+        """Compute a golden batch now on each device that is ready, and compare it with what is known. Raises DeviceError."""
+        ...
+
+    def doubt(self, reason: str) -> None:
+        """Examine the device, because a second computation of one of its batches gave other vectors."""
         ...
 
     def close(self) -> None:

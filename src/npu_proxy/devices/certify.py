@@ -10,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from npu_proxy.batch import Batch, BatchShape, Output, text_outputs
+from npu_proxy.batch import Batch, Output, text_outputs
 from npu_proxy.devices.base import check_vectors
+from npu_proxy.devices.canary import least_similarity
 from npu_proxy.devices.failure import BatchError, Failure
-from npu_proxy.types import OutputType
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +45,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     cosine: float
     reason: str
     unix: float
+
+    @classmethod
+    def of(cls, subject: Subject, cosine: float, reason: str) -> Verdict:
+        """A verdict given now."""
+        return cls(subject=subject, cosine=cosine, reason=reason, unix=time.time())
 
 
 class Certificates:
@@ -81,24 +83,6 @@ class Certificates:
             return
 
 
-def least_similarity(kind: OutputType, vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    """The minimum similarity between outputs [n, width]: the minimum cosine.
-
-    For scores, which are too few numbers for a meaningful cosine: 1 minus the largest difference relative to the largest score.
-    """
-    if kind is OutputType.SCORES:
-        return 1 - float(np.abs(vectors - expected).max() / max(1.0, np.abs(expected).max()))
-    if kind is OutputType.SPARSE:  # a text may have no weights; the added column keeps its norm above 0
-        vectors, expected = (np.concatenate([weights, np.ones_like(weights[:, :1])], axis=1) for weights in (vectors, expected))
-    return least_cosine(vectors, expected)
-
-
-def least_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    """The minimum cosine between corresponding rows of [n, width], in float64."""
-    a, b = vectors.astype(np.float64), expected.astype(np.float64)
-    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
-
-
 def compare(name: str, batch: Batch, output: Output, reference: Output, least: float) -> float:
     """The minimum cosine of a golden batch to its reference. Raises BatchError (NUMBERS) if it is below ``least``."""
     check_vectors(name, batch, output.vectors)
@@ -108,23 +92,3 @@ def compare(name: str, batch: Batch, output: Output, reference: Output, least: f
         message = f"{name} computes golden texts at cosine {cosine:.6f} to the reference; at least {least:g} is required"
         raise BatchError(Failure.NUMBERS, message)
     return cosine
-
-
-def judge(
-    subject: Subject,
-    shape: BatchShape,
-    golden: Callable[[BatchShape], Batch],
-    run: Callable[[Batch], Output],
-    reference: Callable[[Batch], Output],
-    least: float,
-) -> Verdict:
-    """Compare a shape's golden batch on the device with the reference. Raises BatchError for failures other than wrong numbers."""
-    batch = golden(shape)
-    expected = reference(batch)
-    try:
-        cosine = compare(subject.target, batch, run(batch), expected, least)
-    except BatchError as error:
-        if error.failure is not Failure.NUMBERS:
-            raise
-        return Verdict(subject=subject, cosine=0.0, reason=str(error), unix=time.time())
-    return Verdict(subject=subject, cosine=cosine, reason="", unix=time.time())

@@ -13,10 +13,10 @@ from npu_proxy.devices.accelerator.accelerator import Accelerator, AcceleratorPl
 from npu_proxy.devices.accelerator.breaker import BreakerPolicy
 from npu_proxy.devices.base import Device, GoldenBatch
 from npu_proxy.devices.certify import Certificates, Verdict
+from npu_proxy.devices.cpu import OpenVinoCpu
 from npu_proxy.devices.exported import ExportedDevice
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
-from npu_proxy.devices.openvino import OpenVinoCpu
 from npu_proxy.devices.shapes import dynamic_shapes, full_batch_tokens, static_shapes
 from npu_proxy.devices.worker.compile_ahead import Blob, compile_ahead
 from npu_proxy.devices.worker.compile_cache import CompileCache
@@ -30,6 +30,8 @@ from npu_proxy.system import available_threads
 from npu_proxy.targets import GRAPH_FILES, TARGETS, device_chain
 
 _POLL_SECONDS = 0.05
+_AGREEMENT = {"fp32": 0.998, "fp16": 0.998, "int8": 0.96}
+"""The minimum cosine of two devices, each of which may differ from fp32 by what certification allows."""
 
 
 def open_devices(
@@ -46,7 +48,8 @@ def open_devices(
         shapes = dynamic_shapes(spec.max_length, full_batch_tokens(settings), packed=settings.packing)
         return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes)], probe_every=0)
     if names[0] in GRAPH_FILES:
-        return Fallback([_exported(settings, spec, golden, names[0])], probe_every=settings.probe_interval)
+        exported = _exported(settings, spec, golden, names[0])
+        return Fallback([exported], probe_every=settings.probe_interval, verify_every=settings.verify_every)
     reference = _Reference(settings, spec, golden)
     certificates = Certificates(settings.store / "certificates")
     accelerators = [
@@ -58,7 +61,13 @@ def open_devices(
             devices.append(reference.serving())
         else:
             _await_any(accelerators, 2 * settings.compile_timeout, stopping)
-        return Fallback(devices, hedge=settings.hedge, probe_every=settings.probe_interval)
+        return Fallback(
+            devices,
+            hedge=settings.hedge,
+            probe_every=settings.probe_interval,
+            verify_every=settings.verify_every,
+            agreement=_AGREEMENT[spec.precision],
+        )
     except BaseException:
         for accelerator in accelerators:
             accelerator.close()
@@ -114,11 +123,16 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = 
         longest = min(longest, settings.accelerator_tokens)
     return AcceleratorPlan(
         task=WorkerTask(
-            target=target, spec=spec, properties=properties, cache=cache, store=settings.store, faults=fault is not None
+            target=target,
+            spec=spec,
+            properties=properties,
+            slots=settings.requests,
+            cache=cache,
+            store=settings.store,
+            faults=fault is not None,
         ),
         shapes=static_shapes(longest, full_batch_tokens(settings), packed=settings.packing),
         limits=WorkerLimits(compile=settings.compile_timeout, batch=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
-        streams=settings.requests,
         first_fault=fault or Fault.NONE,
         policy=BreakerPolicy(
             failures=settings.breaker_failures,

@@ -20,8 +20,10 @@ import openvino as ov
 
 from npu_proxy.batch import Batch, BatchShape, Output, fill_pooling
 from npu_proxy.devices.base import DeviceReport, GoldenBatch, check_vectors
+from npu_proxy.devices.certify import compare
+from npu_proxy.devices.cpu import WAIT_SECONDS
 from npu_proxy.devices.failure import BatchError, Failure, first_line
-from npu_proxy.devices.openvino import WAIT_SECONDS
+from npu_proxy.devices.openvino import open_core
 from npu_proxy.devices.shapes import dynamic_shapes
 from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import ModelError, SettingsError
@@ -40,6 +42,8 @@ _OUTPUT_NAMES = ("last_hidden_state", "token_embeddings", "logits")
 _INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _WAITING = 4
 """Number of threads: one computes, the others wait for their turn."""
+_LEAST_COSINE = 0.999
+"""The minimum cosine of golden texts to what they were first."""
 
 
 class Runner(Protocol):
@@ -83,6 +87,8 @@ class ExportedDevice:
         self._width = spec.dense[0].weight.shape[1] if spec.dense else spec.width
         self._first_position = first_position(spec.config)
         self._golden = golden
+        self._first: Output | None = None
+        """What the golden batch gave first."""
         self._busy = threading.Lock()
         self._threads = DeviceThreads(_WAITING, device)
         self.shapes: Sequence[BatchShape] = dynamic_shapes(spec.max_length, batch_tokens, packed=False)
@@ -102,10 +108,16 @@ class ExportedDevice:
         start = time.perf_counter()
         try:
             output = self._runner.run(self._output, {name: inputs[name] for name in self._runner.inputs})
+            return Output(self._laid_out(batch, output), self.name, time.perf_counter() - start)
+        except BatchError:
+            raise
         except Exception as error:  # runtimes raise their own exception classes
             raise BatchError(Failure.ERROR, f"{self.name} failed: {first_line(error)}") from error
         finally:
             self._busy.release()
+
+    def _laid_out(self, batch: Batch, output: Vectors) -> Vectors:
+        """The output of the padded texts, after pooling and Dense modules, in the places that the batch has for it."""
         if output.shape[-1] != self._width:
             message = f"{self.name} computed {output.shape[-1]} numbers per vector, but the model's files specify {self._width}"
             raise BatchError(Failure.ERROR, message)
@@ -117,17 +129,23 @@ class ExportedDevice:
                 vectors[slot.bin, slot.start : slot.start + count] = self._head.tokens(output[row, :count])
             else:
                 vectors[slot.bin, slot.segment] = self._head.text(output[row], count, encoding.prompt_tokens)
-        return Output(vectors, self.name, time.perf_counter() - start)
+        return vectors
 
     def reports(self) -> Sequence[DeviceReport]:
         """Always serving."""
         return [DeviceReport(name=self.name, kind=self.kind, state="serving", reason=self._runner.about)]
 
     def probe(self) -> None:
-        """Compute the smallest golden batch. Raises DeviceError."""
+        """Compute the smallest golden batch, and compare it with its first output. Raises DeviceError."""
         if self._golden is not None:
             batch = self._golden(min(self.shapes, key=lambda shape: shape.tokens))
-            check_vectors(self.name, batch, self.submit(batch).result().vectors)
+            output = self.submit(batch).result()
+            check_vectors(self.name, batch, output.vectors)
+            self._first = self._first or output
+            compare(self.name, batch, output, self._first, _LEAST_COSINE)
+
+    def doubt(self, reason: str) -> None:
+        """There is nothing to compare with."""
 
     def close(self) -> None:
         """Stop the threads; the loaded file is freed with this object."""
@@ -183,7 +201,7 @@ def _compile_dense(modules: Sequence[DenseModule]) -> ov.CompiledModel:
     x: Any = op.parameter(ov.PartialShape([-1, modules[0].weight.shape[1]]), np.float32)
     model_class: Any = ov.Model
     model = model_class([heads.apply_dense(x, modules)], [x])
-    return ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return open_core(TARGETS["cpu"]).compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1})
 
 
 def pool(pooling: Pooling, hidden: Vectors, prompt_tokens: int = 0) -> Vectors:
@@ -229,7 +247,7 @@ class _Ir:
 
     def __init__(self, file: Path, threads: int) -> None:
         wanted = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
-        core = ov.Core()
+        core = open_core(TARGETS["cpu"])
         try:
             model = core.read_model(file)
             compiled = core.compile_model(model, "CPU", TARGETS["cpu"].requested("fp32", wanted))

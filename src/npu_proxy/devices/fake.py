@@ -49,6 +49,7 @@ class FakeDevice:
         self.shapes = shapes
         self.batches: list[Batch] = []
         self.closed: bool = False
+        self.doubts: list[str] = []
         self._seconds = seconds
         self._script = script
         self._pause = threading.Event()  # never set; waiting for it pauses the thread
@@ -81,6 +82,10 @@ class FakeDevice:
 
     def probe(self) -> None:
         """Nothing to check."""
+
+    def doubt(self, reason: str) -> None:
+        """Record the reason."""
+        self.doubts.append(reason)
 
     def close(self) -> None:
         """Stop the threads, and record that it was called."""

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from npu_proxy.batch import Batch, BatchShape, Output
 from npu_proxy.devices.base import Device, DeviceReport
+from npu_proxy.devices.canary import same_vectors
 from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import DeviceError, UnavailableError
 
@@ -30,10 +31,19 @@ _log = logging.getLogger("npu_proxy.devices")
 class Fallback:
     """A Device that combines devices, in order of preference."""
 
-    def __init__(self, devices: Sequence[Device], *, hedge: float | None = None, probe_every: float = 30.0) -> None:
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        *,
+        hedge: float | None = None,
+        probe_every: float = 30.0,
+        verify_every: int = 0,
+        agreement: float = 0.998,
+    ) -> None:
         """hedge: seconds after which a batch is also started on the next device; None waits until its time runs short.
 
-        probe_every: seconds between test inferences on each device, 0 for none.
+        probe_every: seconds between test inferences on each device, 0 for none. verify_every: one in this many batches without a
+        canary is computed twice, 0 for none. agreement: the minimum cosine of the two.
         """
         self._devices = devices
         self._hedge = hedge or math.inf
@@ -46,6 +56,9 @@ class Fallback:
         self._hedges = threading.BoundedSemaphore(places)
         # One thread watches each stream's batch, and the others the hedges; with fewer, a batch could wait for another.
         self._threads = DeviceThreads(self.max_streams + 2 * places, "fallback")
+        self._verify_every = verify_every
+        self._agreement = agreement
+        self._unguarded = itertools.count(1)
         self._stopping = threading.Event()
         self._prober = threading.Thread(target=self._probe, args=(probe_every,), name="npu-proxy-probe", daemon=True)
         if probe_every:
@@ -85,6 +98,8 @@ class Fallback:
 
     def submit(self, batch: Batch) -> Future[Output]:
         """Compute a batch on the first device that can. Fails with the last device's error, or with UnavailableError."""
+        if self._is_sampled(batch):
+            return self._threads.submit(self._verified, batch)
         if len(self._devices) == 1 and not _why_not(self._devices[0], batch):
             return self._devices[0].submit(batch)  # there is nothing to watch for
         return self._threads.submit(self._run, self._devices, batch, [])
@@ -104,6 +119,11 @@ class Fallback:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+    def doubt(self, reason: str) -> None:
+        """Every device."""
+        for device in self._devices:
+            device.doubt(reason)
 
     def close(self) -> None:
         """Close every device."""
@@ -137,6 +157,30 @@ class Fallback:
             self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
             return replace(output, fallback="; ".join(reasons)) if reasons else output
         raise last or UnavailableError(f"no device is ready: {'; '.join(reasons)}")
+
+    def _is_sampled(self, batch: Batch) -> bool:
+        """Whether to compute a batch twice."""
+        return bool(self._verify_every) and not batch.canaries and next(self._unguarded) % self._verify_every == 0
+
+    def _verified(self, batch: Batch) -> Output:
+        """Compute a batch, then again on the last device of the chain. If they differ, both devices are examined.
+
+        Then what the last device computes after its examination counts.
+        """
+        output = self._run(self._devices, batch, [])
+        others = [device for device in self._devices if device.name != output.device and not _why_not(device, batch)]
+        same = next(device for device in self._devices if device.name == output.device)
+        second = others[-1] if others else same
+        try:
+            again = second.submit(batch).result()
+            if same_vectors(batch, output.vectors, again.vectors, self._agreement):
+                return output
+            reason = f"two computations of a batch differ, on {output.device} and on {again.device}"
+            for device in {id(device): device for device in (same, second)}.values():
+                device.doubt(reason)
+            return replace(self._run([second, *self._devices], batch, []), fallback=reason if others else "")
+        except DeviceError:  # only one device could compute it
+            return output
 
     def _patience(self, device: Device, batch: Batch) -> float | None:
         """Seconds after which a batch on ``device`` is late: the setting `hedge`, or half of its time; None means never.

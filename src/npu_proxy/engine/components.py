@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from npu_proxy.batch import Encoding
 from npu_proxy.devices.base import Device
 from npu_proxy.engine.golden import GoldenBatches
 from npu_proxy.engine.tokenize import RequestTokenizer
@@ -18,11 +20,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineComponents:
-    """The components of an engine. ``load_components`` makes them from settings; tests make their own."""
+    """The components of an engine. ``load_components`` makes them from settings; tests make their own.
+
+    canaries: golden texts for the free room of batches; None leaves them out.
+    """
 
     spec: ModelSpec
     tokenizer: RequestTokenizer
     device: Device
+    canaries: Sequence[Encoding] | None = None
 
 
 def load_components(settings: Settings, stopping: threading.Event) -> EngineComponents:
@@ -37,5 +43,7 @@ def load_components(settings: Settings, stopping: threading.Event) -> EngineComp
     if spec.refused:
         _log.info("%s is served from its own graph file with padding (device %s): %s", spec.name, settings.device, spec.refused)
     tokenizer = RequestTokenizer(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
-    device = open_devices(settings, spec, GoldenBatches(tokenizer, spec), stopping)
-    return EngineComponents(spec=spec, tokenizer=tokenizer, device=device)
+    golden = GoldenBatches(tokenizer, spec)
+    device = open_devices(settings, spec, golden, stopping)
+    canaries = golden.canaries if settings.canaries else None
+    return EngineComponents(spec=spec, tokenizer=tokenizer, device=device, canaries=canaries)

@@ -150,7 +150,9 @@ class Engine:
             window=settings.window,
             queue=QueueLimits(texts=settings.max_queue_items, tokens=settings.max_queue_tokens),
         )
-        self._pipeline = Pipeline(components.tokenizer, components.device, components.spec, limits, self._cache)
+        self._pipeline = Pipeline(
+            components.tokenizer, components.device, components.spec, limits, self._cache, components.canaries
+        )
 
     def stop(self, drain: float | None = None) -> None:
         """Let open requests finish for up to ``drain`` seconds (default: the setting `drain`), fail the rest, end all threads."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from npu_proxy.batch import Batch, BatchShape, Encoding
+from npu_proxy.devices.canary import CANARY_TEXTS, MOST_CANARY_TOKENS
 from npu_proxy.engine.packing import aligned, fill_bins, pack
 from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.spec import ModelSpec
@@ -33,6 +36,9 @@ class GoldenBatches:
 
     def __init__(self, tokenizer: RequestTokenizer, spec: ModelSpec) -> None:
         self._encodings = tokenizer.plain(GOLDEN_TEXTS)
+        short = {encoding.key: encoding for encoding in tokenizer.plain(CANARY_TEXTS)}
+        self.canaries: Sequence[Encoding] = [encoding for encoding in short.values() if 0 < encoding.tokens <= MOST_CANARY_TOKENS]
+        """The canaries; empty if the tokenizer makes long texts, or nothing, of them."""
         self._layout = spec.batch_layout
         self._output_type = spec.output_type
 
@@ -43,6 +49,15 @@ class GoldenBatches:
         encodings = fitting * shape.bins
         plan = fill_bins([aligned(encoding.tokens, self._layout.align) for encoding in encodings], shape)
         return pack(encodings, plan, self._layout, self._output_type)
+
+    def canary_batch(self, shape: BatchShape) -> Batch:
+        """Return a batch of all canaries as its texts, in their order. Raises ValueError if they do not fit into the shape."""
+        lengths = [aligned(canary.tokens, self._layout.align) for canary in self.canaries]
+        plan = fill_bins(lengths, shape)
+        batch = pack(self.canaries, plan, self._layout, self._output_type)
+        if len(batch.slots) < len(self.canaries):
+            raise ValueError(f"the canaries do not fit into a batch of {shape}")
+        return batch
 
 
 def _cut(encoding: Encoding, positions: int) -> Encoding:

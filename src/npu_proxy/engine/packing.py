@@ -8,12 +8,13 @@ least work per useful token is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from npu_proxy.batch import UNATTENDED, Batch, BatchLayout, BatchShape, Encoding, Slot, fill_pooling
+from npu_proxy.batch import UNATTENDED, Batch, BatchLayout, BatchShape, Canary, Encoding, Slot, fill_pooling
+from npu_proxy.devices.canary import LARGEST_LOSS, place_canaries
 from npu_proxy.types import OutputType
 
 
@@ -30,10 +31,13 @@ class BatchPlan:
         return [index for bin in self.bins for index in bin]
 
 
-def plan_batch(lengths: Sequence[int], shapes: Sequence[BatchShape], vectors: Sequence[int] = ()) -> BatchPlan:
+def plan_batch(
+    lengths: Sequence[int], shapes: Sequence[BatchShape], vectors: Sequence[int] = (), canary_tokens: int = 0
+) -> BatchPlan:
     """Plan the next batch, trying every shape that can hold the first text.
 
     lengths: tokens of the waiting texts, oldest first. vectors: segments that each text takes; empty if each takes 1.
+    canary_tokens: room to leave for a canary in at least one bin, unless that costs more than LARGEST_LOSS.
     Raises ValueError if no shape can hold the first text (the engine rejects such texts earlier).
     """
     needed = vectors[0] if vectors else 1
@@ -48,13 +52,26 @@ def plan_batch(lengths: Sequence[int], shapes: Sequence[BatchShape], vectors: Se
         if rate > best_rate:
             best, best_rate = plan, rate
     assert best is not None  # lengths are positive, so every plan has a positive rate
-    return best
+    return _with_room(best, lengths, vectors, canary_tokens) if canary_tokens else best
 
 
-def fill_bins(lengths: Sequence[int], shape: BatchShape, vectors: Sequence[int] = ()) -> BatchPlan:
+def _with_room(plan: BatchPlan, lengths: Sequence[int], vectors: Sequence[int], canary_tokens: int) -> BatchPlan:
+    """The plan, or one of the same shape with room for a canary in its last bin, if that is almost as full."""
+    shape = plan.shape
+    if place_canaries(plan.bins, lengths, vectors, shape, [canary_tokens], 0):
+        return plan
+    if shape.bins == 1 and lengths[0] > shape.positions - canary_tokens:
+        return plan
+    roomy = fill_bins(lengths, shape, vectors, canary_tokens)
+    tokens, most = (sum(lengths[index] for index in each.indices) for each in (roomy, plan))
+    return roomy if tokens >= (1 - LARGEST_LOSS) * most else plan
+
+
+def fill_bins(lengths: Sequence[int], shape: BatchShape, vectors: Sequence[int] = (), spare: int = 0) -> BatchPlan:
     """Fill the bins of one shape with text 0 and then the texts that fit best.
 
-    The lengths of the waiting texts are bits of one integer, so finding the longest that fits takes one mask and one bit_length.
+    spare: how many positions stay free in the last bin, and if any, one segment too. The lengths of the waiting texts are bits of
+    one integer, so finding the longest that fits takes one mask and one bit_length.
     """
     waiting: dict[int, list[int]] = {}
     for index in range(len(lengths) - 1, 0, -1):
@@ -68,8 +85,10 @@ def fill_bins(lengths: Sequence[int], shape: BatchShape, vectors: Sequence[int] 
         bin = [] if number else [0]
         room = shape.positions - (0 if number else lengths[0])
         free = shape.segments - (0 if number else (vectors[0] if vectors else 1))
+        if spare and number == shape.bins - 1:
+            room, free = room - spare, free - 1
         skipped = 0  # lengths whose next text needs more segments than are free in this bin
-        while free and (fits := present & ~skipped & ((2 << room) - 1)):
+        while free > 0 and room > 0 and (fits := present & ~skipped & ((2 << room) - 1)):
             length = fits.bit_length() - 1
             segments = vectors[waiting[length][-1]] if vectors else 1
             if segments > free:
@@ -103,8 +122,14 @@ def pack(
     layout: BatchLayout,
     output_type: OutputType = OutputType.DENSE,
     deadline: float = math.inf,
+    canaries: Sequence[Encoding] = (),
+    turn: int | None = None,
 ) -> Batch:
-    """Build the arrays of a planned batch. The plan's indices refer to ``encodings``. Padding has segment -1."""
+    """Build the arrays of a planned batch. The plan's indices refer to ``encodings``. Padding has segment -1.
+
+    turn: the number of the batch; None leaves canaries and echoes out (devices/canary.py). Bins with room get one of ``canaries``,
+    bins with a free segment an echo; which, and where, changes with ``turn``.
+    """
     shape = plan.shape
     arrays = layout.inputs(shape.bins, shape.positions, shape.segments)
     inputs = {name: np.zeros(dimensions, dtype) for name, (dimensions, dtype) in arrays.items()}
@@ -113,10 +138,12 @@ def pack(
     segments.fill(-1)
     chosen: list[Encoding] = []
     slots: list[Slot] = []
-    for bin, indices in enumerate(plan.bins):
+    placed: list[Canary] = []
+    echoes: list[tuple[int, int, int]] = []
+    for bin, (texts, canary) in enumerate(_with_canaries(encodings, plan, layout, canaries, turn)):
         start = segment = 0
-        for index in indices:
-            encoding = encodings[index]
+        firsts: list[int] = []
+        for index, encoding in enumerate(texts):
             count = encoding.tokens
             span = slice(start, start + count)
             ids[bin, span] = encoding.ids
@@ -130,8 +157,35 @@ def pack(
                 for number, (first, stop) in enumerate(encoding.spans or ((0, count),)):
                     skip = 0 if first else encoding.prompt_tokens
                     fill_pooling(layout.pooling, pool[bin], segment + number, start + first, stop - first, skip)
-            chosen.append(encoding)
-            slots.append(Slot(bin, segment, start))
+            slot = Slot(bin, segment, start)
+            if canary is not None and index == canary[1]:
+                placed.append(Canary(canary[0], encoding, slot))
+            else:
+                chosen.append(encoding)
+                slots.append(slot)
             start += aligned(count, layout.align)
+            firsts.append(segment)
             segment += encoding.vectors
-    return Batch(chosen, slots, shape, inputs, output_type, deadline)
+        if turn is not None and pool is not None and firsts and segment < shape.segments:
+            echoed = firsts[turn % len(firsts)]
+            pool[bin, segment] = pool[bin, echoed]
+            echoes.append((bin, echoed, segment))
+    return Batch(chosen, slots, shape, inputs, output_type, deadline, placed, echoes)
+
+
+def _with_canaries(
+    encodings: Sequence[Encoding], plan: BatchPlan, layout: BatchLayout, canaries: Sequence[Encoding], turn: int | None
+) -> Iterator[tuple[Sequence[Encoding], tuple[int, int] | None]]:
+    """The texts of each bin, in order of position, and if one of them is a canary, its number and index."""
+    places: dict[int, tuple[int, int]] = {}
+    if canaries and turn is not None:
+        lengths = [aligned(encoding.tokens, layout.align) for encoding in encodings]
+        vectors = [encoding.vectors for encoding in encodings]
+        sizes = [aligned(canary.tokens, layout.align) for canary in canaries]
+        places = place_canaries(plan.bins, lengths, vectors, plan.shape, sizes, turn)
+    for bin in range(plan.shape.bins):
+        texts = [encodings[index] for index in plan.bins[bin]] if bin < len(plan.bins) else []
+        canary = places.get(bin)
+        if canary is not None:
+            texts.insert(canary[1], canaries[canary[0]])
+        yield texts, canary

@@ -9,6 +9,7 @@ This file is longer than most because the stages share one lock and pass jobs to
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -28,7 +29,7 @@ from npu_proxy.engine.chunking import ChunkedText, combine_chunks, split_result
 from npu_proxy.engine.counters import Counters, Stats
 from npu_proxy.engine.encode_options import EncodeOptions
 from npu_proxy.engine.outputs import kept_output
-from npu_proxy.engine.packing import full_shape, pack
+from npu_proxy.engine.packing import aligned, full_shape, pack
 from npu_proxy.engine.pending import Job, PendingRequest, PendingRequests
 from npu_proxy.engine.queue import JobQueue
 from npu_proxy.engine.tokenize import RequestTokenizer
@@ -83,7 +84,9 @@ class Pipeline:
         spec: ModelSpec,
         limits: PipelineLimits,
         cache: VectorCache | None = None,
+        canaries: Sequence[Encoding] | None = None,
     ) -> None:
+        """canaries: golden texts for the free room of batches (devices/canary.py); None also leaves echoes out."""
         self._tokenizer = tokenizer
         self._cache = cache
         self._device = device
@@ -100,7 +103,11 @@ class Pipeline:
         self._last_batch = 0.0
         self._in_flight = 0
         """Number of batches that the device is computing."""
-        self._jobs = JobQueue(aging=limits.aging, window=limits.window, align=self._layout.align)
+        self._canaries = canaries
+        self._turns = itertools.count()
+        align = self._layout.align
+        canary_tokens = max((aligned(canary.tokens, align) for canary in canaries or ()), default=0)
+        self._jobs = JobQueue(aging=limits.aging, window=limits.window, align=align, canary_tokens=canary_tokens)
         self._pending = PendingRequests()
         self._computed: queue.SimpleQueue[_Computed | None] = queue.SimpleQueue()
         self._counters = Counters()
@@ -296,7 +303,8 @@ class Pipeline:
         try:
             deadline = min(job.deadline for job in jobs)
             encodings = [job.encoding for job in candidates]
-            batch = pack(encodings, plan, self._layout, self._spec.output_type, deadline)
+            turn = None if self._canaries is None else next(self._turns)
+            batch = pack(encodings, plan, self._layout, self._spec.output_type, deadline, self._canaries or (), turn)
             future = self._device.submit(batch)
         except BaseException as error:  # these jobs fail; the stage continues
             self._hand_over(_Computed(jobs, None, _wrapped(error, "packing failed")))

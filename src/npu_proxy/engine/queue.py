@@ -35,13 +35,14 @@ def next_lane(*, now: float, oldest_bulk: float | None, last_bulk: float, aging:
 class JobQueue:
     """Two lanes of jobs in order of arrival; equal texts share one job. Not thread-safe."""
 
-    def __init__(self, *, aging: float, window: int, align: int = 1) -> None:
+    def __init__(self, *, aging: float, window: int, align: int = 1, canary_tokens: int = 0) -> None:
         """``aging``: seconds, see next_lane. ``window``: how many jobs, in order of arrival, packing may choose from.
 
-        align: texts start at multiples of this many positions.
+        align: texts start at multiples of this many positions. canary_tokens: positions that a canary takes.
         """
         self._aging = aging
         self._align = align
+        self._canary_tokens = canary_tokens
         self._window = window
         self._lanes: dict[Lane, dict[Job, None]] = {Lane.INTERACTIVE: {}, Lane.BULK: {}}
         self._in_flight: dict[bytes, Job] = {}
@@ -89,7 +90,8 @@ class JobQueue:
         if not candidates:
             return None
         vectors = [job.encoding.vectors for job in candidates] if any(job.encoding.spans for job in candidates) else ()
-        plan = plan_batch([aligned(job.encoding.tokens, self._align) for job in candidates], shapes, vectors)
+        lengths = [aligned(job.encoding.tokens, self._align) for job in candidates]
+        plan = plan_batch(lengths, shapes, vectors, self._canary_tokens)
         for index in plan.indices:
             self._start(candidates[index])
         if candidates[0].lane is Lane.BULK:

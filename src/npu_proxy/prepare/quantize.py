@@ -21,12 +21,12 @@ import openvino as ov
 
 from npu_proxy.batch import NATIVE_STYLE, Batch, GraphShape
 from npu_proxy.bulk.readers import open_records
+from npu_proxy.devices.cpu import OpenVinoCpu
 from npu_proxy.devices.graphs import Graphs
-from npu_proxy.devices.openvino import OpenVinoCpu
 from npu_proxy.devices.shapes import ROW_TOKENS, dynamic_shapes
 from npu_proxy.engine.components import EngineComponents
 from npu_proxy.engine.engine import Engine
-from npu_proxy.engine.golden import GOLDEN_TEXTS
+from npu_proxy.engine.golden import GOLDEN_TEXTS, GoldenBatches
 from npu_proxy.engine.packing import pack, plan_batch
 from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.errors import InputError, ModelError, SettingsError
@@ -191,7 +191,9 @@ def _embed(settings: Settings, spec: ModelSpec, tokenizer: RequestTokenizer, pai
     """Vectors of the left and right sentences and of the golden texts, computed on the CPU."""
 
     def components(settings: Settings, _stopping: object) -> EngineComponents:
-        return EngineComponents(spec=spec, tokenizer=tokenizer, device=OpenVinoCpu(spec, threads=settings.threads))
+        golden = GoldenBatches(tokenizer, spec)
+        device = OpenVinoCpu(spec, threads=settings.threads, golden=golden)
+        return EngineComponents(spec=spec, tokenizer=tokenizer, device=device, canaries=golden.canaries)
 
     with Engine(settings=settings, components=components) as engine:
         return [np.stack(list(engine.stream(side))) for side in (pairs.left, pairs.right, GOLDEN_TEXTS)]

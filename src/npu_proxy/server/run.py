@@ -22,7 +22,8 @@ from npu_proxy.server.http import auth
 from npu_proxy.server.http.app import create_app
 from npu_proxy.server.http.protocol import drop_silent_peers, protocol_of
 from npu_proxy.server.models.loaded import LoadedModels
-from npu_proxy.server.ops import logs
+from npu_proxy.server.ops import logs, systemd
+from npu_proxy.server.ops.health import is_live
 from npu_proxy.settings import Settings
 
 _AFTER_DRAIN = 3
@@ -74,7 +75,10 @@ def serve(settings: Settings) -> int:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None]:
         task = asyncio.create_task(_load(registry, server, outcome))
+        watchdog = asyncio.create_task(systemd.keep_watchdog(lambda: is_live(registry)))
         yield
+        systemd.notify("STOPPING=1")
+        watchdog.cancel()
         if not task.done():
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -201,6 +205,7 @@ async def _load(registry: LoadedModels, server: _Server, outcome: dict[str, int]
         outcome["code"] = 1
         server.should_exit = True
         raise
+    systemd.notify("READY=1")
     for model in registry.loaded():
         spec = model.engine.spec
         print(

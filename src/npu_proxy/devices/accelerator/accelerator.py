@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 
 from npu_proxy.batch import Batch, BatchShape, Output
 from npu_proxy.devices.accelerator.breaker import Breaker, BreakerPolicy, Circuit, Recovery
-from npu_proxy.devices.accelerator.examiner import Examiner, QuarantinedError
+from npu_proxy.devices.accelerator.examiner import LEAST_COSINE, Examiner, QuarantinedError, Run
 from npu_proxy.devices.base import DeviceReport, GoldenBatch, check_finite
+from npu_proxy.devices.canary import check_guards
 from npu_proxy.devices.certify import Certificates
 from npu_proxy.devices.failure import BatchError, Failure
 from npu_proxy.devices.worker.faults import Fault
@@ -31,17 +32,16 @@ from npu_proxy.devices.worker.shared_memory import MemoryLayout
 _log = logging.getLogger("npu_proxy.devices")
 
 _POLL_SECONDS = 0.25
-_MAX_STREAMS = 16
+_MAX_SLOTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class AcceleratorPlan:
-    """How to run a model on an accelerator. streams: batches in progress at once; None uses the plugin's recommendation."""
+    """How to run a model on an accelerator."""
 
     task: WorkerTask
     shapes: Sequence[BatchShape]
     limits: WorkerLimits
-    streams: int | None = None
     policy: BreakerPolicy = field(default_factory=BreakerPolicy)
     first_fault: Fault = Fault.NONE
 
@@ -57,8 +57,11 @@ class Accelerator:
         self.name: str = plan.task.target.name
         self.kind: str = plan.task.target.kind.name
         self.shapes: Sequence[BatchShape] = plan.shapes
-        self.max_streams: int = plan.streams or _MAX_STREAMS
-        self.streams: int = plan.streams or 1
+        self.max_streams: int = plan.task.slots or _MAX_SLOTS
+        self.streams: int = plan.task.slots or 1
+        self._slots: int | None = None
+        self._guarded = self._canary_failures = 0
+        self._counting = threading.Lock()
         self._breaker = Breaker(policy=plan.policy)
         self._state = "compiling"
         self._reason = ""
@@ -109,8 +112,13 @@ class Accelerator:
             try:
                 output = run.result()
                 check_finite(self.name, output.vectors)
+                check_guards(self.name, batch, output.vectors, self._examiner.canaries, LEAST_COSINE)
+                with self._counting:
+                    self._guarded += bool(batch.canaries and self._examiner.canaries)
             except BaseException as error:  # passed on through the future
                 if isinstance(error, BatchError):
+                    with self._counting:
+                        self._canary_failures += error.failure is Failure.CANARY
                     self._failed(worker, error)
                 with suppress(InvalidStateError):  # the future was cancelled
                     future.set_exception(error)
@@ -124,7 +132,7 @@ class Accelerator:
         return future
 
     def probe(self) -> None:
-        """Compute the golden batch of the smallest shape and compare it. Raises BatchError, which counts as a failure."""
+        """Compute a golden batch, slots and shapes in turn, and compare it. Raises BatchError, which counts as a failure."""
         worker = self._worker
         if worker is None or not self.ready:
             raise self._not_ready()
@@ -133,6 +141,10 @@ class Accelerator:
         except BatchError as error:
             self._failed(worker, error)
             raise
+
+    def doubt(self, reason: str) -> None:
+        """Take the device out of service; it returns once it has been compiled again and examined."""
+        self._failed(self._worker, BatchError(Failure.CANARY, reason))
 
     def reports(self) -> Sequence[DeviceReport]:
         """Its current state."""
@@ -148,6 +160,10 @@ class Accelerator:
                 restarts=max(0, self._restarts),
                 certified=self._examiner.cosine,
                 precision=self._plan.task.spec.precision,
+                slots=self.streams if self._slots is not None else None,
+                guarded=self._guarded,
+                canary_failures=self._canary_failures,
+                examined=self._examiner.share if self._slots is not None else None,
             )
         ]
 
@@ -247,18 +263,25 @@ class Accelerator:
                 worker.process.kill()
         else:
             worker.recompile(self._plan.limits.batch)
+        self._examiner.prepare()  # while the worker compiles
         hello = worker.hello(self._plan.limits.compile)
-        count = self._plan.streams or max(1, min(hello.infer_requests, _MAX_STREAMS))
         if not recovering:
             self._state = "certifying"
-        worker.open(count)
-        self._examiner.examine(self._golden_run(worker), hello)
-        self.streams = count
+
+        def recompile_slot(slot: int) -> None:
+            worker.recompile_slot(slot)
+            worker.hello(self._plan.limits.compile)
+
+        passed = self._examiner.examine(self._golden_run(worker), hello, recompile_slot)
+        worker.open(passed)
+        self.streams, self._slots = len(passed), hello.slots
+        left_out = f"{hello.slots - len(passed)} of {hello.slots} slots compute wrong vectors and were left out"
         with self._lock:
             self._breaker = self._breaker.recovered(time.monotonic())
-            self._state, self._reason = "serving", ""
+            self._state, self._reason = "serving", "" if len(passed) == hello.slots else left_out
         self._decided.set()
-        _log.info("%s is ready after compiling for %.1f s; it computes up to %d batches at once", self.name, hello.seconds, count)
+        message = "%s is ready after compiling for %.1f s; it computes up to %d batches at once%s"
+        _log.info(message, self.name, hello.seconds, len(passed), f" ({self._reason})" if self._reason else "")
 
     def _start(self) -> WorkerProcess:
         plan = self._plan
@@ -270,9 +293,9 @@ class Accelerator:
         fault, self._next_fault = self._next_fault, Fault.NONE
         return WorkerProcess(plan.task, layout, fault=fault)
 
-    def _golden_run(self, worker: WorkerProcess) -> Callable[[Batch], Output]:
-        """A function that computes golden batches, bypassing the breaker."""
-        return lambda batch: worker.submit(batch, self._plan.limits.batch).result()
+    def _golden_run(self, worker: WorkerProcess) -> Run:
+        """A function that computes golden batches in a certain slot, bypassing the breaker."""
+        return lambda batch, slot: worker.submit(batch, self._plan.limits.batch, slot)
 
     def _watch(self) -> None:
         """Check the process until the breaker opens or the device is closed."""

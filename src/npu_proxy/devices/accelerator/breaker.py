@@ -29,7 +29,7 @@ class Recovery(StrEnum):
     """Kill the worker process and start a new one."""
 
 
-AT_ONCE = frozenset({Failure.LOST, Failure.HANG, Failure.CRASH, Failure.NUMBERS, Failure.COMPILE, Failure.ABSENT})
+AT_ONCE = frozenset({Failure.LOST, Failure.HANG, Failure.CRASH, Failure.NUMBERS, Failure.CANARY, Failure.COMPILE, Failure.ABSENT})
 """Failures that open the breaker on first occurrence."""
 _SLOW = frozenset({Failure.COMPILE, Failure.ABSENT})
 """Failures that an early retry will not fix."""
@@ -91,7 +91,7 @@ class Breaker:
     @property
     def recovery(self) -> Recovery:
         """What to do before the next probe: recompile if an error in a batch opened it for the first time, otherwise restart."""
-        in_place = self.last in (Failure.LOST, Failure.NUMBERS, Failure.ERROR) and self.opens <= 1
+        in_place = self.last in (Failure.LOST, Failure.NUMBERS, Failure.CANARY, Failure.ERROR) and self.opens <= 1
         return Recovery.RECOMPILE if in_place else Recovery.RESTART
 
     @property

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
-from npu_proxy.batch import Batch, BatchShape, Output
+import numpy as np
+import numpy.typing as npt
+
+from npu_proxy.batch import Batch, BatchShape, Output, output_for
 from npu_proxy.devices.base import GoldenBatch
-from npu_proxy.devices.certify import Certificates, Subject, Verdict, compare, judge
+from npu_proxy.devices.certify import Certificates, Subject, Verdict, compare
+from npu_proxy.devices.examined import Examined
+from npu_proxy.devices.failure import BatchError, Failure
 from npu_proxy.devices.worker.main import Hello
 from npu_proxy.spec import ModelSpec
 from npu_proxy.targets import Target
 from npu_proxy.version import __version__
 
-Run = Callable[[Batch], Output]
+Run = Callable[[Batch, int], Future[Output]]
+"""Computes a batch in a certain slot."""
 
-_LEAST_COSINE = 0.999
-"""The minimum cosine of a certified device's golden batch to its expected output; below it, the numbers are wrong."""
+LEAST_COSINE = 0.999
+"""The minimum cosine of a certified device's golden texts and canaries to their known output; below it, the numbers are wrong."""
+
+_log = logging.getLogger("npu_proxy.devices")
 
 
 class QuarantinedError(Exception):
@@ -23,7 +33,7 @@ class QuarantinedError(Exception):
 
 
 class Examiner:
-    """Checks one device and model. ``reference`` computes a batch in fp32 on the CPU; it is released after certification."""
+    """Checks every slot of one device and model. ``reference`` computes a batch in fp32 on the CPU; certification needs it."""
 
     def __init__(
         self,
@@ -31,67 +41,130 @@ class Examiner:
         spec: ModelSpec,
         shapes: Sequence[BatchShape],
         golden: GoldenBatch,
-        reference: Run,
+        reference: Callable[[Batch], Output],
         certificates: Certificates,
     ) -> None:
         self._target = target
         self._spec = spec
         self._shapes = shapes
         self._golden = golden
-        self._reference: Run | None = reference
+        self._reference: Callable[[Batch], Output] | None = reference
         self._certificates = certificates
-        self._expected: dict[BatchShape, tuple[Batch, Output]] = {}
+        self._batches: Sequence[Batch] = ()
+        """A golden batch per shape, then one of the canaries."""
+        self._known: list[Output | None] = []
+        """The output of each of these batches: that of fp32 on the CPU or, for int8, that of the first slot that passed."""
+        self._fp32: list[Output] = []
+        self._examined: Examined[tuple[int, int]] = Examined()
         self.cosine: float | None = None
-        """The minimum over all golden texts and shapes; None before certification."""
+        """The minimum over all golden texts, shapes and slots; None before certification."""
+        self.canaries: Sequence[npt.NDArray[np.float32]] = ()
+        """The known output of each canary."""
 
-    def examine(self, run: Run, hello: Hello) -> None:
-        """Check every batch shape.
+    @property
+    def share(self) -> float:
+        """The share of slots and shapes that were examined in the last hour."""
+        return self._examined.share()
 
-        The first check certifies: it raises QuarantinedError for wrong numbers. Later checks raise BatchError and may be repeated.
+    def examine(self, run: Run, hello: Hello, recompile_slot: Callable[[int], None]) -> list[int]:
+        """Check every batch shape in every slot, then all slots at once. Returns the slots that passed.
+
+        A slot that fails is compiled again, and left out if it fails again. If none passes, the first examination, which certifies,
+        raises QuarantinedError, and later ones raise BatchError and may be repeated.
         """
-        if self.cosine is None:
-            self.cosine = min(self._certify(run, shape, hello) for shape in self._shapes)
+        subjects = [self._subject(shape, hello) for shape in self._shapes]
+        certifies = self.cosine is None
+        if certifies:
+            for subject in subjects:
+                known = self._certificates.find(subject)
+                if known is not None and known.reason:
+                    hint = f"run `npu-proxy certify --device {self._target.name}` to check it again"
+                    raise QuarantinedError(f"{known.reason} (from an earlier check; {hint})")
+        self.prepare()
+        results = {slot: self._examine_slot(run, slot, recompile_slot) for slot in range(hello.slots)}
+        passed = {slot: result for slot, result in results.items() if not isinstance(result, BatchError)}
+        if not passed:
+            failure = next(result for result in results.values() if isinstance(result, BatchError))
+            if certifies:
+                self._keep(subjects, [0.0] * len(subjects), str(failure))
+                raise QuarantinedError(str(failure))
+            raise failure
+        self._check_at_once(run, list(passed))
+        lowest = [min(cosines) for cosines in zip(*passed.values(), strict=True)]
+        if certifies:
+            self._keep(subjects, lowest[: len(subjects)], "")
             self._reference = None  # for int8 it is a separate model that takes memory
-        else:
-            self.cosine = min(self._recheck(run, shape) for shape in self._shapes)
+            self._fp32 = []
+        self.cosine = min(lowest)
+        self._examined = Examined((slot, index) for slot in passed for index in range(len(self._shapes)))
+        for slot in passed:
+            for index in range(len(self._shapes)):
+                self._examined.mark((slot, index))
+        return list(passed)
 
     def probe(self, run: Run) -> None:
-        """Check the smallest batch shape. Raises BatchError."""
-        self._recheck(run, min(self._shapes, key=lambda shape: shape.tokens))
+        """Check the slot and shape whose examination is longest ago. Raises BatchError."""
+        key = self._examined.next()
+        if key is not None:
+            self._check(run, *key)
+            self._examined.mark(key)
 
-    def _certify(self, run: Run, shape: BatchShape, hello: Hello) -> float:
-        subject = self._subject(shape, hello)
-        known = self._certificates.find(subject)
-        if known is not None and known.reason:
-            hint = f"run `npu-proxy certify --device {self._target.name}` to check it again"
-            raise QuarantinedError(f"{known.reason} (from an earlier check; {hint})")
-        verdict = self._judge(run, shape, subject)
-        if verdict.reason:  # retried, because verdicts are stored and a driver that was just reset may compute one bad batch
-            verdict = self._judge(run, shape, subject)
-        self._certificates.keep(verdict)
-        if verdict.reason:
-            raise QuarantinedError(verdict.reason)
-        return verdict.cosine
+    def prepare(self) -> None:
+        """Compute the golden batches in fp32 on the CPU, once. Raises BatchError."""
+        if self._batches:
+            return
+        assert self._reference is not None
+        batches = [self._golden(shape) for shape in self._shapes]
+        roomiest = max(self._shapes, key=lambda shape: shape.segments)
+        if self._golden.canaries and roomiest.segments > 1:
+            batches.append(self._golden.canary_batch(roomiest))
+        self._fp32 = [self._reference(batch) for batch in batches]
+        self._known = [None] * len(batches)
+        self._batches = batches
 
-    def _judge(self, run: Run, shape: BatchShape, subject: Subject) -> Verdict:
-        """Compare with fp32 on the CPU. Later checks also compare with fp32 or, for int8, with this output of the device."""
+    def _examine_slot(self, run: Run, slot: int, recompile_slot: Callable[[int], None]) -> list[float] | BatchError:
+        """The cosine of each batch in a slot, or why the slot has failed twice. Raises BatchError for other failures."""
+        result = self._check_slot(run, slot)
+        if isinstance(result, BatchError):
+            _log.warning("%s: slot %d fails its examination and is compiled again: %s", self._target.name, slot, result)
+            recompile_slot(slot)
+            result = self._check_slot(run, slot)
+        return result
 
-        def recorded(batch: Batch) -> Output:
-            output = run(batch)
-            if self._spec.precision == "int8":
-                self._expected[shape] = (batch, output)
-            return output
+    def _check_slot(self, run: Run, slot: int) -> list[float] | BatchError:
+        try:
+            return [self._check(run, slot, index) for index in range(len(self._batches))]
+        except BatchError as error:
+            if error.failure is not Failure.NUMBERS:
+                raise
+            return error
 
-        def reference(batch: Batch) -> Output:
-            assert self._reference is not None
-            self._expected[shape] = (batch, self._reference(batch))
-            return self._expected[shape][1]
+    def _check(self, run: Run, slot: int, index: int) -> float:
+        """Compute one of the batches in a slot and compare it. Raises BatchError."""
+        batch, known = self._batches[index], self._known[index]
+        output = run(batch, slot).result()
+        if known is not None:
+            return compare(self._target.name, batch, output, known, LEAST_COSINE)
+        least = self._target.kind.least_cosine[self._spec.precision]
+        cosine = compare(self._target.name, batch, output, self._fp32[index], least)
+        known = self._known[index] = output if self._spec.precision == "int8" else self._fp32[index]
+        if index == len(self._shapes):
+            by_key = {encoding.key: output_for(batch, text, known.vectors) for text, encoding in enumerate(batch.encodings)}
+            self.canaries = [by_key[canary.key] for canary in self._golden.canaries]
+        return cosine
 
-        return judge(subject, shape, self._golden, recorded, reference, self._target.kind.least_cosine[self._spec.precision])
+    def _check_at_once(self, run: Run, slots: Sequence[int]) -> None:
+        """Compute the largest golden batch in all slots at the same time. Raises BatchError."""
+        index = max(range(len(self._shapes)), key=lambda index: self._shapes[index].tokens)
+        runs = [run(self._batches[index], slot) for slot in slots]
+        for output in [one.result() for one in runs]:
+            known = self._known[index]
+            assert known is not None
+            compare(self._target.name, self._batches[index], output, known, LEAST_COSINE)
 
-    def _recheck(self, run: Run, shape: BatchShape) -> float:
-        batch, expected = self._expected[shape]
-        return compare(self._target.name, batch, run(batch), expected, _LEAST_COSINE)
+    def _keep(self, subjects: Sequence[Subject], cosines: Sequence[float], reason: str) -> None:
+        for subject, cosine in zip(subjects, cosines, strict=True):
+            self._certificates.keep(Verdict.of(subject, cosine, reason))
 
     def _subject(self, shape: BatchShape, hello: Hello) -> Subject:
         return Subject(

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache as cached
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import openvino as ov
 
 from npu_proxy.batch import BatchShape, GraphShape
+from npu_proxy.devices.failure import first_line
 from npu_proxy.devices.graphs import Graphs
-from npu_proxy.devices.worker.blobs import import_blob, stored_blobs
+from npu_proxy.devices.worker.blobs import Blob, file_name, import_blob, stored_blobs, write_blob
 from npu_proxy.devices.worker.compile_cache import CompileCache
-from npu_proxy.devices.worker.faults import with_faults
 from npu_proxy.spec import ModelSpec
 from npu_proxy.targets import Target, supported
+from npu_proxy.version import __version__
+
+_log = logging.getLogger("npu_proxy.worker")
+
+
+@dataclass(frozen=True)
+class StaticGraphs:
+    """Compiled graphs by batch shape. blobs: the memory of imported ones, which they need. unsaved: where to store new ones."""
+
+    models: dict[BatchShape, ov.CompiledModel] = field(default_factory=dict[BatchShape, ov.CompiledModel])
+    blobs: list[Blob] = field(default_factory=list[Blob])
+    unsaved: dict[BatchShape, Path] = field(default_factory=dict[BatchShape, Path])
+
+    def save(self, cache: CompileCache) -> None:
+        """Store the graphs that were compiled. A full disk, or a plugin that cannot export, only costs time at the next start."""
+        for shape, file in self.unsaved.items():
+            if file.exists():  # another slot's graph is the same
+                continue
+            try:
+                export: Callable[[], Any] = self.models[shape].export_model
+                write_blob(file, export().getvalue())
+            except (OSError, RuntimeError) as error:
+                _log.debug("the compiled graph %s is not kept: %s", file.name, first_line(error))
+        self.unsaved.clear()
+        cache.prune()
 
 
 def compile_static(
@@ -27,56 +55,56 @@ def compile_static(
     *,
     cache: CompileCache | None = None,
     store: Path | None = None,
+    fresh: bool = False,
     required: Mapping[str, object] | None = None,
-    faults: npt.NDArray[np.uint64] | None = None,
-) -> dict[BatchShape, ov.CompiledModel]:
+    change: Callable[[ov.Model], None] | None = None,
+) -> StaticGraphs:
     """Compile one static graph per batch shape, one after another, with those of ``properties`` that the plugin lists.
 
-    cache: where OpenVINO keeps blobs; without it, or if its disk is full, each graph is compiled again. store: where to look
-    for blobs compiled ahead of time. required: properties to set even if the plugin does not list them. faults: the control
-    block of the shared memory; with it, the graph contains the operation of faults.py and is not cached.
+    cache, store: where to look for blobs compiled before or ahead of time. fresh: ignore them. required: properties to set even if
+    the plugin does not list them. change: changes each graph, which is then neither read from the cache nor stored.
     """
     listed = core.get_property(target.openvino, "SUPPORTED_PROPERTIES")
     wanted = {**supported({**target.requested(spec.precision, properties), **_npu_compiler()}, listed), **(required or {})}
-    folder = None if cache is None or faults is not None else cache.folder(_versions(core, target))
-    if folder is not None:
-        core.set_property({"CACHE_DIR": str(folder)})
-    graphs = Graphs(spec)
-    models: dict[BatchShape, ov.CompiledModel] = {}
+    folder = None if cache is None or change is not None else cache.folder(_versions(core, target, wanted))
+    graphs, compiled = Graphs(spec), StaticGraphs()
     for shape in shapes:
-        blobs = stored_blobs(store, target, spec, shape) if store and faults is None else []
-        imported = import_blob(core, target, blobs, wanted)
-        if imported:
-            models[shape] = imported
+        file = None if folder is None else folder / f"{spec.fingerprint}-{file_name(shape)}"
+        stored = stored_blobs(store, target, spec, shape) if store and change is None else []
+        imported = import_blob(core, target, [] if fresh else [*stored, *([file] if file else [])], wanted)
+        if imported is not None:
+            compiled.models[shape] = imported[0]
+            compiled.blobs.append(imported[1])
             continue
         model = graphs(GraphShape.static(shape), target.kind.style)
         if target.kind.static and model.is_dynamic():  # npu-sim's CPU plugin would accept it
             raise RuntimeError(f"the graph for batches of {shape} is dynamic; {target.name} accepts static shapes only")
-        if faults is not None:
-            model = with_faults(model, faults)
-        try:
-            models[shape] = core.compile_model(model, target.openvino, wanted)
-        except RuntimeError:
-            if folder is None:
-                raise
-            folder = None
-            core.set_property({"CACHE_DIR": ""})  # a cache that cannot be read or written must not prevent serving
-            models[shape] = core.compile_model(model, target.openvino, wanted)
+        if change is not None:
+            change(model)
+        compiled.models[shape] = core.compile_model(model, target.openvino, wanted)
+        if file is not None:
+            compiled.unsaved[shape] = file
     graphs.release()
-    if cache is not None:
-        cache.prune()
-    return models
+    return compiled
 
 
-def _versions(core: ov.Core, target: Target) -> list[str]:
-    """Everything that a blob depends on other than the graph."""
-    versions = [ov.get_version(), target.name]
+def _versions(core: ov.Core, target: Target, properties: Mapping[str, object]) -> list[str]:
+    """Everything that a blob depends on other than the model and the batch shape."""
+    versions = [ov.get_version(), __version__, _graph_code(), target.name, repr(sorted(properties.items()))]
     for name in ("FULL_DEVICE_NAME", "NPU_DRIVER_VERSION", "NPU_COMPILER_VERSION", "GPU_DRIVER_VERSION"):
         try:
             versions.append(str(core.get_property(target.openvino, name)))
         except RuntimeError:  # not every plugin has every property
             continue
     return versions
+
+
+@cached
+def _graph_code() -> str:
+    """A hash of the code that builds graphs, because it changes between releases too."""
+    package = Path(__file__).parents[2]
+    files = [package / "batch.py", *sorted((package / "graph").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _npu_compiler() -> dict[str, object]:

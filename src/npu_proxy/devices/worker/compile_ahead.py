@@ -16,7 +16,7 @@ from pathlib import Path
 from npu_proxy.batch import BatchShape
 from npu_proxy.devices.failure import Failure, classify_failure, first_line
 from npu_proxy.devices.openvino import open_core
-from npu_proxy.devices.worker.blobs import file_name, folder_name
+from npu_proxy.devices.worker.blobs import file_name, folder_name, write_blob
 from npu_proxy.devices.worker.compile import compile_static
 from npu_proxy.errors import DeviceError, PullError
 from npu_proxy.spec import ModelSpec
@@ -103,9 +103,9 @@ def main() -> None:
         core = open_core(job.target)
         for shape in job.shapes:
             start = time.perf_counter()
-            compiled = compile_static(core, job.target, job.spec, [shape], job.properties, required=other_platform)[shape]
+            compiled = compile_static(core, job.target, job.spec, [shape], job.properties, required=other_platform).models[shape]
             path = job.folder / file_name(shape)
-            path.write_bytes(compiled.export_model().getvalue())
+            write_blob(path, compiled.export_model().getvalue())
             seconds = time.perf_counter() - start
             path.with_suffix(".seconds").write_text(str(seconds))
     except OSError as error:

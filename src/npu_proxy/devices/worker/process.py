@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import queue
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ import msgspec
 
 from npu_proxy.batch import Batch, Output
 from npu_proxy.devices.failure import BatchError, Failure
+from npu_proxy.devices.slots import SlotPool
 from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.devices.worker.compile_cache import CompileCache
 from npu_proxy.devices.worker.faults import Fault
-from npu_proxy.devices.worker.main import Hello, WorkerJob, receive
+from npu_proxy.devices.worker.main import ALL_SLOTS, CONTROL, Hello, WorkerJob, receive
 from npu_proxy.devices.worker.shared_memory import MemoryLayout, SharedMemory
 from npu_proxy.devices.worker.slot import SEND_SECONDS, WorkerSlot
 from npu_proxy.spec import ModelSpec
@@ -46,11 +46,16 @@ class WorkerLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerTask:
-    """What a worker compiles, and how. cache, store: where to look for compiled models. faults: see faults.py."""
+    """What a worker compiles, and how.
+
+    slots: batches at once; None uses what the plugin recommends. cache, store: where to look for compiled models. faults: see
+    faults.py.
+    """
 
     target: Target
     spec: ModelSpec
     properties: Mapping[str, object]
+    slots: int | None = None
     cache: CompileCache | None = None
     store: Path | None = None
     faults: bool = False
@@ -67,7 +72,7 @@ class WorkerProcess:
         self.slots: list[WorkerSlot] = [
             WorkerSlot(task.target.name, number, self._memory, layout) for number in range(layout.slots)
         ]
-        self.free: queue.LifoQueue[WorkerSlot | None] = queue.LifoQueue()
+        self._pool: SlotPool[WorkerSlot] = SlotPool()
         self._threads = DeviceThreads(2 * layout.slots, task.target.name)
         theirs = [control, *(slot.theirs for slot in self.slots)]
         command = python_command("from npu_proxy.devices.worker.main import main; main()")
@@ -75,13 +80,15 @@ class WorkerProcess:
         environment = {**child_environment(), "OPENBLAS_NUM_THREADS": "1"}
         self.process: subprocess.Popen[bytes] = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **inherit)  # noqa: S603  # type: ignore[call-overload]
         self._beats = (0, time.monotonic())
-        self._opened = 0
+        self._open: Sequence[WorkerSlot] = ()
+        """The slots that serve; they are in the pool, or compute a batch."""
         self._overdue: BatchError | None = None
         job = WorkerJob(
             target=task.target,
             spec=task.spec,
             layout=layout,
             properties=task.properties,
+            slots=task.slots,
             cache=task.cache,
             store=task.store,
             faults=task.faults,
@@ -129,51 +136,62 @@ class WorkerProcess:
             raise BatchError(Failure(hello.failure), hello.error)
         return hello
 
-    def open(self, count: int) -> None:
-        """Accept batches, up to ``count`` at a time."""
-        if not self._opened:
-            for slot in self.slots[:count]:
-                self.free.put(slot)
-            self._opened = count
+    def open(self, numbers: Sequence[int]) -> None:
+        """Accept batches in these slots."""
+        self._open = [self.slots[number] for number in numbers]
+        for slot in self._open:
+            self._pool.put(slot)
         self._beats = (int(self._memory.control[0]), time.monotonic())
 
     def recompile(self, seconds: float) -> None:
         """Ask the worker to drop everything and compile again, once no batch is in progress; ``hello`` waits for it."""
-        slots: list[WorkerSlot | None] = []
-        try:
-            self._check_overdue()
-            slots.extend(self.free.get(timeout=seconds) for _ in range(self._opened))
-        except queue.Empty:
-            raise BatchError(Failure.HANG, f"a batch did not finish within {seconds:g} seconds") from None
-        finally:
-            for slot in slots:
-                self.free.put(slot)
         self._check_overdue()
+        end = time.monotonic() + seconds
+        taken = [slot for slot in self._open if self._pool.take(end - time.monotonic(), slot) is not None]
+        if len(taken) < len(self._open):
+            for slot in taken:
+                self._pool.put(slot)
+            raise BatchError(Failure.HANG, f"a batch did not finish within {seconds:g} seconds")
+        self._open = ()
+        self._check_overdue()
+        self._ask(ALL_SLOTS)
+
+    def recompile_slot(self, number: int) -> None:
+        """Ask the worker to compile a slot that is not open again, without stored blobs; ``hello`` waits for it."""
+        self._ask(number)
+
+    def _ask(self, slot: int) -> None:
         with suppress(OSError):  # it has died; hello() reports that
-            self._control.sendall(b"c")
+            self._control.sendall(CONTROL.pack(slot))
 
-    def submit(self, batch: Batch, limit: float) -> Future[Output]:
-        """Compute a batch within ``limit`` seconds. Fails with BatchError, of kind BUSY if no slot becomes free."""
-        return self._threads.submit(self._infer, batch, limit)
+    def submit(self, batch: Batch, limit: float, number: int | None = None) -> Future[Output]:
+        """Compute a batch within ``limit`` seconds, in a slot that is free or in a certain one, open or not.
 
-    def _infer(self, batch: Batch, limit: float) -> Output:
-        try:
-            slot = self.free.get(timeout=limit)
-        except queue.Empty:
-            raise BatchError(Failure.BUSY, "no slot became free in time") from None
+        Fails with BatchError, of kind BUSY if no slot becomes free.
+        """
+        return self._threads.submit(self._infer, batch, limit, None if number is None else self.slots[number])
+
+    def _infer(self, batch: Batch, limit: float, wanted: WorkerSlot | None) -> Output:
+        if wanted is not None and wanted not in self._open:
+            return self._compute(wanted, batch, limit)
+        slot = self._pool.take(limit, wanted)
         if slot is None:
-            self.free.put(None)
-            raise BatchError(Failure.CRASH, "the worker process has ended")
+            if self._pool.closed:
+                raise BatchError(Failure.CRASH, "the worker process has ended")
+            raise BatchError(Failure.BUSY, "no slot became free in time")
         try:
-            self._check_overdue()
-            slot.begin(batch)
-            output = slot.wait(batch, limit)
-            if output is None:  # the worker may still write into that slot, so no batch may use this process again
-                self._overdue = BatchError(Failure.HANG, f"a batch did not finish within {limit:g} seconds")
-                raise self._overdue
-            return output
+            return self._compute(slot, batch, limit)
         finally:
-            self.free.put(slot)
+            self._pool.put(slot)
+
+    def _compute(self, slot: WorkerSlot, batch: Batch, limit: float) -> Output:
+        self._check_overdue()
+        slot.begin(batch)
+        output = slot.wait(batch, limit)
+        if output is None:  # the worker may still write into that slot, so no batch may use this process again
+            self._overdue = BatchError(Failure.HANG, f"a batch did not finish within {limit:g} seconds")
+            raise self._overdue
+        return output
 
     def _check_overdue(self) -> None:
         if self._overdue is not None:
@@ -209,10 +227,10 @@ class WorkerProcess:
 
     def _release(self) -> None:
         """Release the slots (once the threads waiting for them have woken), the threads, the sockets and the memory."""
-        with suppress(queue.Empty):
-            for _ in range(self._opened):
-                self.free.get(timeout=SEND_SECONDS)
-        self.free.put(None)
+        end = time.monotonic() + SEND_SECONDS
+        for slot in self._open:
+            self._pool.take(end - time.monotonic(), slot)
+        self._pool.close()
         self._threads.close()
         for slot in self.slots:
             slot.mine.close()

@@ -40,6 +40,7 @@ class WorkerSlot:
     def begin(self, batch: Batch) -> None:
         """Send a batch to the worker. Raises BatchError if the worker is gone."""
         views = self._views[batch.shape]
+        views[OUTPUT].fill(np.nan)  # what the worker does not write must not look like an output
         for name, array in batch.inputs.items():
             np.copyto(views[name], array)
         self._number += 1

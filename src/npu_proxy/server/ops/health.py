@@ -23,7 +23,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class DeviceHealth(msgspec.Struct, kw_only=True):
-    """A device of the chain. certified: lowest cosine of golden texts with fp32 on the CPU. executed: number of texts."""
+    """A device of the chain. certified: lowest cosine of golden texts with fp32 on the CPU. executed: number of texts.
+
+    slots: how many batches it computes at once. guarded: batches whose canaries were right. canary_failures: batches thrown away
+    because a canary was wrong. examined: share of slots and batch shapes whose golden texts were compared in the last hour.
+    """
 
     name: str
     kind: str
@@ -35,6 +39,10 @@ class DeviceHealth(msgspec.Struct, kw_only=True):
     restarts: int
     precision: str
     reason: str
+    slots: int | None
+    guarded: int
+    canary_failures: int
+    examined: float | None
 
 
 class ModelHealth(msgspec.Struct, kw_only=True):
@@ -85,10 +93,15 @@ def live(models: LoadedModels) -> Handler:
     """Return the handler of /health/live: 503 only if a stage's thread has died, which only a restart can fix."""
 
     async def handle(_: Request) -> Response:
-        dead = any(model.running and not all(model.engine.stats().stages.values()) for model in models.loaded())
-        return Response(msgspec.json.encode({"live": not dead}), 503 if dead else 200, media_type="application/json")
+        alive = is_live(models)
+        return Response(msgspec.json.encode({"live": alive}), 200 if alive else 503, media_type="application/json")
 
     return handle
+
+
+def is_live(models: LoadedModels) -> bool:
+    """Whether every stage's thread of every model in memory runs."""
+    return all(not model.running or all(model.engine.stats().stages.values()) for model in models.loaded())
 
 
 def _probe(models: LoadedModels) -> None:
@@ -130,6 +143,10 @@ def _health(models: LoadedModels) -> Health:
             restarts=report.restarts,
             precision=report.precision,
             reason=report.reason,
+            slots=report.slots,
+            guarded=report.guarded,
+            canary_failures=report.canary_failures,
+            examined=report.examined,
         )
         for report in engine.device.reports()
     ]

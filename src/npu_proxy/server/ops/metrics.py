@@ -163,11 +163,25 @@ def _devices(models: Sequence[tuple[str, DeviceReport]]) -> Iterator[Metric]:
     ready = GaugeMetricFamily("npu_proxy_device_ready", "1 if the device accepts batches", labels=["model", "device", "kind"])
     breaker = GaugeMetricFamily("npu_proxy_breaker_open", "0 closed, 0.5 half-open, 1 open", labels=["model", "device"])
     restarts = CounterMetricFamily("npu_proxy_worker_restarts", "Restarts of worker processes", labels=["model", "device"])
+    guarded = CounterMetricFamily("npu_proxy_guarded_rows", "Batches whose canaries were right", labels=["model", "device"])
+    failures = CounterMetricFamily(
+        "npu_proxy_canary_failures", "Batches thrown away because a canary was wrong", labels=["model", "device"]
+    )
+    slots = GaugeMetricFamily("npu_proxy_device_slots", "Batches that the device computes at once", labels=["model", "device"])
+    examined = GaugeMetricFamily(
+        "npu_proxy_examined_ratio", "Share of slots and batch shapes examined in the last hour", labels=["model", "device"]
+    )
     for model, report in models:
         ready.add_metric([model, report.name, report.kind], float(report.state == "serving"))
         breaker.add_metric([model, report.name], {"closed": 0.0, "half-open": 0.5}.get(report.breaker, 1.0))
         restarts.add_metric([model, report.name], report.restarts)
-    yield from (ready, breaker, restarts)
+        guarded.add_metric([model, report.name], report.guarded)
+        failures.add_metric([model, report.name], report.canary_failures)
+        if report.slots is not None:
+            slots.add_metric([model, report.name], report.slots)
+        if report.examined is not None:
+            examined.add_metric([model, report.name], report.examined)
+    yield from (ready, breaker, restarts, guarded, failures, slots, examined)
 
 
 def _histogram(name: str, words: str, counts: Mapping[int, int], bounds: Sequence[int]) -> HistogramMetricFamily:
