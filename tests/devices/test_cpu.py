@@ -44,7 +44,9 @@ def backwards(output: np.ndarray) -> None:
 
 
 def device(**options: Any) -> OpenVinoCpu:
-    return OpenVinoCpu(SPEC, **{"threads": 2, "streams": 2, "batch_tokens": TOKENS, "golden": GOLDEN, **options})
+    cpu = OpenVinoCpu(SPEC, **{"threads": 2, "streams": 2, "batch_tokens": TOKENS, "golden": GOLDEN, **options})
+    cpu._growth.join(30)
+    return cpu
 
 
 def disturb(cpu: OpenVinoCpu, *names: str, change: Callable[[np.ndarray], None] = backwards) -> None:
@@ -157,9 +159,28 @@ def test_one_that_is_wrong_from_the_start_is_found(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(OpenVinoCpu, "_compile", first_wrong)
     cpu = device()
-    assert compiled == ["small", "full", "full", "full"]
+    assert compiled == ["small", "full", "small", "full", "full"]  # two differ, so both are compiled again, then the third
     for _ in range(4):
         check_right(batch_of(cpu, 30, None), cpu)
+    cpu.close()
+
+
+def test_a_slot_that_comes_later_is_examined_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = OpenVinoCpu._compile
+    compiled: list[bool] = []
+
+    def wrong_from_the_third(self: OpenVinoCpu, graphs: Any, **options: Any) -> Any:
+        compiled.append(options["full"])
+        request = original(self, graphs, **options)
+        return Disturbed(request, backwards) if len(compiled) > 2 else request
+
+    monkeypatch.setattr(OpenVinoCpu, "_compile", wrong_from_the_third)
+    cpu = device(streams=3)
+    assert (cpu.streams, cpu.max_streams) == (1, 3)
+    report = cpu.reports()[0]
+    assert report.slots == 2
+    assert "left out" in report.reason
+    check_right(batch_of(cpu, 30), cpu)
     cpu.close()
 
 

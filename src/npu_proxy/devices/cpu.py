@@ -62,8 +62,8 @@ class OpenVinoCpu:
     is so low that there are no full batches, at least two slots take small ones.) Several streams of one graph would share its
     weights, but now and then one of them computes wrong vectors from the start, and a batch goes to whichever is free
     (docs/openvino-races.md). Golden texts pass through every slot before it serves, and later in turn; all slots must give the same
-    vectors. A slot that differs, or in which a canary was wrong, is compiled again, and the batch is computed again; if that does
-    not help, the slot is left out.
+    vectors. The device serves when the first two do, while the others are compiled. A slot that differs, or in which a canary was
+    wrong, is compiled again, and the batch is computed again; if that does not help, the slot is left out.
     """
 
     name = "cpu"
@@ -89,8 +89,8 @@ class OpenVinoCpu:
         self._golden = golden
         self._threads = threads or available_threads()
         weights = sum(file.stat().st_size for file in spec.weight_files)
-        self.streams: int = streams or slots_that_fit(self._threads, weights, available_memory())
-        self.max_streams: int = self.streams
+        self.max_streams: int = streams or slots_that_fit(self._threads, weights, available_memory())
+        self.streams: int = 1
         self.shapes: Sequence[BatchShape] = dynamic_shapes(spec.max_length, batch_tokens, packed=packed)
         self._reason = ""
         self._canaries: Sequence[Vectors] = ()
@@ -100,25 +100,52 @@ class OpenVinoCpu:
         self._guarded = self._canary_failures = 0
         self._counting = threading.Lock()
         self._repairing = threading.Lock()
+        self._changing = threading.Lock()
         self._pools: dict[bool, SlotPool[_Slot]] = {True: SlotPool(), False: SlotPool()}
         """Free slots: for full batches (True), for any batch (False)."""
-        share = max(1, self._threads // self.streams)
-        numbers = range(self.streams if self._full_shapes() else max(2, self.streams))
-        kinds = [("small", False, self._threads), *((str(number), True, share) for number in numbers)]
-        if not self._full_shapes():
-            kinds = [(str(number), False, share) for number in numbers]
+        share = max(1, self._threads // self.max_streams)
+        numbers = [str(number) for number in range(self.max_streams if self._full_shapes() else max(2, self.max_streams))]
+        kinds = [(number, bool(self._full_shapes()), share) for number in numbers]
+        if self._full_shapes():
+            kinds.insert(0, ("small", False, self._threads))
         try:
             graphs = Graphs(spec)
-            self._slots = [_Slot(*kind, self._compile(graphs, full=kind[1], threads=kind[2])) for kind in kinds]
-            graphs.release()
+            self._slots = [_Slot(*kind, self._compile(graphs, full=kind[1], threads=kind[2])) for kind in kinds[:2]]
         except RuntimeError as error:
             raise DeviceError(f"the CPU could not compile {spec.name}: {first_line(error)}") from error
-        self._workers = DeviceThreads(_WAITING * self.streams, self.name)
+        self._workers = DeviceThreads(_WAITING * self.max_streams, self.name)
         self._examined: Examined[tuple[str, BatchShape]] = Examined()
         if golden is not None:
             self._examine(golden)
         for slot in self._slots:
             self._pools[slot.full].put(slot)
+        self._closing = threading.Event()
+        self._growth = threading.Thread(target=self._grow, args=(graphs, kinds[2:]), name="npu-proxy-cpu-slots", daemon=True)
+        self._growth.start()
+
+    def _grow(self, graphs: Graphs, kinds: Sequence[tuple[str, bool, int]]) -> None:
+        """Compile, examine and open the other slots, one after another, while the first ones serve."""
+        for kind in kinds:
+            if self._closing.is_set():
+                return
+            try:
+                slot = _Slot(*kind, self._compile(graphs, full=kind[1], threads=kind[2]))
+            except RuntimeError as error:
+                _log.warning("cpu: slot %s could not be compiled: %s", kind[0], first_line(error))
+                continue
+            try:
+                if self._golden is not None:
+                    self._compare(slot, self._examination(self._golden))
+            except BatchError as error:
+                if self._repair(slot, error) is None:
+                    continue
+            with self._changing:
+                self._slots = [*self._slots, slot]
+            for shape in self._shapes_of(slot) if self._golden is not None else ():
+                self._examined.add((slot.name, shape))
+            self.streams = max(1, sum(other.full == slot.full for other in self._slots))
+            self._pools[slot.full].put(slot)
+        graphs.release()
 
     # -- what the chain sees -------------------------------------------------------------------------------------
 
@@ -182,9 +209,11 @@ class OpenVinoCpu:
 
     def close(self) -> None:
         """Stop the threads; the compiled graphs are freed with this object."""
+        self._closing.set()
         for pool in self._pools.values():
             pool.close()
         self._workers.close()
+        self._growth.join(timeout=WAIT_SECONDS)
 
     # -- one batch -----------------------------------------------------------------------------------------------
 
@@ -313,7 +342,8 @@ class OpenVinoCpu:
                 if self._golden is not None:
                     self._compare(slot, self._examination(self._golden))
             except (RuntimeError, BatchError) as error:
-                self._slots = [other for other in self._slots if other is not slot]
+                with self._changing:
+                    self._slots = [other for other in self._slots if other is not slot]
                 self._reason = f"slot {slot.name} was left out: {first_line(error)}"
                 _log.error("cpu: %s", self._reason)
                 if not any(other.full == slot.full for other in self._slots):

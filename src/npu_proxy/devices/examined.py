@@ -26,6 +26,10 @@ class Examined(Generic[K]):
         """Record that a key was examined now."""
         self._times[key] = time.monotonic()
 
+    def add(self, key: K) -> None:
+        """Add a key that was just examined."""
+        self._times[key] = time.monotonic()
+
     def drop(self, key: K) -> None:
         """Forget a key."""
         self._times.pop(key, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 S = TypeVar("S")
@@ -23,6 +23,7 @@ class _Waiter(Generic[S]):
 
     wanted: S | None
     slot: S | None = None
+    woken: threading.Event = field(default_factory=threading.Event)
 
 
 class SlotPool(Generic[S]):
@@ -32,30 +33,33 @@ class SlotPool(Generic[S]):
         self._free: list[S] = []
         self._waiters: list[_Waiter[S]] = []
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
     def put(self, slot: S) -> None:
         """Add a slot, or give it back."""
-        with self._changed:
+        with self._lock:
             for waiter in sorted(self._waiters, key=lambda waiter: waiter.wanted is None):
                 if waiter.wanted is None or waiter.wanted is slot:
                     waiter.slot = slot
                     self._waiters.remove(waiter)
-                    self._changed.notify_all()
+                    waiter.woken.set()  # no other thread wakes: they would take processor time from the inferences
                     return
             self._free.append(slot)
 
     def take(self, seconds: float, wanted: S | None = None) -> S | None:
         """Take the slot used last, or a certain one. Returns None after ``seconds`` or if the pool is closed."""
-        with self._changed:
-            for slot in reversed(() if self._closed else self._free):
+        with self._lock:
+            if self._closed:
+                return None
+            for slot in reversed(self._free):
                 if wanted is None or wanted is slot:
                     self._free.remove(slot)
                     return slot
             waiter = _Waiter(wanted)
             self._waiters.append(waiter)
-            self._changed.wait_for(lambda: waiter.slot is not None or self._closed, max(0.0, seconds))
-            if waiter.slot is None:
+        waiter.woken.wait(max(0.0, seconds))
+        with self._lock:
+            if waiter in self._waiters:  # neither a slot nor the end of the pool
                 self._waiters.remove(waiter)
             return waiter.slot
 
@@ -66,9 +70,11 @@ class SlotPool(Generic[S]):
 
     def close(self) -> None:
         """Wake every thread that waits for a slot."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            for waiter in self._waiters:
+                waiter.woken.set()
+            self._waiters.clear()
 
 
 def agreeing(similar: Sequence[Sequence[bool]]) -> list[int]:

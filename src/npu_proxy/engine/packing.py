@@ -179,8 +179,10 @@ def _with_canaries(
     """The texts of each bin, in order of position, and if one of them is a canary, its number and index."""
     places: dict[int, tuple[int, int]] = {}
     if canaries and turn is not None:
-        lengths = [aligned(encoding.tokens, layout.align) for encoding in encodings]
-        vectors = [encoding.vectors for encoding in encodings]
+        used = set(plan.indices)
+        lengths = [aligned(encoding.tokens, layout.align) if index in used else 0 for index, encoding in enumerate(encodings)]
+        spans = any(encodings[index].spans for index in used)
+        vectors = [encoding.vectors for encoding in encodings] if spans else ()
         sizes = [aligned(canary.tokens, layout.align) for canary in canaries]
         places = place_canaries(plan.bins, lengths, vectors, plan.shape, sizes, turn)
     for bin in range(plan.shape.bins):
