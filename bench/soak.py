@@ -1,4 +1,4 @@
-"""Load with a random fault every few seconds: nothing may be lost, and memory must stay flat.
+"""Load with a random fault every few seconds, corruptions among them: nothing may be lost or wrong, and memory must stay flat.
 
 Memory is the resident set of this process and of its worker, the median of each minute; the last minute is compared
 with the third.
@@ -29,7 +29,16 @@ from load import Load, accelerator, expected_vectors, faulty_engine, texts  # no
 from npu_proxy import Engine, Settings  # noqa: E402
 from npu_proxy.devices.worker.faults import Fault  # noqa: E402
 
-INJECTED = (Fault.ERROR, Fault.LOST, Fault.NAN, Fault.CRASH, Fault.HANG, Fault.SLOW)
+CORRUPTIONS = (
+    Fault.SLOT_WEIGHTS,
+    Fault.SLOT_BIT,
+    Fault.SLOT_OVERFLOW,
+    Fault.SLOT_STALE,
+    Fault.SLOT_SOMETIMES,
+    Fault.SWAPPED,
+    Fault.SHIFTED,
+)
+INJECTED = (Fault.ERROR, Fault.LOST, Fault.NAN, Fault.CRASH, Fault.HANG, Fault.SLOW, *CORRUPTIONS)
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 
 
@@ -97,7 +106,7 @@ def main() -> None:
             pause.wait(0.5)
         load.wait_back(60)
         found = load.finish()
-        restarts = engine.device.reports()[0].restarts
+        restarts, canary_failures = (getattr(engine.device.reports()[0], name) for name in ("restarts", "canary_failures"))
         engine.stop(0)
     minutes = [statistics.median(values) for values in own.values()]
     workers = [statistics.median(worker.get(minute, [0.0])) for minute in own]
@@ -107,6 +116,7 @@ def main() -> None:
         "minutes": arguments.minutes,
         "faults": dict(faults),
         "restarts": restarts,
+        "canary_failures": canary_failures,
         "requests": found.requests,
         "right": found.right,
         "wrong": found.wrong,

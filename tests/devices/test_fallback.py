@@ -11,7 +11,7 @@ import pytest
 
 from conftest import GOLDEN, until_set
 from npu_proxy import DeviceError, EmbedRequest, Engine, Settings, SettingsError, UnavailableError
-from npu_proxy.batch import Batch, BatchShape, Encoding, Output, Slot
+from npu_proxy.batch import Batch, BatchShape, Canary, Encoding, Output, Slot
 from npu_proxy.devices.fake import FakeDevice, fail
 from npu_proxy.devices.fallback import Fallback
 from npu_proxy.targets import TARGETS, device_chain, supported
@@ -172,3 +172,53 @@ def test_texts_too_long_for_an_accelerator_go_to_the_device_behind_it(tmp_path: 
             np.testing.assert_allclose(np.asarray(result.embeddings), cpu.embed([text]), atol=1e-4)
     with Engine(folder, settings=replace(settings, device="npu-sim")) as alone:  # without a device behind it
         assert alone.submit(EmbedRequest(texts=[long])).result(timeout=60).raise_first().device == "npu-sim"
+
+
+class Wrong(FakeDevice):
+    """A device whose vectors are wrong until it is doubted."""
+
+    def infer(self, batch: Batch) -> Output:
+        output = super().infer(batch)
+        return output if self.doubts else replace(output, vectors=-output.vectors)
+
+    @property
+    def ready(self) -> bool:  # type: ignore[override]
+        return True
+
+
+def test_one_in_so_many_batches_without_a_canary_is_computed_twice() -> None:
+    first, second = FakeDevice(name="one"), FakeDevice(name="two")
+    chain = Fallback([first, second], probe_every=0, verify_every=3)
+    outputs = [run(chain) for _ in range(7)]
+    assert [(output.device, output.fallback) for output in outputs] == [("one", "")] * 7
+    assert (len(first.batches), len(second.batches)) == (7, 2)
+    guarded = replace(make_batch(), canaries=[Canary(0, make_batch().encodings[0], Slot(0, 0))])
+    for _ in range(6):
+        chain.submit(guarded).result(timeout=10)
+    assert len(second.batches) == 2
+    assert not first.doubts
+    assert not second.doubts
+
+
+def test_if_two_computations_differ_both_devices_are_examined_and_the_last_answers() -> None:
+    first, second = Wrong(name="one"), FakeDevice(name="two")
+    output = run(Fallback([first, second], probe_every=0, verify_every=1))
+    np.testing.assert_array_equal(output.vectors[0, 0], second.infer(make_batch()).vectors[0, 0])
+    assert (output.device, output.fallback) == ("two", "two computations of a batch differ, on one and on two")
+    assert first.doubts == second.doubts == ["two computations of a batch differ, on one and on two"]
+
+
+def test_a_device_that_is_alone_is_examined_when_it_contradicts_itself() -> None:
+    class Fickle(Wrong):
+        def infer(self, batch: Batch) -> Output:
+            return FakeDevice.infer(self, batch) if len(self.batches) == 1 else super().infer(batch)
+
+    alone = Fickle(name="one")
+    output = run(Fallback([alone], probe_every=0, verify_every=1))
+    np.testing.assert_array_equal(output.vectors[0, 0], FakeDevice().infer(make_batch()).vectors[0, 0])
+    assert (output.device, output.fallback, len(alone.doubts)) == ("one", "", 1)
+
+
+def test_if_no_other_computation_is_possible_the_first_counts() -> None:
+    first, second = FakeDevice(name="one"), FakeDevice(name="two", script=fail())
+    assert run(Fallback([first, second], probe_every=0, verify_every=1)).device == "one"
