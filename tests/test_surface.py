@@ -101,3 +101,18 @@ def test_every_file_is_in_the_architecture() -> None:
     files = {file.name for file in SOURCE.rglob("*.py")} - {"__init__.py", "__main__.py", "version.py"}
     assert files <= named, f"not in ARCHITECTURE.md: {sorted(files - named)}"
     assert named <= files | {"make.py"}, f"gone, but in ARCHITECTURE.md: {sorted(named - files)}"
+
+
+def test_openvino_does_not_report_to_its_maker_or_fork() -> None:
+    """Its telemetry forks a process when it is imported, which may never end."""
+    code = (
+        "import os, sys, multiprocessing\n"
+        "os.register_at_fork(before=lambda: os._exit(9))\n"
+        "import npu_proxy.devices.chain, time\n"
+        "from npu_proxy.devices.openvino import warm_bindings\n"
+        "warm_bindings(); time.sleep(1)\n"
+        "assert 'openvino' in sys.modules\n"
+        "assert not any(name.startswith('openvino_telemetry.') for name in sys.modules)\n"
+        "assert not multiprocessing.active_children()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,5 +1,7 @@
 """npu-proxy: embeds text on Intel NPUs, GPUs and CPUs, as a Python library and as a server."""
 
+import sys
+
 from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.vector_quantization import calibrate, dequantize, quantize_embeddings, rescore
@@ -36,6 +38,10 @@ from npu_proxy.types import (
     Truncate,
 )
 from npu_proxy.version import __version__
+
+# `import openvino` reports to its maker through this package, from a process that it forks while other threads run. That process can
+# stop for ever in a lock that one of them held; it then outlives its parent, with all its open files. OpenVINO does without it.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 __all__ = [
     "AsyncEngine",

@@ -51,3 +51,7 @@ def _warm_bindings() -> None:
     np.array(request.get_output_tensor(0).data)
     np.array(request.get_tensor(compiled.outputs[0]).data)
     np.array(compiled(x)[0])
+    exported: Any = compiled.export_model()
+    blob = np.frombuffer(bytearray(exported.getvalue()), np.uint8)
+    import_model: Any = ov.Core().import_model
+    import_model(ov.Tensor(blob, shared_memory=True), "CPU", {"NUM_STREAMS": 1})

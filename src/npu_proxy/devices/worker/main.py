@@ -109,9 +109,9 @@ class Worker:
 
     def run(self) -> None:
         """Compile, then serve until the owner is gone, and compile again when it asks for that."""
-        self._compile(ALL_SLOTS)
         for number, slot in enumerate(self._slots):
             _thread(self._serve, number, slot)
+        self._compile(ALL_SLOTS)
         while len(message := receive(self._control, CONTROL.size)) == CONTROL.size:
             self._compile(CONTROL.unpack(message)[0])
         exit_now()
