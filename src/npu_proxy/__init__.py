@@ -39,8 +39,8 @@ from npu_proxy.types import (
 )
 from npu_proxy.version import __version__
 
-# `import openvino` reports to its maker through this package, from a process that it forks while other threads run. That process can
-# stop for ever in a lock that one of them held; it then outlives its parent, with all its open files. OpenVINO does without it.
+# `import openvino` reports to its maker through this package, from a process that it forks while other threads run. That process
+# can stop for ever in a lock that one of them held; it then outlives its parent, with all its open files. There is a stub instead.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 __all__ = [
