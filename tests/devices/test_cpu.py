@@ -198,6 +198,19 @@ def test_slots_that_never_agree_do_not_serve(monkeypatch: pytest.MonkeyPatch) ->
         device()
 
 
+def test_numbers_that_are_not_finite_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = OpenVinoCpu._compile
+
+    def overflowing(output: np.ndarray) -> None:
+        output[:] = np.inf
+
+    monkeypatch.setattr(
+        OpenVinoCpu, "_compile", lambda self, graphs, **options: Disturbed(original(self, graphs, **options), overflowing)
+    )
+    with pytest.raises(DeviceError, match="not finite"):
+        device()
+
+
 def test_what_is_not_written_is_not_a_vector() -> None:
     cpu = device(golden=None)
 

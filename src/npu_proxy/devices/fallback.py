@@ -173,14 +173,14 @@ class Fallback:
         second = others[-1] if others else same
         try:
             again = second.submit(batch).result()
-            if same_vectors(batch, output.vectors, again.vectors, self._agreement):
-                return output
-            reason = f"two computations of a batch differ, on {output.device} and on {again.device}"
-            for device in {id(device): device for device in (same, second)}.values():
-                device.doubt(reason)
-            return replace(self._run([second, *self._devices], batch, []), fallback=reason if others else "")
         except DeviceError:  # only one device could compute it
             return output
+        if same_vectors(batch, output.vectors, again.vectors, self._agreement):
+            return output
+        reason = f"two computations of a batch differ, on {output.device} and on {again.device}"
+        for device in {id(device): device for device in (same, second)}.values():
+            device.doubt(reason)
+        return replace(self._run([second, *self._devices], batch, []), fallback=reason if others else "")
 
     def _patience(self, device: Device, batch: Batch) -> float | None:
         """Seconds after which a batch on ``device`` is late: the setting `hedge`, or half of its time; None means never.
