@@ -16,6 +16,7 @@ computes one in `verify_every` of them twice (fallback.py).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +28,8 @@ from npu_proxy.types import OutputType
 
 CANARY_TEXTS = ("a", "2", "the", "of")
 """Several, so that an output that was written for another batch is noticed even if the canary is in the same place."""
-MOST_CANARY_TOKENS = 16
+MOST_CANARY_TOKENS = 8
+"""So that all of them fit into the smallest batch shape."""
 _ECHO = 0.01
 """How much two vectors of the same text in one batch may differ, relative to the largest number; in half precision they may."""
 LARGEST_LOSS = 0.02
@@ -58,6 +60,32 @@ def place_canaries(
         if room >= sizes[canary] and segments > 0:
             places[bin] = (canary, (turn // len(sizes) + bin) % (len(texts) + 1))
     return places
+
+
+class Guard:
+    """Checks the canaries and echoes of a device's batches, and counts them. Thread-safe."""
+
+    def __init__(self, device: str, least: float) -> None:
+        """least: the minimum similarity of a canary to its known output."""
+        self.canaries: Sequence[npt.NDArray[np.float32]] = ()
+        """The known output of each canary; empty until the device was examined."""
+        self.passed: int = 0
+        """Batches with canaries, all of which were right."""
+        self.failures: int = 0
+        self._device = device
+        self._least = least
+        self._lock = threading.Lock()
+
+    def check(self, batch: Batch, vectors: npt.NDArray[np.float32]) -> None:
+        """Raise BatchError (CANARY) if a batch is wrong."""
+        try:
+            check_guards(self._device, batch, vectors, self.canaries, self._least)
+        except BatchError:
+            with self._lock:
+                self.failures += 1
+            raise
+        with self._lock:
+            self.passed += bool(batch.canaries and self.canaries)
 
 
 def check_guards(

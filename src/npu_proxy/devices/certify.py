@@ -19,6 +19,9 @@ from npu_proxy.devices.base import check_vectors
 from npu_proxy.devices.canary import least_similarity
 from npu_proxy.devices.failure import BatchError, Failure
 
+LEAST_COSINE = 0.999
+"""The minimum cosine of golden texts to what the device computed of them before; below it, the numbers are wrong."""
+
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
     """What a verdict applies to."""

@@ -1,4 +1,7 @@
-"""The CPU in this process, as a Device."""
+"""The CPU in this process, as a Device.
+
+This file is longer than most, because computing a batch, examining a slot and repairing it change the same few slots.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import openvino as ov
 
 from npu_proxy.batch import CPU_STYLE, Batch, BatchShape, GraphShape, Output, output_for
 from npu_proxy.devices.base import DeviceReport, GoldenBatch
-from npu_proxy.devices.canary import check_guards, is_same
+from npu_proxy.devices.canary import Guard, is_same
 from npu_proxy.devices.examined import Examined
 from npu_proxy.devices.failure import BatchError, Failure, first_line
 from npu_proxy.devices.graphs import Graphs
@@ -94,12 +97,10 @@ class OpenVinoCpu:
         self.streams: int = 1
         self.shapes: Sequence[BatchShape] = dynamic_shapes(spec.max_length, batch_tokens, packed=packed)
         self._reason = ""
-        self._canaries: Sequence[Vectors] = ()
         self._known: dict[bytes, Vectors] = {}
         """Outputs of golden texts, by the key of their encoding."""
         self._least_cosine = TARGETS["cpu"].kind.least_cosine[spec.precision]
-        self._guarded = self._canary_failures = 0
-        self._counting = threading.Lock()
+        self._guard = Guard(self.name, self._least_cosine)
         self._repairing = threading.Lock()
         self._changing = threading.Lock()
         self._pools: dict[bool, SlotPool[_Slot]] = {True: SlotPool(), False: SlotPool()}
@@ -143,7 +144,7 @@ class OpenVinoCpu:
             with self._changing:
                 self._slots = [*self._slots, slot]
             for shape in self._shapes_of(slot) if self._golden is not None else ():
-                self._examined.add((slot.name, shape))
+                self._examined.mark((slot.name, shape))
             self.streams = max(1, sum(other.full == slot.full for other in self._slots))
             self._pools[slot.full].put(slot)
         graphs.release()
@@ -173,8 +174,8 @@ class OpenVinoCpu:
                 reason=self._reason,
                 precision=self._spec.precision,
                 slots=len(self._slots),
-                guarded=self._guarded,
-                canary_failures=self._canary_failures,
+                guarded=self._guard.passed,
+                canary_failures=self._guard.failures,
                 examined=self._examined.share() if self._golden is not None else None,
             )
         ]
@@ -230,16 +231,10 @@ class OpenVinoCpu:
             start = time.perf_counter()
             try:
                 vectors = self._run(slot, batch)
-                check_guards(self.name, batch, vectors, self._canaries, self._least_cosine)
-                with self._counting:
-                    self._guarded += bool(batch.canaries and self._canaries)
+                self._guard.check(batch, vectors)
                 return Output(vectors, self.name, time.perf_counter() - start)
             except BatchError as error:
-                if error.failure is not Failure.CANARY:
-                    raise
-                with self._counting:
-                    self._canary_failures += 1
-                if attempt == _ATTEMPTS - 1:
+                if error.failure is not Failure.CANARY or attempt == _ATTEMPTS - 1:
                     raise
                 slot = self._repair(slot, error)  # the batch is computed again, in this slot or in another
             finally:
@@ -302,7 +297,7 @@ class OpenVinoCpu:
             hint = "its weights may be damaged" if self._spec.precision == "fp32" else "use `precision` fp32"
             raise DeviceError(f"the CPU computes numbers of {self._spec.name} that are not finite; {hint}")
         if len(batches) > 1:
-            self._canaries = [self._known[canary.key] for canary in golden.canaries]
+            self._guard.canaries = [self._known[canary.key] for canary in golden.canaries]
         self._examined = Examined((slot.name, shape) for slot in self._slots for shape in self._shapes_of(slot))
         for slot in self._slots:
             self._examined.mark((slot.name, batches[0].shape))

@@ -23,11 +23,7 @@ class Examined(Generic[K]):
         return min(self._times, key=lambda key: self._times[key], default=None)
 
     def mark(self, key: K) -> None:
-        """Record that a key was examined now."""
-        self._times[key] = time.monotonic()
-
-    def add(self, key: K) -> None:
-        """Add a key that was just examined."""
+        """Record that a key, known or new, was examined now."""
         self._times[key] = time.monotonic()
 
     def drop(self, key: K) -> None:

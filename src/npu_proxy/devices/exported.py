@@ -20,7 +20,7 @@ import openvino as ov
 
 from npu_proxy.batch import Batch, BatchShape, Output, fill_pooling
 from npu_proxy.devices.base import DeviceReport, GoldenBatch, check_vectors
-from npu_proxy.devices.certify import compare
+from npu_proxy.devices.certify import LEAST_COSINE, compare
 from npu_proxy.devices.cpu import WAIT_SECONDS
 from npu_proxy.devices.failure import BatchError, Failure, first_line
 from npu_proxy.devices.openvino import open_core
@@ -42,8 +42,6 @@ _OUTPUT_NAMES = ("last_hidden_state", "token_embeddings", "logits")
 _INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _WAITING = 4
 """Number of threads: one computes, the others wait for their turn."""
-_LEAST_COSINE = 0.999
-"""The minimum cosine of golden texts to what they were first."""
 
 
 class Runner(Protocol):
@@ -142,7 +140,7 @@ class ExportedDevice:
             output = self.submit(batch).result()
             check_vectors(self.name, batch, output.vectors)
             self._first = self._first or output
-            compare(self.name, batch, output, self._first, _LEAST_COSINE)
+            compare(self.name, batch, output, self._first, LEAST_COSINE)
 
     def doubt(self, reason: str) -> None:
         """There is nothing to compare with."""

@@ -51,7 +51,7 @@ class GoldenBatches:
         return pack(encodings, plan, self._layout, self._output_type)
 
     def canary_batch(self, shape: BatchShape) -> Batch:
-        """Return a batch of all canaries as its texts, in their order. Raises ValueError if they do not fit into the shape."""
+        """Return a batch of all canaries as its texts, in any order. Raises ValueError if they do not fit into the shape."""
         lengths = [aligned(canary.tokens, self._layout.align) for canary in self.canaries]
         plan = fill_bins(lengths, shape)
         batch = pack(self.canaries, plan, self._layout, self._output_type)

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 
 from npu_proxy.batch import Batch, BatchShape, Output
 from npu_proxy.devices.accelerator.breaker import Breaker, BreakerPolicy, Circuit, Recovery
-from npu_proxy.devices.accelerator.examiner import LEAST_COSINE, Examiner, QuarantinedError, Run
+from npu_proxy.devices.accelerator.examiner import Examiner, QuarantinedError, Run
 from npu_proxy.devices.base import DeviceReport, GoldenBatch, check_finite
-from npu_proxy.devices.canary import check_guards
-from npu_proxy.devices.certify import Certificates
+from npu_proxy.devices.canary import Guard
+from npu_proxy.devices.certify import LEAST_COSINE, Certificates
 from npu_proxy.devices.failure import BatchError, Failure
 from npu_proxy.devices.worker.faults import Fault
 from npu_proxy.devices.worker.process import WorkerLimits, WorkerProcess, WorkerTask
@@ -60,8 +60,7 @@ class Accelerator:
         self.max_streams: int = plan.task.slots or _MAX_SLOTS
         self.streams: int = plan.task.slots or 1
         self._slots: int | None = None
-        self._guarded = self._canary_failures = 0
-        self._counting = threading.Lock()
+        self._guard = Guard(self.name, LEAST_COSINE)
         self._breaker = Breaker(policy=plan.policy)
         self._state = "compiling"
         self._reason = ""
@@ -112,13 +111,9 @@ class Accelerator:
             try:
                 output = run.result()
                 check_finite(self.name, output.vectors)
-                check_guards(self.name, batch, output.vectors, self._examiner.canaries, LEAST_COSINE)
-                with self._counting:
-                    self._guarded += bool(batch.canaries and self._examiner.canaries)
+                self._guard.check(batch, output.vectors)
             except BaseException as error:  # passed on through the future
                 if isinstance(error, BatchError):
-                    with self._counting:
-                        self._canary_failures += error.failure is Failure.CANARY
                     self._failed(worker, error)
                 with suppress(InvalidStateError):  # the future was cancelled
                     future.set_exception(error)
@@ -161,8 +156,8 @@ class Accelerator:
                 certified=self._examiner.cosine,
                 precision=self._plan.task.spec.precision,
                 slots=self.streams if self._slots is not None else None,
-                guarded=self._guarded,
-                canary_failures=self._canary_failures,
+                guarded=self._guard.passed,
+                canary_failures=self._guard.failures,
                 examined=self._examiner.share if self._slots is not None else None,
             )
         ]
@@ -273,6 +268,7 @@ class Accelerator:
             worker.hello(self._plan.limits.compile)
 
         passed = self._examiner.examine(self._golden_run(worker), hello, recompile_slot)
+        self._guard.canaries = self._examiner.canaries
         worker.open(passed)
         self.streams, self._slots = len(passed), hello.slots
         left_out = f"{hello.slots - len(passed)} of {hello.slots} slots compute wrong vectors and were left out"

@@ -11,19 +11,16 @@ import numpy.typing as npt
 
 from npu_proxy.batch import Batch, BatchShape, Output, output_for
 from npu_proxy.devices.base import GoldenBatch
-from npu_proxy.devices.certify import Certificates, Subject, Verdict, compare
+from npu_proxy.devices.certify import LEAST_COSINE, Certificates, Subject, Verdict, compare
 from npu_proxy.devices.examined import Examined
 from npu_proxy.devices.failure import BatchError, Failure
-from npu_proxy.devices.worker.main import Hello
+from npu_proxy.devices.worker.messages import Hello
 from npu_proxy.spec import ModelSpec
 from npu_proxy.targets import Target
 from npu_proxy.version import __version__
 
 Run = Callable[[Batch, int], Future[Output]]
 """Computes a batch in a certain slot."""
-
-LEAST_COSINE = 0.999
-"""The minimum cosine of a certified device's golden texts and canaries to their known output; below it, the numbers are wrong."""
 
 _log = logging.getLogger("npu_proxy.devices")
 
@@ -96,7 +93,7 @@ class Examiner:
             self._reference = None  # for int8 it is a separate model that takes memory
             self._fp32 = []
         self.cosine = min(lowest)
-        self._examined = Examined((slot, index) for slot in passed for index in range(len(self._shapes)))
+        self._examined = Examined()
         for slot in passed:
             for index in range(len(self._shapes)):
                 self._examined.mark((slot, index))

@@ -24,7 +24,7 @@ from npu_proxy.devices.slots import SlotPool
 from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.devices.worker.compile_cache import CompileCache
 from npu_proxy.devices.worker.faults import Fault
-from npu_proxy.devices.worker.main import ALL_SLOTS, CONTROL, Hello, WorkerJob, receive
+from npu_proxy.devices.worker.messages import ALL_SLOTS, CONTROL, Hello, WorkerJob, receive
 from npu_proxy.devices.worker.shared_memory import MemoryLayout, SharedMemory
 from npu_proxy.devices.worker.slot import SEND_SECONDS, WorkerSlot
 from npu_proxy.spec import ModelSpec

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from npu_proxy.batch import Batch, BatchShape, Output
 from npu_proxy.devices.failure import BatchError, Failure, classify_failure
-from npu_proxy.devices.worker.main import REPLY, REQUEST, receive
+from npu_proxy.devices.worker.messages import REPLY, REQUEST, receive
 from npu_proxy.devices.worker.shared_memory import OUTPUT, MemoryLayout, SharedMemory
 
 SEND_SECONDS = 5.0
