@@ -6,6 +6,7 @@ from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.vector_quantization import calibrate, dequantize, quantize_embeddings, rescore
 from npu_proxy.errors import (
+    ClientLimitError,
     DeadlineError,
     DeviceError,
     EmptyInputError,
@@ -25,6 +26,7 @@ from npu_proxy.errors import (
 from npu_proxy.settings import Settings
 from npu_proxy.types import (
     Chunking,
+    Client,
     DType,
     EmbedRequest,
     EmbedResult,
@@ -46,6 +48,8 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 __all__ = [
     "AsyncEngine",
     "Chunking",
+    "Client",
+    "ClientLimitError",
     "DType",
     "DeadlineError",
     "DeviceError",

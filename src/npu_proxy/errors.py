@@ -12,6 +12,7 @@ NpuProxyError
 │   └── PullError              a model could not be fetched or did not match its checksum
 ├── UnavailableError           nothing is wrong with the request; it may be sent again
 │   ├── OverloadedError        the queue is full; a retry after ``retry_after`` seconds may succeed
+│   │   └── ClientLimitError   the client has reached its own limit
 │   └── StoppedError           the engine is not running or is stopping
 ├── DeadlineError              the request's deadline passed
 └── DeviceError                a device failed or returned numbers that are not finite
@@ -120,6 +121,12 @@ class OverloadedError(UnavailableError):
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ClientLimitError(OverloadedError):
+    """The client has as many texts in the queue as its API key allows."""
+
+    kind = "client_limit"
 
 
 class StoppedError(UnavailableError):

@@ -215,13 +215,15 @@ class Settings:
     """Maximum number of tokens in the queue; above it, requests are refused in the same way."""
 
     interactive_texts: int = _setting("Queue", 8, 0)
-    """Requests of up to this many texts go to the interactive lane, larger ones to the bulk lane."""
+    """Requests of up to this many texts go to the interactive lane, larger ones to the bulk lane, unless they say otherwise
+    (`priority`). Lanes order the requests of one client; clients take turns by tokens."""
 
     batch_delay: float = _setting("Queue", 0.005, 0)
     """Seconds that a partly filled batch waits for texts that are about to be queued; it does not wait if there are none."""
 
     aging: float = _setting("Queue", 1.0, 0)
-    """Seconds after which waiting bulk texts go into the next batch, even if the interactive lane is not empty."""
+    """Seconds after which the oldest waiting text of a client goes into the next batch, before its shorter and interactive
+    requests."""
 
     window: int = _setting("Queue", 128, 1)
     """Number of waiting texts from which the texts of a batch are chosen."""
@@ -285,6 +287,10 @@ class Settings:
 
     api_key_file: Path | None = _setting("Security", None)
     """File of additional API keys, one per line."""
+
+    api_keys_file: Path | None = _setting("Security", None)
+    """TOML file of API keys with names, for metrics and logs: a table per key, such as [search] with key = "...", and optionally
+    weight (its share of the device, 1 by default), max_texts (in the queue at once) and priority (interactive or bulk)."""
 
     insecure: bool = _setting("Security", False)
     """Allow listening without a key on an address that other machines can reach."""

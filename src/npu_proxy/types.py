@@ -93,10 +93,26 @@ class Pooling(StrEnum):
 
 
 class Lane(StrEnum):
-    """Priority of a request. Interactive texts go first; bulk texts age, so that they are not starved."""
+    """Priority of a request among those of the same client. Interactive texts go first; bulk texts age, so that none starves."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """Who sends a request. Clients with waiting texts get shares of the device in proportion to their weights, counted in tokens.
+
+    name: identifies it; requests without a client share the name "". max_texts: maximum number of its texts in the queue.
+    """
+
+    name: str = ""
+    weight: float = 1.0
+    max_texts: int | None = None
+
+
+NO_CLIENT = Client()
+"""The client of requests that name none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +172,7 @@ class EmbedRequest:
     dtype: DType = DType.FLOAT32
     lane: Lane | None = None
     """None means interactive for up to ``Settings.interactive_texts`` texts, and bulk for more."""
+    client: Client = NO_CLIENT
     deadline: float | None = None
 
     def __post_init__(self) -> None:

@@ -79,7 +79,6 @@ class Running:
         *,
         seconds: float = 60.0,
         lane: Lane = Lane.INTERACTIVE,
-        abandoned: Callable[[], bool] = lambda: False,
         options: EncodeOptions = OPTIONS,
         prepare: Callable[[PendingRequest], None] = lambda _: None,
         done: Callable[[], None] = lambda: None,
@@ -93,7 +92,7 @@ class Running:
             done()
 
         now = time.monotonic()
-        pending = PendingRequest(EmbedRequest(texts=texts), now + seconds, now, on_done, abandoned)
+        pending = PendingRequest(EmbedRequest(texts=texts), now + seconds, now, on_done)
         prepare(pending)
         self.pipeline.submit(pending, options, lane)
         return future
@@ -389,7 +388,12 @@ def test_an_earlier_deadline_is_kept_behind_a_later_one() -> None:
         check_right(late.result(SECONDS))
 
 
-def test_texts_of_callers_who_left_are_dropped_wherever_they_wait() -> None:
+def leave(request: PendingRequest) -> None:
+    """What Engine does when the caller cancels the future."""
+    request.fail_all(StoppedError("cancelled"))
+
+
+def test_texts_of_callers_who_left_are_dropped_at_once_wherever_they_wait() -> None:
     gate, tokenizing, tokenized = Gate(), threading.Event(), threading.Event()
 
     def script(texts: Sequence[TextInput]) -> None:
@@ -397,37 +401,56 @@ def test_texts_of_callers_who_left_are_dropped_wherever_they_wait() -> None:
             tokenizing.set()
             tokenized.wait(SECONDS)
 
-    left = threading.Event()
     tokenizer = ScriptedTokenizer(script)
+    requests: list[PendingRequest] = []
     with running(FakeDevice(shapes=ALONE, streams=1, script=gate), tokenizer) as made:
         first = made.submit(["the moon"])
         gate.wait_begun()
-        queued = made.submit(["the cat"], abandoned=left.is_set)
-        stays = made.submit(["a star"])
+        made.submit(["the cat"], prepare=requests.append)
+        until(lambda: made.pipeline.stats().depth.texts == 1)
+        being_tokenized = made.submit(["a star"], prepare=requests.append)
         assert tokenizing.wait(SECONDS)
-        untokenized = made.submit(["the dog", "the house"], abandoned=left.is_set)
-        left.set()
+        made.submit(["the dog", "the house"], prepare=requests.append)
+        stays = made.submit(["the sea"])
+        leave(requests[0])
+        leave(requests[2])
+        stats = made.pipeline.stats()
+        assert (stats.depth.texts, stats.open_texts, stats.counters.abandoned) == (0, 3, 3)
+        leave(requests[1])
+        assert kinds(being_tokenized.result(SECONDS)) == ["stopped"]
         tokenized.set()
-        until(lambda: made.pipeline.stats().counters.abandoned == 2)
         gate.opened.set()
         check_right(first.result(SECONDS))
         check_right(stays.result(SECONDS))
-        assert made.pipeline.stats().counters.abandoned == 3
         assert not any("the dog" in texts for texts in tokenizer.given)
-        assert not was_computed(made.device, "the cat")
-        assert not queued.done()  # nobody listens; whoever cancels a request fails its texts
-        assert not untokenized.done()
+        for text in ("the cat", "a star"):
+            assert not was_computed(made.device, text)
 
 
-def test_a_text_that_another_caller_wants_too_is_computed() -> None:
-    gate, left = Gate(), threading.Event()
+def test_chunks_of_a_caller_who_left_are_dropped() -> None:
+    gate = Gate()
+    requests: list[PendingRequest] = []
+    options = replace(OPTIONS, truncate=Truncate.CHUNK)
     with running(FakeDevice(shapes=ALONE, streams=1, script=gate)) as made:
         made.submit(["the moon"])
         gate.wait_begun()
-        made.submit(["the cat"], abandoned=left.is_set)
+        made.submit(["sea " * 5 * SPEC.max_length], options=options, prepare=requests.append)
+        until(lambda: made.pipeline.stats().depth.texts > 1)
+        leave(requests[0])
+        assert made.pipeline.stats().depth.texts == 0
+        gate.opened.set()
+
+
+def test_a_text_that_another_caller_wants_too_is_computed() -> None:
+    gate = Gate()
+    requests: list[PendingRequest] = []
+    with running(FakeDevice(shapes=ALONE, streams=1, script=gate)) as made:
+        made.submit(["the moon"])
+        gate.wait_begun()
+        made.submit(["the cat"], prepare=requests.append)
         stays = made.submit(["the cat"])
         until(lambda: made.pipeline.stats().counters.merged == 1)
-        left.set()
+        leave(requests[0])
         gate.opened.set()
         check_right(stays.result(SECONDS))
 

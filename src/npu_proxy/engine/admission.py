@@ -2,50 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from npu_proxy.errors import OverloadedError
-from npu_proxy.types import Lane
+from npu_proxy.errors import ClientLimitError, OverloadedError
+from npu_proxy.types import Client, Pair, TextInput
 
 _FADE = 0.98
-"""Factor by which each new batch reduces the weight of the previous ones."""
+"""Factor by which each new amount reduces the weight of the previous ones."""
 _WAIT_SHARE = 0.7
 """Share of its time limit that a request may be expected to wait; a request that would wait longer is refused at once."""
+_CHARACTERS_PER_TOKEN = 4
+_SPECIAL_TOKENS = 2
+
+
+def estimated_tokens(texts: Sequence[TextInput], limit: int) -> int:
+    """About how many tokens texts have, before they are tokenized. limit: maximum per text."""
+    return sum(min(limit, _estimated(text)) for text in texts)
+
+
+def _estimated(text: TextInput) -> int:
+    if isinstance(text, str):
+        return len(text) // _CHARACTERS_PER_TOKEN + _SPECIAL_TOKENS
+    if isinstance(text, Pair):
+        return (len(text.first) + len(text.second)) // _CHARACTERS_PER_TOKEN + _SPECIAL_TOKENS
+    return len(text) + _SPECIAL_TOKENS
 
 
 @dataclass(slots=True)
-class Throughput:
-    """Speed of recent batches; older ones have exponentially less weight."""
+class RecentRatio:
+    """The ratio of two sums, such as tokens per second, in which older amounts have exponentially less weight."""
 
-    tokens: float = 0.0
-    texts: float = 0.0
-    seconds: float = 0.0
+    amount: float = 0.0
+    per: float = 0.0
 
-    def add(self, *, tokens: int, texts: int, seconds: float) -> None:
-        """Count a batch. seconds: since the previous batch, or its own duration if the device was idle in between."""
-        self.tokens = _FADE * self.tokens + tokens
-        self.texts = _FADE * self.texts + texts
-        self.seconds = _FADE * self.seconds + seconds
+    def add(self, amount: float, per: float) -> None:
+        """Add to both sums."""
+        self.amount = _FADE * self.amount + amount
+        self.per = _FADE * self.per + per
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens per second of all streams together; 0 before the first batch."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def tokens_per_text(self) -> float:
-        """Mean tokens per text; 0 before the first batch."""
-        return self.tokens / self.texts if self.texts else 0.0
+    def value(self) -> float:
+        """The ratio; 0 if it is unknown."""
+        return self.amount / self.per if self.per else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueueLoad:
-    """Current load. texts: unfinished texts. tokens: waiting tokens per lane. untokenized: texts not yet tokenized, per lane."""
+    """Current load. texts: unfinished texts. tokens: waiting tokens. client_texts: unfinished texts of the client that asks.
+
+    ahead: waiting tokens that would be computed before the new texts, which are included.
+    """
 
     texts: int
-    tokens: Mapping[Lane, int]
-    untokenized: Mapping[Lane, int]
+    tokens: float
+    client_texts: int
+    ahead: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,36 +68,26 @@ class QueueLimits:
     tokens: int
 
 
-def expected_wait(
-    lane: Lane, tokens: Mapping[Lane, int], untokenized: Mapping[Lane, int], tokens_per_text: float, tokens_per_second: float
-) -> float:
-    """Expected seconds until a text that joins ``lane`` now is computed; 0 while the speed is unknown.
-
-    tokens: waiting tokens per lane. untokenized: texts not yet in the queue, per lane, including the new ones.
-    Interactive texts wait for their own lane only, bulk texts for both.
-    """
-    ahead = [lane] if lane is Lane.INTERACTIVE else list(Lane)
-    waiting = sum(tokens[lane] + untokenized[lane] * tokens_per_text for lane in ahead)
-    return waiting / tokens_per_second if tokens_per_second else 0.0
-
-
 def check_admission(
-    count: int, lane: Lane, seconds: float, *, load: QueueLoad, limits: QueueLimits, throughput: Throughput
+    count: int, client: Client, seconds: float, *, load: QueueLoad, limits: QueueLimits, tokens_per_second: float
 ) -> None:
     """Raise OverloadedError if there is no room for ``count`` texts, or if they would wait for most of their ``seconds``.
 
-    load: includes the new texts in ``untokenized``, but not in ``texts``.
+    tokens_per_second: recent speed; 0 if it is unknown. Raises ClientLimitError if the client has too many texts in the queue.
     """
+    if client.max_texts is not None and load.client_texts + count > client.max_texts:
+        message = f"this API key may have {client.max_texts} texts in the queue at once (now {load.client_texts}, and {count} more)"
+        raise ClientLimitError(f"{message}; send fewer at once", retry_after=1.0)
     if not load.texts:
         return  # an idle engine accepts any request; its deadline is the only limit
-    tokens, speed = sum(load.tokens.values()), throughput.tokens_per_second
-    if load.texts + count > limits.texts or tokens > limits.tokens:
+    speed = tokens_per_second
+    if load.texts + count > limits.texts or load.tokens > limits.tokens:
         raise OverloadedError(
-            f"the queue is full ({load.texts} of {limits.texts} texts, {tokens} of {limits.tokens} tokens);"
+            f"the queue is full ({load.texts} of {limits.texts} texts, {load.tokens:.0f} of {limits.tokens} tokens);"
             " try again later, or raise `max_queue_items` or `max_queue_tokens`",
-            retry_after=max(1.0, tokens / speed) if speed else 1.0,
+            retry_after=max(1.0, load.tokens / speed) if speed else 1.0,
         )
-    wait = expected_wait(lane, load.tokens, load.untokenized, throughput.tokens_per_text, speed)
+    wait = load.ahead / speed if speed else 0.0
     if wait > _WAIT_SHARE * seconds > 0:  # a request whose time is over fails by its deadline instead
         raise OverloadedError(
             f"the expected wait of {wait:.1f} seconds is too long for a request that must finish within {seconds:.3g} seconds;"

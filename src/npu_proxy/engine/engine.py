@@ -235,7 +235,7 @@ class Engine:
         now = time.monotonic()
         if deadline is None:
             deadline = now + self.settings.timeout if request.deadline is None else request.deadline
-        pending = PendingRequest(request, deadline, now, on_done, future.cancelled)
+        pending = PendingRequest(request, deadline, now, on_done)
         if self._cache is not None and self._cache_keys is not None and not request.chunking.spans:
             pending.cache_keys = self._cache_keys.make(request.texts, options.key)
             pending.resolve_cached(enumerate(self._cache.recall(pending.cache_keys)))

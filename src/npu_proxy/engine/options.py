@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 from npu_proxy.engine.validation import check_options
-from npu_proxy.types import Chunking, DType, EmbedRequest, TextInput, Truncate
+from npu_proxy.types import Chunking, DType, EmbedRequest, Lane, TextInput, Truncate
 
 
 class RequestOptions(TypedDict, total=False):
@@ -23,6 +23,7 @@ class RequestOptions(TypedDict, total=False):
     chunking: Chunking
     max_tokens: int | None
     dtype: DType | str
+    lane: Lane | Literal["interactive", "bulk"] | None
     timeout: float | None
     """Seconds until DeadlineError; None uses the setting `timeout` (when streaming, `bulk_timeout` per batch)."""
 

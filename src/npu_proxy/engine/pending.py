@@ -5,12 +5,14 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from npu_proxy.batch import Encoding
+from npu_proxy.engine.fair_queue import Rank
 from npu_proxy.errors import NpuProxyError
-from npu_proxy.types import EmbedRequest, Lane, TextResult
+from npu_proxy.types import Client, EmbedRequest, TextResult
 
 
 @dataclass(slots=True)
@@ -24,8 +26,8 @@ class PendingRequest:
     deadline: float
     submitted_at: float
     on_done: Callable[[PendingRequest], None]
-    abandoned: Callable[[], bool]
-    """Whether the caller has given up; the waiting texts of such a request are not computed."""
+    rank: Rank = (False, 0)
+    """Its order among the requests of its client."""
     cache_keys: Sequence[bytes] = ()
     """The cache key of each text; empty if there is no cache."""
     results: list[TextResult | None] = field(init=False)
@@ -42,6 +44,8 @@ class PendingRequest:
     """Assigned by PendingRequests."""
     queued_texts: int = 0
     """Number of texts that were passed to the pipeline."""
+    parts: list[PendingRequest] = field(init=False, default_factory=list["PendingRequest"])
+    """The requests for the chunks of its long texts."""
     _unfinished: int = field(init=False)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
@@ -51,6 +55,11 @@ class PendingRequest:
         self.errors = [None] * count
         self.encodings = [None] * count
         self._unfinished = count
+
+    @property
+    def client(self) -> Client:
+        """Who sent it."""
+        return self.request.client
 
     @property
     def unfinished(self) -> int:
@@ -94,6 +103,8 @@ class PendingRequests:
     def __init__(self) -> None:
         self.texts: int = 0
         """Number of texts of all requests that were passed to the pipeline."""
+        self.by_client: Counter[str] = Counter()
+        """The same, by the name of the client."""
         self._requests: dict[int, PendingRequest] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._numbers = itertools.count()
@@ -106,6 +117,7 @@ class PendingRequests:
         request.number, request.queued_texts = next(self._numbers), texts
         self._requests[request.number] = request
         self.texts += texts
+        self.by_client[request.client.name] += texts
         heapq.heappush(self._deadlines, (request.deadline, request.number))
         return self._deadlines[0][1] == request.number
 
@@ -114,6 +126,9 @@ class PendingRequests:
         if self._requests.pop(request.number, None) is None:
             return False
         self.texts -= request.queued_texts
+        self.by_client[request.client.name] -= request.queued_texts
+        if not self.by_client[request.client.name]:
+            del self.by_client[request.client.name]
         return True
 
     def all(self) -> list[PendingRequest]:
@@ -137,10 +152,14 @@ class PendingRequests:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One distinct text in the queue, and the requests that wait for it (equal texts share a job)."""
+    """One distinct text in the queue, and the requests that wait for it (equal texts share a job).
+
+    client, rank: those of the waiting request that is served first.
+    """
 
     encoding: Encoding
-    lane: Lane
+    client: Client
+    rank: Rank
     queued_at: float
     waiters: list[tuple[PendingRequest, int]]
     started: bool = False
@@ -152,4 +171,4 @@ class Job:
 
     def wanted(self, now: float) -> bool:
         """Whether any request still waits for this text."""
-        return any(request.deadline > now and not request.abandoned() for request, _ in self.waiters)
+        return any(request.deadline > now and request.unfinished for request, _ in self.waiters)

@@ -14,7 +14,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
@@ -24,10 +23,11 @@ import numpy as np
 from npu_proxy.batch import Batch, Encoding, Output, output_for
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device
-from npu_proxy.engine.admission import QueueLimits, QueueLoad, Throughput, check_admission
+from npu_proxy.engine.admission import QueueLimits, QueueLoad, RecentRatio, check_admission, estimated_tokens
 from npu_proxy.engine.chunking import ChunkedText, combine_chunks, split_result
 from npu_proxy.engine.counters import Counters, Stats
 from npu_proxy.engine.encode_options import EncodeOptions
+from npu_proxy.engine.fair_queue import FairQueue, rank_of
 from npu_proxy.engine.outputs import kept_output
 from npu_proxy.engine.packing import aligned, full_shape, pack
 from npu_proxy.engine.pending import Job, PendingRequest, PendingRequests
@@ -55,14 +55,14 @@ class PipelineLimits:
     queue: QueueLimits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Slice:
-    """Some texts of a request, waiting for the tokenizer."""
+    """Some texts of a request, waiting for the tokenizer. tokens: about how many they have."""
 
     request: PendingRequest
     options: EncodeOptions
-    lane: Lane
     indices: Sequence[int]
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,14 @@ class Pipeline:
         self._slices_changed = threading.Condition(self._lock)
         self._jobs_changed = threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
-        self._slices: dict[Lane, deque[_Slice]] = {Lane.INTERACTIVE: deque(), Lane.BULK: deque()}
+        self._slices: FairQueue[_Slice] = FairQueue(limits.aging)
+        self._slices_of: dict[int, set[_Slice]] = {}
+        """The same, by the number of their request."""
         self._tokenizing = 0
-        self._throughput = Throughput()
+        self._tokens_per_second = RecentRatio()
+        """Of all streams together."""
+        self._tokens_per_estimate = RecentRatio()
+        """How many tokens texts had per token that was estimated before."""
         self._last_batch = 0.0
         self._in_flight = 0
         """Number of batches that the device is computing."""
@@ -123,38 +128,62 @@ class Pipeline:
     def submit(self, request: PendingRequest, options: EncodeOptions, lane: Lane) -> None:
         """Accept a request. Raises OverloadedError (see check_admission), or StoppedError if the pipeline is stopping."""
         missing = [index for index, result in enumerate(request.results) if result is None]
-        count = len(missing)
+        slices = [
+            _Slice(request, options, indices, estimated_tokens([request.request.texts[index] for index in indices], options.limit))
+            for start in range(0, len(missing), _SLICE)
+            if (indices := missing[start : start + _SLICE])
+        ]
+        tokens = sum(part.tokens for part in slices)
+        request.rank = rank_of(lane, tokens)
         with self._lock:
             if not self._accepting:
-                raise StoppedError("the engine is stopping or was stopped; create a new one")
-            seconds = request.deadline - request.submitted_at
-            load = self._load(count, lane)
+                raise StoppedError("the engine is stopping or was stopped; start it again, or create a new one")
+            load = self._load(request, tokens)
             try:
-                check_admission(count, lane, seconds, load=load, limits=self._limits.queue, throughput=self._throughput)
+                check_admission(
+                    len(missing),
+                    request.client,
+                    request.deadline - request.submitted_at,
+                    load=load,
+                    limits=self._limits.queue,
+                    tokens_per_second=self._tokens_per_second.value,
+                )
             except OverloadedError:
                 self._counters.refused += 1
                 raise
             self._counters.requests += 1
-            if self._pending.add(request, count):
+            if self._pending.add(request, len(missing)):
                 self._computed.put(None)  # wake the finish stage, which waits for a later deadline
-            for start in range(0, count, _SLICE):
-                self._slices[lane].append(_Slice(request, options, lane, missing[start : start + _SLICE]))
+            for part in slices:
+                self._slices.push(part, request.client, request.rank, part.tokens, request.submitted_at)
+            self._slices_of[request.number] = set(slices)
             self._slices_changed.notify()
 
-    def _load(self, count: int, lane: Lane) -> QueueLoad:
-        """The current load, with ``count`` new texts that ask to join a lane."""
+    def _load(self, request: PendingRequest, tokens: int) -> QueueLoad:
+        """The current load, for a new request of about so many tokens."""
+        client, rank = request.client, request.rank
         # Vectors from disk or a server cost no inference; which texts have one is not known yet.
         unknown = self._cache is not None and self._cache.has_tiers
-        untokenized = {each: 0 if unknown else sum(len(part.indices) for part in parts) for each, parts in self._slices.items()}
-        untokenized[lane] += 0 if unknown else count
-        return QueueLoad(texts=self._pending.texts, tokens=self._jobs.tokens, untokenized=untokenized)
+        untokenized = 0 if unknown else self._slices.ahead(client, rank) + tokens
+        return QueueLoad(
+            texts=self._pending.texts,
+            tokens=self._jobs.depth.tokens,
+            client_texts=self._pending.by_client[client.name],
+            ahead=self._jobs.ahead(client, rank) + (self._tokens_per_estimate.value or 1.0) * untokenized,
+        )
 
     def forget(self, request: PendingRequest) -> None:
-        """Remove a finished request; called by its ``on_done``."""
+        """Remove a request that is over, and drop what of it still waits; called by its ``on_done``."""
         with self._lock:
             if not self._pending.remove(request):
                 return
-            for error in filter(None, request.errors):
+            for part in self._slices_of.pop(request.number, ()):
+                self._slices.drop(part)
+                self._jobs.abandoned += len(part.indices)
+            errors = list(filter(None, request.errors))
+            if errors:
+                self._jobs.abandon(request)
+            for error in errors:
                 self._counters.count_error(error.kind)
             if not self._pending:
                 self._idle.notify_all()
@@ -202,22 +231,24 @@ class Pipeline:
 
     def _tokenize(self) -> None:
         with self._lock:
-            lanes = self._slices
-            self._slices_changed.wait_for(lambda: any(lanes.values()) or self._stopping.is_set(), timeout=HANDOFF_SECONDS)
-            lane = lanes[Lane.INTERACTIVE] or lanes[Lane.BULK]
-            if not lane or self._stopping.is_set():
+            self._slices_changed.wait_for(lambda: len(self._slices) or self._stopping.is_set(), timeout=HANDOFF_SECONDS)
+            if not self._slices or self._stopping.is_set():
                 return
-            part = lane.popleft()
+            now = time.monotonic()
+            (part,) = self._slices.first(1, now)
+            self._slices.lead(part, now)
+            self._slices.start(part)
+            self._slices_of[part.request.number].discard(part)
             self._tokenizing += 1
         encodings: Sequence[Encoding | ChunkedText | NpuProxyError] = ()
         try:
             request, start = part.request, time.monotonic()
-            if request.unfinished and not request.abandoned():
+            if request.unfinished:
                 part = self._without_cached(part)
                 texts = [request.request.texts[index] for index in part.indices]
                 encodings = self._tokenizer.encode(texts, part.options)
                 request.tokenize_seconds += time.monotonic() - start
-            elif request.abandoned():
+            else:
                 with self._lock:
                     self._jobs.abandoned += len(part.indices)
         except BaseException as error:  # these texts fail; a Rust panic is not an Exception
@@ -243,14 +274,19 @@ class Pipeline:
         request, now = part.request, time.monotonic()
         with self._lock:
             self._tokenizing -= 1
-            for index, encoding in zip(part.indices, encodings, strict=False):
+            tokens = 0
+            for index, encoding in zip(part.indices, encodings if request.unfinished else (), strict=False):
                 if isinstance(encoding, Encoding):
                     request.encodings[index] = encoding
-                    self._jobs.add(encoding, request, index, part.lane, now)
+                    self._jobs.add(encoding, request, index, now)
+                    tokens += encoding.tokens
                 elif isinstance(encoding, ChunkedText):
                     chunks = self._chunk_request(request, index, encoding)
                     for number, chunk in enumerate(encoding.encodings):
-                        self._jobs.add(chunk, chunks, number, part.lane, now)
+                        self._jobs.add(chunk, chunks, number, now)
+                        tokens += chunk.tokens
+            if tokens:
+                self._tokens_per_estimate.add(tokens, part.tokens)
             self._jobs_changed.notify_all()
         for index, encoding in zip(part.indices, encodings, strict=False):
             if isinstance(encoding, NpuProxyError):
@@ -277,9 +313,9 @@ class Pipeline:
                 self._resolve(request, index, combined)
 
         texts = replace(request.request, texts=[""] * len(chunked.encodings))
-        abandoned = lambda: not request.unfinished or request.abandoned()  # noqa: E731
-        chunks = PendingRequest(texts, request.deadline, request.submitted_at, on_done, abandoned)
+        chunks = PendingRequest(texts, request.deadline, request.submitted_at, on_done, request.rank)
         chunks.encodings = list(chunked.encodings)
+        request.parts.append(chunks)
         return chunks
 
     # -- dispatch ------------------------------------------------------------------------------------------------
@@ -329,7 +365,7 @@ class Pipeline:
 
     def _more_coming(self) -> bool:
         """Whether more texts will join the queue soon."""
-        return bool(self._tokenizing or any(self._slices.values()))
+        return bool(self._tokenizing or self._slices)
 
     # -- finish --------------------------------------------------------------------------------------------------
 
@@ -393,7 +429,7 @@ class Pipeline:
         now = time.monotonic()
         if self._is_typical(batch):
             seconds = min(output.seconds, now - self._last_batch)
-            self._throughput.add(tokens=batch.tokens, texts=len(batch.slots), seconds=seconds)
+            self._tokens_per_second.add(batch.tokens, seconds)
         self._last_batch = now
         self._counters.count_batch(batch, output)
 

@@ -20,6 +20,7 @@ STATUS: Mapping[str, int] = {
     "not_allowed": 405,
     "too_large": 413,
     "model": 500,
+    "client_limit": 429,
     "gone": 499,
     "pull": 502,
     "overloaded": 503,

@@ -18,8 +18,9 @@ from starlette.applications import Starlette
 
 from npu_proxy.devices.base import Device
 from npu_proxy.errors import NpuProxyError, SettingsError
-from npu_proxy.server.http import auth
 from npu_proxy.server.http.app import create_app
+from npu_proxy.server.http.auth import is_exposed
+from npu_proxy.server.http.clients import read_keys
 from npu_proxy.server.http.protocol import drop_silent_peers, protocol_of
 from npu_proxy.server.models.loaded import LoadedModels
 from npu_proxy.server.ops import logs, systemd
@@ -88,7 +89,7 @@ def serve(settings: Settings) -> int:
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
-    keys = auth.read_keys(settings)
+    keys = read_keys(settings)
     config = uvicorn.Config(
         create_app(registry, settings, lifespan, keys),
         http=protocol_of(settings),
@@ -105,7 +106,7 @@ def serve(settings: Settings) -> int:
     )
     server = _Server(_checked(config))
     server.registry = registry
-    if auth.is_open(settings, keys):
+    if is_exposed(settings) and not keys:
         print(
             f"npu-proxy: `insecure` is set: anyone who can reach {settings.host} may use this server", file=sys.stderr, flush=True
         )

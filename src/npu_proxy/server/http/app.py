@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Lifespan
 
 from npu_proxy.errors import DeadlineError, InputError, NpuProxyError
 from npu_proxy.server.apis import cohere, infinity, model_server, ollama, openai, tei, vllm
+from npu_proxy.server.apis.common import tokens_used
 from npu_proxy.server.apis.contract import (
     Dialect,
     InferenceRoute,
@@ -34,7 +35,8 @@ from npu_proxy.server.apis.contract import (
     model_of,
 )
 from npu_proxy.server.errors import ClientGoneError, MethodNotAllowedError, RouteNotFoundError
-from npu_proxy.server.http import auth
+from npu_proxy.server.http.auth import allowed_hosts
+from npu_proxy.server.http.clients import ApiKey, identify, lane_of, read_keys
 from npu_proxy.server.http.exchange import (
     Exchange,
     JsonResponse,
@@ -84,13 +86,13 @@ class AppState:
     settings: Settings
     metrics: Metrics
     bodies: RequestBodies
-    keys: Sequence[bytes]
+    keys: Sequence[ApiKey]
     tracer: Tracer | None
     tokenizing: asyncio.Semaphore
 
 
 def create_app(
-    models: LoadedModels, settings: Settings, lifespan: Lifespan[Starlette] | None = None, keys: Sequence[bytes] | None = None
+    models: LoadedModels, settings: Settings, lifespan: Lifespan[Starlette] | None = None, keys: Sequence[ApiKey] | None = None
 ) -> ASGIApp:
     """Build the application. The caller starts and stops ``models``. keys: API keys; None reads those of the settings."""
     state = AppState(
@@ -98,7 +100,7 @@ def create_app(
         settings=settings,
         metrics=Metrics(models),
         bodies=RequestBodies(settings),
-        keys=auth.read_keys(settings) if keys is None else keys,
+        keys=read_keys(settings) if keys is None else keys,
         tracer=open_tracer(settings),
         tokenizing=asyncio.Semaphore(2),
     )
@@ -111,7 +113,7 @@ def create_app(
     app: ASGIApp = ExactRouter(routes, router)
     if settings.cors_allow_origin:
         app = CORSMiddleware(app, allow_origins=settings.cors_allow_origin, allow_methods=["*"], allow_headers=["*"])
-    hosts, origins = auth.allowed_hosts(settings), settings.cors_allow_origin
+    hosts, origins = allowed_hosts(settings), settings.cors_allow_origin
     return HostGuard(app, hosts=hosts, origins=origins, prefix=settings.url_prefix)
 
 
@@ -193,11 +195,15 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
 
     async def handle(exchange: Exchange) -> Response:
         start = time.monotonic()
-        body = decode(decoder, await state.bodies.read(exchange))
+        content = await state.bodies.read(exchange)
+        lane = lane_of(exchange.request, content, exchange.key)
+        body = decode(decoder, content)
         with await state.models.acquire(model_of(body), exchange.seconds, route.suits) as use:
             use.keep_alive = route.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
-            requests = route.to_requests(body, served)
+            requests = [
+                replace(request, client=exchange.client, lane=lane or request.lane) for request in route.to_requests(body, served)
+            ]
             _check_size(requests, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
             futures: list[Future[EmbedResult]] = []
             try:
@@ -213,6 +219,8 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
             headers: dict[str, str] = {}
             if results:
                 exchange.result = results[-1]
+                exchange.texts = sum(len(result.tokens) for result in results)
+                exchange.tokens = tokens_used(results)
                 headers = {**dialect.headers(results[-1], requests[-1]), **headers_of(results[-1])}
             for result in results:
                 result.raise_first()
@@ -285,7 +293,7 @@ def _guarded(state: AppState, dialect: Dialect, path: str, handle: Handler) -> C
         exchange = Exchange(request, request_id(request))
         response: Response | None = None
         try:
-            auth.check(state.keys, request.headers)
+            exchange.identify(identify(state.keys, request))
             exchange.seconds = timeout_of(request, state.settings.timeout)
             response = await handle(exchange)
         except NpuProxyError as error:

@@ -19,8 +19,9 @@ from npu_proxy.errors import DeadlineError, DeviceError, InputError, NpuProxyErr
 from npu_proxy.server.apis.common import header_text
 from npu_proxy.server.apis.contract import BodyFields, Dialect
 from npu_proxy.server.errors import BodyTooLargeError, ClientGoneError, NoBodyError, UnauthorizedError
+from npu_proxy.server.http.clients import ApiKey
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedResult
+from npu_proxy.types import NO_CLIENT, Client, EmbedResult
 
 _HEADER = "x-npu-proxy-"
 _SMALL = 64 * 1024
@@ -49,9 +50,19 @@ class Exchange:
     """Bytes of the body, which count towards `max_bodies_mb` until ``RequestBodies.release``."""
     model: str = ""
     result: EmbedResult | None = None
+    """The result of the last of its requests."""
+    texts: int = 0
+    """Number of texts of all of its requests that have a result."""
+    tokens: int = 0
     error: NpuProxyError | None = None
     dialect: Dialect | None = None
     """The API that the body belongs to, on a path that several APIs share."""
+    client: Client = NO_CLIENT
+    key: ApiKey | None = None
+
+    def identify(self, sender: ApiKey | Client) -> None:
+        """Note who sent the request."""
+        self.client, self.key = (sender.client, sender) if isinstance(sender, ApiKey) else (sender, None)
 
 
 class RequestBodies:

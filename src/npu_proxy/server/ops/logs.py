@@ -59,8 +59,10 @@ def log_access(exchange: Exchange, status: int, seconds: float) -> None:
         "model": exchange.model,
     }
     if result is not None:
-        fields |= {"texts": len(result.tokens), "tokens": sum(result.tokens), "cached": result.cached, "device": result.device}
+        fields |= {"texts": exchange.texts, "tokens": exchange.tokens, "cached": result.cached, "device": result.device}
         fields |= {"queued": round(result.timings.queued, 6), "inference": round(result.timings.infer, 6)}
+    if exchange.key is not None:
+        fields["key"] = exchange.key.name
     if error is not None:
         fields["error"] = error.kind
     words = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items() if value not in (None, ""))

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import DeviceReport
 from npu_proxy.engine.counters import Stats
+from npu_proxy.errors import OverloadedError
 from npu_proxy.server.http.exchange import Exchange
 from npu_proxy.server.models.loaded import LoadedModel, LoadedModels
 
@@ -45,6 +46,15 @@ class Metrics:
             )
         )
         self._children: dict[tuple[str, int], tuple[Counter, Counter, Histogram]] = {}
+        self._by_key = {
+            name: Counter(f"npu_proxy_key_{name}", f"{words}, by the name of the API key", ["key"], registry=self.registry)
+            for name, words in (
+                ("requests", "Requests"),
+                ("refused", "Requests refused because the queue or the key's part of it was full"),
+                ("texts", "Texts answered"),
+                ("tokens", "Tokens of the texts answered"),
+            )
+        }
         self._truncated = Counter("npu_proxy_truncated_texts", "Texts truncated to the limit on tokens", registry=self.registry)
 
     def answered(self, path: str, status: int, seconds: float, exchange: Exchange) -> None:
@@ -57,6 +67,8 @@ class Metrics:
         requests.inc()
         duration.observe(seconds)
         result = exchange.result
+        if exchange.key is not None:
+            self._count_key(exchange.key.name, exchange)
         if exchange.error is not None:
             self._failures.labels(exchange.error.kind).inc()
         elif result is not None:
@@ -69,6 +81,13 @@ class Metrics:
                 self._tokenized.observe(result.timings.tokenized)
                 self._queued.observe(result.timings.queued)
                 self._infer.observe(result.timings.infer)
+
+    def _count_key(self, name: str, exchange: Exchange) -> None:
+        self._by_key["requests"].labels(name).inc()
+        if isinstance(exchange.error, OverloadedError):
+            self._by_key["refused"].labels(name).inc()
+        self._by_key["texts"].labels(name).inc(exchange.texts)
+        self._by_key["tokens"].labels(name).inc(exchange.tokens)
 
 
 class _Models(Collector):

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from npu_proxy.server.apis.contract import Dialect, ModelQuery, Route
+from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ModelQuery, Route
 from npu_proxy.server.ops.health import Health
 from npu_proxy.version import __version__
 
@@ -58,7 +58,7 @@ def _operation(dialect: Dialect, route: Route, schema: Json) -> Json:
     operation: Json = {"summary": route.summary, "tags": [dialect.name], "responses": responses}
     if not isinstance(route, ModelQuery):
         operation["requestBody"] = {"required": True, "content": _json(schema[repr(route.body)])}
-        operation["parameters"] = [_TIMEOUT]
+        operation["parameters"] = [_TIMEOUT, *([_PRIORITY] if isinstance(route, InferenceRoute) else [])]
     elif "{id" in route.path:
         operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
     return operation
@@ -115,3 +115,12 @@ def _json(schema: Json) -> Json:
 
 def _plain(words: str) -> Json:
     return {"description": words, "content": {"text/plain": {"schema": {"type": "string"}}}}
+
+
+_PRIORITY = {
+    "name": "priority",
+    "in": "header",
+    "required": False,
+    "description": "The lane among the requests of the same client; a field `priority` in the body has the same effect",
+    "schema": {"type": "string", "enum": ["interactive", "bulk"]},
+}
