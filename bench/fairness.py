@@ -87,7 +87,7 @@ async def behind_a_flood(port: int) -> tuple[list[float], list[float], int, floa
 async def shares(port: int, seconds: float) -> dict[int, int]:
     """Texts that clients with 1, 8 and 64 open requests of 32 texts got done, in the same time."""
     end = time.perf_counter() + seconds
-    done = dict.fromkeys((1, 8, 64), 0)
+    done: dict[int, int] = dict.fromkeys((1, 8, 64), 0)
 
     async def client(count: int) -> None:
         while time.perf_counter() < end:

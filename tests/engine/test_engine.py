@@ -296,7 +296,7 @@ def test_options_do_what_they_say() -> None:
                 engine.embed(["cat"], **wrong)
         with pytest.raises(InputError, match="divisible by 8"):
             engine.embed(["cat"], dtype="binary", dimensions=9)
-        with pytest.raises(InputError, match="list of texts"):
+        with pytest.raises(InputError, match="in a list"):
             engine.embed("cat")
         with pytest.raises(EmptyInputError):
             engine.embed([])

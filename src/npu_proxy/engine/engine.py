@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack
 
-import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.cache.entry import CacheKeys
@@ -26,18 +28,31 @@ from npu_proxy.cache.tiers import open_cache
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device
 from npu_proxy.engine.admission import QueueLimits
+from npu_proxy.engine.calls import (
+    BATCH_SIZE,
+    Call,
+    check_batch_size,
+    classify_call,
+    embed_call,
+    raise_first,
+    rerank_call,
+    sparse_call,
+    stream_requests,
+    tokens_call,
+)
 from npu_proxy.engine.components import EngineComponents, load_components
 from npu_proxy.engine.counters import Stats
 from npu_proxy.engine.finish import finish
-from npu_proxy.engine.options import RequestOptions, make_request
+from npu_proxy.engine.inputs import text_list, text_stream
+from npu_proxy.engine.options import RequestOptions
 from npu_proxy.engine.parallel import parallel_results
 from npu_proxy.engine.pending import PendingRequest
 from npu_proxy.engine.pipeline import Pipeline, PipelineLimits
-from npu_proxy.engine.scoring import probabilities, rerank_requests, rerank_results, sorted_labels, sparse_vectors, token_vectors
 from npu_proxy.engine.similarity import similarity
 from npu_proxy.engine.stream import batches, stream_results
 from npu_proxy.engine.tokenize import RequestTokenizer
-from npu_proxy.engine.validation import check_classifier, check_options, check_output, check_texts, check_top_n
+from npu_proxy.engine.uninterrupted import uninterrupted
+from npu_proxy.engine.validation import check_output, check_texts
 from npu_proxy.errors import DeadlineError, InputError, StoppedError
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
@@ -46,7 +61,6 @@ from npu_proxy.types import (
     EmbedResult,
     Label,
     Lane,
-    OutputType,
     RerankResult,
     Similarity,
     SparseVector,
@@ -55,25 +69,39 @@ from npu_proxy.types import (
 )
 
 Array = npt.NDArray[Any]
+Answer = TypeVar("Answer")
 State = Literal["new", "running", "stopping", "stopped"]
 
-BATCH_SIZE = 256
-"""Maximum number of texts per request; longer inputs are split into several requests."""
-_RERANK_OPTIONS = ("truncate", "chunking", "max_tokens", "timeout")
 _CANCELLED = StoppedError("the caller cancelled this request")
+
+
+def _close(pipeline: Pipeline, device: Device, cache: VectorCache | None, drain: float) -> None:
+    pipeline.stop(drain)
+    device.close()
+    if cache is not None:
+        cache.close()
+
+
+def _close_later(process: int, close: Callable[[float], None]) -> None:
+    """End what a forgotten engine left running. The garbage collector may call this while any lock is held, hence the thread."""
+    if os.getpid() == process:
+        threading.Thread(target=close, args=(0.0,), name="npu-proxy-forgotten").start()
+
 
 _started: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 @atexit.register
 def _stop_all() -> None:
-    """Stop all engines at exit; native threads that are still running would abort the process."""
+    """Stop all engines at exit; native threads that are still running would abort the process, as would an interrupt now."""
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     for engine in list(_started):
         engine.stop(drain=0.0)
 
 
 class Engine:
-    """Embeds texts. Use it as a context manager, or let the first call start it. A stopped engine cannot be restarted.
+    """Embeds texts. Use it as a context manager, or let the first call start it. A stopped engine can be started again.
 
     >>> with Engine() as engine:                                                        # doctest: +SKIP
     ...     engine.embed(["one text", "another"]).shape
@@ -100,8 +128,8 @@ class Engine:
             device=settings.device if device is None else device,
         )
         self._load = components
+        self._shared_cache = cache
         self._cache = cache
-        self._own_cache: VectorCache | None = None
         self._cache_keys: CacheKeys | None = None
         self._state: State = "new"
         self._change = threading.Lock()
@@ -109,6 +137,8 @@ class Engine:
         self._process = os.getpid()
         self._pipeline: Pipeline | None = None
         self._components: EngineComponents | None = None
+        self._close: Callable[[float], None] | None = None
+        self._finalizer: weakref.finalize[..., Engine] | None = None
 
     # -- life cycle ----------------------------------------------------------------------------------------------
 
@@ -118,31 +148,39 @@ class Engine:
         return self._state
 
     def start(self) -> Self:
-        """Load and compile the model. Does nothing if the engine is running. Raises StoppedError if it was stopped."""
+        """Load and compile the model. Does nothing if the engine is running; starts a stopped engine again, on new devices."""
         with self._change:
             if self._state == "running":
                 return self
-            if self._state != "new":
-                raise StoppedError("this engine was stopped; create a new one")
-            components = self._load(self.settings, self._stopping)
+            stopping = self._stopping = threading.Event()
             try:
-                self._open(components)
+                components = uninterrupted(lambda: self._load(self.settings, stopping), lambda made: made.device.close())
+            except BaseException:
+                stopping.set()
+                raise
+            opened: VectorCache | None = None
+            try:
+                opened = open_cache(self.settings) if self._shared_cache is None else None
+                self._open(components, opened if self._shared_cache is None else self._shared_cache)
             except BaseException:
                 components.device.close()
-                if self._own_cache is not None:
-                    self._own_cache.close()
+                if opened is not None:
+                    opened.close()
                 raise
             self._components = components
             self._process = os.getpid()
             self._state = "running"
+            assert self._pipeline is not None
+            self._close = partial(_close, self._pipeline, components.device, opened)
+            self._finalizer = weakref.finalize(self, _close_later, self._process, self._close)
+            self._finalizer.atexit = False  # _stop_all does it
             _started.add(self)
         return self
 
-    def _open(self, components: EngineComponents) -> None:
+    def _open(self, components: EngineComponents, cache: VectorCache | None) -> None:
         settings = self.settings
-        if self._cache is None:
-            self._cache = self._own_cache = open_cache(settings)
-        if self._cache is not None:
+        self._cache = cache
+        if cache is not None:
             self._cache_keys = CacheKeys(components.spec.fingerprint, settings.sanitize, settings.on_empty, settings.cache_prefix)
         limits = PipelineLimits(
             batch_delay=settings.batch_delay,
@@ -150,22 +188,22 @@ class Engine:
             window=settings.window,
             queue=QueueLimits(texts=settings.max_queue_items, tokens=settings.max_queue_tokens),
         )
-        self._pipeline = Pipeline(
-            components.tokenizer, components.device, components.spec, limits, self._cache, components.canaries
-        )
+        self._pipeline = Pipeline(components.tokenizer, components.device, components.spec, limits, cache, components.canaries)
 
     def stop(self, drain: float | None = None) -> None:
-        """Let open requests finish for up to ``drain`` seconds (default: the setting `drain`), fail the rest, end all threads."""
+        """Let open requests finish for up to ``drain`` seconds (default: the setting `drain`), fail the rest, end all threads.
+
+        If the engine is starting, the start is given up.
+        """
         if self._is_forked():
             return
         self._stopping.set()
         with self._change:
-            if self._pipeline is not None and self._components is not None and self._state == "running":
+            if self._state == "running" and self._finalizer is not None and self._close is not None:
                 self._state = "stopping"
-                self._pipeline.stop(self.settings.drain if drain is None else drain)
-                self._components.device.close()
-                if self._own_cache is not None:
-                    self._own_cache.close()
+                self._finalizer.detach()
+                _started.discard(self)
+                uninterrupted(partial(self._close, self.settings.drain if drain is None else drain))
             self._state = "stopped"
 
     def __enter__(self) -> Self:
@@ -213,6 +251,8 @@ class Engine:
         StoppedError if the engine is not running.
         """
         components, pipeline = self._ensure_started()
+        if not isinstance(request.texts, list | tuple):
+            request = replace(request, texts=text_list(request.texts))
         check_texts(request.texts)
         check_output(request, components.spec)
         options = components.tokenizer.options(request)
@@ -246,45 +286,44 @@ class Engine:
         future.add_done_callback(lambda done: pending.fail_all(_CANCELLED) if done.cancelled() else None)
         return future
 
-    def embed(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> Array:
+    def embed(self, texts: Iterable[TextInput], *, batch_size: int = BATCH_SIZE, **options: Unpack[RequestOptions]) -> Array:
         """Embed texts; returns vectors [n, width] in their order, in ``dtype`` (float32 by default; n strings for base64).
 
-        If any text failed, raises the error of the first one after all texts are done.
+        texts: any collection of texts, such as a list, an array or a column of a table. batch_size: texts per request; a few
+        requests are in progress at a time, and the device packs what they contain. If a text fails, raises its error.
         """
-        if isinstance(texts, str):
-            raise InputError("texts must be a list of texts; for a single text call embed_query, or embed([text])", param="texts")
-        if len(texts) > BATCH_SIZE:
-            return np.stack(list(self.stream(texts, **options)))
-        result = self._wait(self.submit(make_request(texts, options, self.settings.timeout)))
-        return np.asarray(result.raise_first().embeddings)
+        return self._answer(embed_call(self.settings, texts, batch_size, options))
 
     def stream(
-        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[RequestOptions]
+        self,
+        texts: Iterable[TextInput],
+        *,
+        batch_size: int = BATCH_SIZE,
+        parallel: int | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Iterator[Array]:
         """Yield one vector per text, in order, from an iterable of any length, in bounded memory.
 
         batch_size: texts per request; a few requests are in progress at a time. parallel: None computes in this process; N
         starts N worker processes with one engine each (0: one process per core), for offline work on many cores.
         """
-        for result in self.results(texts, batch_size=batch_size, parallel=parallel, **options):
-            yield from result.raise_first().embeddings  # type: ignore[misc]  # rows of an array, or strings
+        return _vectors(self.results(texts, batch_size=batch_size, parallel=parallel, **options))
 
     def results(
-        self, texts: Iterable[TextInput], *, batch_size: int = 256, parallel: int | None = None, **options: Unpack[RequestOptions]
+        self,
+        texts: Iterable[TextInput],
+        *,
+        batch_size: int = BATCH_SIZE,
+        parallel: int | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Iterator[EmbedResult]:
         """Like ``stream``, but yield one EmbedResult per batch, with token counts and the errors of individual texts."""
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, not {batch_size}", param="batch_size")
+        check_batch_size(batch_size)
+        lists = batches(text_stream(texts), batch_size)
         if parallel is not None:
-            return parallel_results(type(self), self.settings, batches(texts, batch_size), parallel, options)
-        patience = self.settings.bulk_timeout
-        return stream_results(
-            batches(texts, batch_size),
-            lambda batch: self.submit(make_request(batch, options, patience)),
-            self._wait,
-            batch_size=batch_size,
-            patience=patience,
-        )
+            return parallel_results(type(self), self.settings, lists, parallel, options)
+        requests = stream_requests(self.settings, lists, options)
+        return stream_results(requests, self.submit, self._wait, self.settings.bulk_timeout)
 
     def embed_query(self, text: str) -> list[float]:
         """Embed one query, with the model's query prompt if it has one; returns a list (LangChain's signature)."""
@@ -297,53 +336,43 @@ class Engine:
     def rerank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         *,
         top_n: int | None = None,
         raw: bool = False,
+        batch_size: int = BATCH_SIZE,
         **options: Unpack[RequestOptions],
     ) -> list[RerankResult]:
         """Rank documents by how well they answer a query, best first. Needs a cross-encoder or a late-interaction model.
 
         raw: return logits instead of scores from 0 to 1. truncate=`chunk` scores a long document by its best part. The options
-        are truncate, chunking, max_tokens and timeout.
+        are truncate, chunking, max_tokens, lane and timeout.
         """
-        check_options(options, _RERANK_OPTIONS)
-        shared = make_request([query], options, self.settings.bulk_timeout)
-        requests = rerank_requests(
-            self.spec,
-            query,
-            documents,
-            top_n=top_n,
-            truncate=shared.truncate,
-            chunking=shared.chunking,
-            max_tokens=shared.max_tokens,
-            deadline=shared.deadline,
-        )
-        futures: list[Future[EmbedResult]] = []
-        try:
-            futures.extend(self.submit(request) for request in requests)
-            return rerank_results(self.spec, [self._wait(future) for future in futures], top_n=top_n, raw=raw)
-        finally:
-            for future in futures:  # if one failed, the others are not needed
-                future.cancel()
+        return self._answer(rerank_call(self.settings, self.spec, query, documents, batch_size, options, top_n=top_n, raw=raw))
 
     def classify(
-        self, texts: Sequence[TextInput], *, top_n: int | None = None, raw: bool = False, **options: Unpack[RequestOptions]
+        self,
+        texts: Iterable[TextInput],
+        *,
+        top_n: int | None = None,
+        raw: bool = False,
+        batch_size: int = BATCH_SIZE,
+        **options: Unpack[RequestOptions],
     ) -> list[list[Label]]:
         """Labels of each text (or Pair), best first. Needs a classifier. raw: return logits instead of probabilities."""
-        check_top_n(top_n)
-        check_classifier(self.spec)
-        result = self._result(texts, options, OutputType.SCORES)
-        return sorted_labels(self.spec, probabilities(self.spec, result, raw=raw), top_n)
+        return self._answer(classify_call(self.settings, self.spec, texts, batch_size, options, top_n=top_n, raw=raw))
 
-    def embed_sparse(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> list[SparseVector]:
+    def embed_sparse(
+        self, texts: Iterable[TextInput], *, batch_size: int = BATCH_SIZE, **options: Unpack[RequestOptions]
+    ) -> list[SparseVector]:
         """One sparse vector per text: weights of vocabulary entries (SPLADE, or the lexical weights of bge-m3)."""
-        return sparse_vectors(self._result(texts, options, OutputType.SPARSE))
+        return self._answer(sparse_call(self.settings, texts, batch_size, options))
 
-    def embed_tokens(self, texts: Sequence[TextInput], **options: Unpack[RequestOptions]) -> list[Vector]:
+    def embed_tokens(
+        self, texts: Iterable[TextInput], *, batch_size: int = BATCH_SIZE, **options: Unpack[RequestOptions]
+    ) -> list[Vector]:
         """One array [tokens, width] per text. Needs a late-interaction model, or a dense one with the setting `pooling`=`none`."""
-        return token_vectors(self._result(texts, options, OutputType.TOKENS))
+        return self._answer(tokens_call(self.settings, texts, batch_size, options))
 
     def similarity(self, left: Array, right: Array, how: Similarity | None = None) -> Array:
         """Similarity [n, m] of vectors [n, width] and [m, width]. how: defaults to the measure that the model's files define."""
@@ -351,22 +380,28 @@ class Engine:
 
     # -- internal ------------------------------------------------------------------------------------------------
 
-    def _result(self, texts: Sequence[TextInput], options: RequestOptions, output_type: OutputType) -> EmbedResult:
-        request = make_request(texts, options, self.settings.bulk_timeout)
-        return self._wait(self.submit(replace(request, output_type=output_type)))
+    def _answer(self, call: Call[Answer]) -> Answer:
+        """Wait for the results of a call. If one has an error, or the caller interrupts, the others are cancelled."""
+        results: list[EmbedResult] = []
+        offset = 0
+        with closing(stream_results(call.requests, self.submit, self._wait, call.patience)) as stream:
+            for result in stream:
+                results.append(raise_first(result, offset))
+                offset += len(result.errors)
+        return call.combine(results)
 
     def _is_forked(self) -> bool:
         """Whether this is a forked child's copy of the engine; its threads and device belong to the parent."""
         return self._state != "new" and os.getpid() != self._process
 
     def _ensure_started(self) -> tuple[EngineComponents, Pipeline]:
-        """Start the engine if it is new. Raises StoppedError if it was stopped or forked."""
+        """Start the engine if it is new. Raises StoppedError if it was stopped (and not started again) or forked."""
         if self._is_forked():
             raise StoppedError("this engine was started before a fork; create a new one in each process")
         if self._state == "new":
             self.start()
         if self._components is None or self._pipeline is None or self._state == "stopped":
-            raise StoppedError("the engine is not running; create a new one")
+            raise StoppedError("the engine was stopped; start it again, or create a new one")
         return self._components, self._pipeline
 
     def _wait(self, future: Future[EmbedResult]) -> EmbedResult:
@@ -374,5 +409,11 @@ class Engine:
         try:
             return future.result(timeout=max(self.settings.timeout, self.settings.bulk_timeout) * 2 + 60)
         except FutureTimeoutError:
-            future.cancel()
             raise DeadlineError("the engine did not respond; this is a bug in npu-proxy, please report it") from None
+
+
+def _vectors(results: Iterator[EmbedResult]) -> Iterator[Array]:
+    offset = 0
+    for result in results:
+        yield from raise_first(result, offset).embeddings  # type: ignore[misc]  # rows of an array, or strings
+        offset += len(result.errors)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import connection
 from typing import Any
 
 from npu_proxy.engine.options import RequestOptions
@@ -75,9 +77,17 @@ class _SameModel:
 
 
 def _start(engine_class: Callable[..., Any], settings: Settings) -> None:
-    """Load this worker's engine."""
+    """Load this worker's engine. The worker ends with its parent, however that ends."""
+    threading.Thread(target=_end_with_parent, name="npu-proxy-parent", daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _engines.append(engine_class(settings=settings).start())
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _embed(batch: Sequence[TextInput], options: RequestOptions) -> list[EmbedResult]:

@@ -22,6 +22,7 @@ from npu_proxy.types import (
     EmbedRequest,
     EmbedResult,
     Label,
+    Lane,
     OutputType,
     Pair,
     RerankResult,
@@ -47,6 +48,7 @@ def rerank_requests(
     chunking: Chunking = DEFAULT_CHUNKING,
     max_tokens: int | None = None,
     deadline: float | None = None,
+    lane: Lane | None = None,
 ) -> list[EmbedRequest]:
     """Make the requests for ``rerank_results``: pairs for a cross-encoder, queries and documents for late interaction.
 
@@ -79,7 +81,7 @@ def rerank_requests(
     else:
         message = f"{spec.name} has no head for ranking; set `model` to a cross-encoder or a late-interaction model"
         raise UnsupportedError(message, param="model")
-    return [replace(request, max_tokens=max_tokens, deadline=deadline) for request in requests]
+    return [replace(request, max_tokens=max_tokens, deadline=deadline, lane=lane) for request in requests]
 
 
 def rerank_results(
@@ -93,7 +95,7 @@ def rerank_results(
     for result in results:
         result.raise_first()
     if spec.output_type is OutputType.SCORES:
-        logits = relevance(np.asarray(results[0].embeddings, np.float32))
+        logits = relevance(np.concatenate([np.asarray(result.embeddings, np.float32) for result in results]))
         scores = logits if raw else sigmoid(logits)
     else:
         query, *documents = (np.asarray(vectors, np.float32) for result in results for vectors in result.embeddings)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal
 
-import numpy as np
-
+from npu_proxy.engine.inputs import as_text
 from npu_proxy.errors import EmptyInputError, InputError, UnsupportedError
 from npu_proxy.spec import ModelSpec
-from npu_proxy.types import DType, EmbedRequest, OutputType, Pair, TextInput
+from npu_proxy.types import DType, EmbedRequest, OutputType, TextInput
 
 OnEmpty = Literal["error", "placeholder"]
 
@@ -25,11 +24,8 @@ def check_texts(texts: Sequence[TextInput]) -> None:
     if not texts:
         raise EmptyInputError("there are no texts to embed", param="input")
     for index, text in enumerate(texts):
-        if isinstance(text, Pair):
-            if not all(isinstance(side, str) for side in cast("tuple[object, object]", text)):
-                raise InputError(f"pair {index} must consist of two strings", param="input")
-        elif not isinstance(text, str | list | tuple | np.ndarray):
-            raise InputError(f"text {index} is a {type(text).__name__}; expected a string or a list of token ids", param="input")
+        if type(text) is not str:
+            as_text(text, index)
 
 
 def text_error(text: str, on_empty: OnEmpty) -> InputError | None:
