@@ -6,7 +6,8 @@ NpuProxyError
 │   ├── TooLongError           a text is longer than the model's limit and truncation is off
 │   ├── NothingLeftError       the token limit leaves no room for the text
 │   ├── ModelNotFoundError     no model of that name is served or stored
-│   └── UnsupportedError       the model does not support what was requested
+│   ├── UnsupportedError       the model does not support what was requested
+│   └── FingerprintError       the model is not the one that the request expects
 ├── SettingsError              a setting is unknown, malformed or contradicts another
 ├── ModelError                 a model's files are missing, contradictory or not supported
 │   └── PullError              a model could not be fetched or did not match its checksum
@@ -87,6 +88,12 @@ class UnsupportedError(InputError):
     """The model does not support what was requested."""
 
     kind = "unsupported"
+
+
+class FingerprintError(InputError):
+    """The model has another fingerprint than the request expects, so its vectors must not be mixed with those it has."""
+
+    kind = "fingerprint"
 
 
 class SettingsError(NpuProxyError):

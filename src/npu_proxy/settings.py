@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,13 @@ class Settings:
     pooling: Pooling | None = _setting("Model", None)
     """How token vectors are combined into one vector. Needed for a folder without modules.json. `none`, for any dense model: one
     vector per token (bge-m3 then computes dense, sparse and token vectors in one pass)."""
+
+    query_instruction: tuple[str, ...] = _setting("Model", ())
+    """Text put before each query, such as "query: ", in place of what the model's files and documentation say; MODEL=TEXT for one
+    of several models. Requests say what is a query: by `input_type`, or by the model name with `:query` or `:document`."""
+
+    document_instruction: tuple[str, ...] = _setting("Model", ())
+    """Text put before each document, in the same way."""
 
     max_length: int | None = _setting("Model", None, 1)
     """Maximum number of tokens per text, including special tokens. Default and upper bound: the model's own limit."""
@@ -192,8 +200,9 @@ class Settings:
     sanitize: Literal["none", "basic", "nfkc"] = _setting("Request", "none")
     """Clean texts before tokenizing: basic removes NUL and lone surrogates; nfkc also applies Unicode NFKC normalization."""
 
-    on_empty: Literal["error", "placeholder"] = _setting("Request", "error")
-    """What to do with an empty text: return an error, or embed `[EMPTY]`."""
+    on_empty: Literal["error", "placeholder", "embed"] = _setting("Request", "error")
+    """What to do with a text without tokens, because it is empty or only spaces: return an error (error), embed `[EMPTY]`
+    (placeholder), or embed the special tokens alone, as sentence-transformers does (embed)."""
 
     token_ids: Literal["auto", "model", "cl100k", "reject"] = _setting("Request", "auto")
     """Vocabulary of token ids that clients send instead of text. model: the model's own. cl100k: cl100k_base, which OpenAI's
@@ -247,8 +256,9 @@ class Settings:
     """URL of a Valkey or Redis server through which machines share vectors, such as redis://host:6379/0; needs
     `npu-proxy[shared-cache]`."""
 
-    cache_prefix: str = _setting("Cache", "")
-    """Prefix that separates this instance's vectors from those of other instances in the same folder or server."""
+    cache_prefix: tuple[str, ...] = _setting("Cache", ())
+    """Prefix that separates this instance's vectors from those of other instances in the same folder or server; MODEL=PREFIX for
+    one model."""
 
     # -- server
 
@@ -338,6 +348,16 @@ class Settings:
             if least is not None and isinstance(value, int | float) and not value >= least:  # NaN is refused, too
                 bound = "greater than 0" if least == _ABOVE_ZERO else f"at least {least}"
                 raise SettingsError(f"`{setting.name}` is {value}; it must be {bound}", param=setting.name)
+
+
+def general_value(entries: Iterable[str]) -> str:
+    """The value for all models, of a setting with entries VALUE, =VALUE and MODEL=VALUE (models/per_model.py); "" if none."""
+    found = ""
+    for entry in entries:
+        model, equals, value = entry.partition("=")
+        if not equals or not model:
+            found = value if equals else entry
+    return found
 
 
 @cache

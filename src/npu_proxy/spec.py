@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,15 @@ from npu_proxy.types import OutputType, Pooling, Similarity
 
 Activation = Literal["sigmoid", "softmax", "identity"]
 """The function that turns a text's logits into scores."""
+
+
+PROMPT_NAMES: Mapping[str, Sequence[str]] = {
+    "query": ("query",),
+    "document": ("document", "passage", "corpus"),
+    "classification": ("classification", "Classification"),
+    "clustering": ("clustering", "Clustering"),
+}
+"""Prompt names by input type, as used by sentence-transformers and EmbeddingGemma; the first one that a model has is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +84,10 @@ class ModelSpec:
     prompts: Mapping[str, str]
     default_prompt: str | None
     fingerprint: str
+    prompt_sources: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Where the prompts that are not in the model's files come from, by name."""
+    matryoshka: Sequence[int] = ()
+    """The dimensions that it was trained for besides its width; empty if that is not known."""
     output_type: OutputType = OutputType.DENSE
     labels: Sequence[str] = ()
     """Names of the scores, in their order."""

@@ -173,6 +173,8 @@ class EmbedRequest:
     lane: Lane | None = None
     """None means interactive for up to ``Settings.interactive_texts`` texts, and bulk for more."""
     client: Client = NO_CLIENT
+    expect_fingerprint: str | None = None
+    """The fingerprint that the model must have; with any other, the request is refused."""
     deadline: float | None = None
 
     def __post_init__(self) -> None:

@@ -92,7 +92,7 @@ def test_static_models_share_and_weigh_vectors_as_model2vec_stores_them(copied: 
 def test_a_text_without_any_token_is_an_error_not_a_vector() -> None:
     with Engine(GOLDEN / "static", "cpu") as engine:
         for truncate in ("end", "chunk"):
-            with pytest.raises(EmptyInputError, match="produces no tokens"):
+            with pytest.raises(EmptyInputError, match="has no tokens"):
                 engine.embed(["  \n "], truncate=truncate)
 
 

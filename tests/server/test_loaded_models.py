@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import GOLDEN, SMALL_SHAPES, fake_engine, golden, smallest_cosine, until_set
-from npu_proxy import Engine, Settings
+from npu_proxy import Engine, Settings, SettingsError
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.models.pull import pull
 from npu_proxy.models.store import ModelStore
@@ -360,3 +360,76 @@ def test_a_page_of_another_origin_cannot_pull(store: Path) -> None:
             assert (await http.post("/api/pull", json={"model": "~nosuchuser", "stream": False})).status_code == 400
 
     asyncio.run(run())
+
+
+# -- roles, and what the answer says of what had no effect ---------------------------------------------------------------
+
+
+def test_a_client_that_can_only_choose_a_model_name_chooses_a_role(store: Path) -> None:
+    async def vector(http: httpx.AsyncClient, model: str, **more: Any) -> list[float]:
+        answer = await http.post("/v1/embeddings", json={"model": model, "input": "cat", **more})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == model
+        return answer.json()["data"][0]["embedding"]
+
+    async def run() -> None:
+        instructions = {"query_instruction": ("one two ",), "document_instruction": ("max=three ",)}
+        async with serving(store, served_model_name=("short",), **instructions) as (http, _):
+            plain = await vector(http, "mean")
+            for name in ("mean:query", "short:query", "mean:latest:query"):
+                assert await vector(http, name) == await vector(http, "mean", prompt="one two ")
+            assert await vector(http, "mean:document") == plain  # the instruction is for another model
+            assert await vector(http, "max:document") == await vector(http, "max", prompt="three ")  # loaded on demand
+            assert await vector(http, "mean:query", prompt="own ") == await vector(http, "mean", prompt="own ")
+            assert await vector(http, "mean:query", input_type="document") == plain
+            assert (await http.get("/v1/models/mean:query")).status_code == 200
+            for unknown in ("mean:clustering", "nobody:query", ":query"):
+                answer = await http.post("/v1/embeddings", json={"model": unknown, "input": "cat"})
+                assert answer.status_code == 404, unknown
+
+    asyncio.run(run())
+
+
+def test_a_model_whose_own_name_ends_in_a_role_comes_first(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store, served_model_name=("mean:query=max",), query_instruction=("one two ",)) as (http, _):
+            for name in ("mean:query", "max"):
+                answer = await http.post("/v1/embeddings", json={"model": name, "input": "cat"})
+                expected = await http.post("/v1/embeddings", json={"model": "max", "input": "cat"})
+                assert answer.json()["data"] == expected.json()["data"]
+
+    asyncio.run(run())
+
+
+def test_the_answer_says_what_had_no_effect_or_a_price(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store) as (http, _):
+            answer = await http.post(
+                "/v1/embeddings", json={"model": "max", "input": "a", "input_type": "document", "dimensions": 8}
+            )
+            assert answer.status_code == 200
+            assert "no instruction" in answer.headers["x-npu-proxy-input-type"]
+            assert "not trained" in answer.headers["x-npu-proxy-dimensions"]
+            plain = await http.post("/v1/embeddings", json={"model": "mean", "input": "a", "input_type": "query"})
+            assert not {"x-npu-proxy-input-type", "x-npu-proxy-dimensions"} & plain.headers.keys()
+
+    asyncio.run(run())
+
+
+def test_a_client_that_expects_another_fingerprint_gets_409_in_every_dialect(store: Path) -> None:
+    async def run() -> None:
+        async with serving(store) as (http, models):
+            fingerprint = models.first.engine.spec.fingerprint
+            bodies = {"/v1/embeddings": {"input": "a"}, "/api/embed": {"input": "a", "model": "mean"}, "/embed": {"inputs": "a"}}
+            for path, body in bodies.items():
+                for expected, status in ((fingerprint, 200), ("0" * 16, 409)):
+                    answer = await http.post(path, json=body, headers={"X-NPU-Proxy-Expect-Fingerprint": expected})
+                    assert answer.status_code == status, answer.text
+            assert models.first.engine.stats().counters.refused == 0
+
+    asyncio.run(run())
+
+
+def test_a_setting_for_a_model_that_nobody_serves_is_refused(store: Path) -> None:
+    with pytest.raises(SettingsError, match="no model is named"):
+        LoadedModels(Settings(model=("mean",), store=store, query_instruction=("maen=q: ",)))

@@ -9,13 +9,13 @@ from npu_proxy.cache.disk import DiskTier
 from npu_proxy.cache.shared import SharedTier
 from npu_proxy.cache.tier import Tier
 from npu_proxy.cache.vectors import VectorCache
-from npu_proxy.settings import Settings
+from npu_proxy.settings import Settings, general_value
 
 OFF: dict[str, int | str] = {"cache_mb": 0, "cache_disk_mb": 0, "cache_url": ""}
 """Settings that turn off memory and each tier."""
 TIERS: tuple[Callable[[Settings], Tier | None], ...] = (
     lambda settings: DiskTier(settings.cache_folder, settings.cache_disk_mb * 1_000_000) if settings.cache_disk_mb else None,
-    lambda settings: SharedTier(settings.cache_url, settings.cache_prefix) if settings.cache_url else None,
+    lambda settings: SharedTier(settings.cache_url, general_value(settings.cache_prefix)) if settings.cache_url else None,
 )
 """Functions that make a tier from settings, or return None if it is turned off; in order of lookup."""
 

@@ -89,6 +89,15 @@ def show(model: str = "", /, *, json: bool = False, settings: SharedSettings = D
             print(f"{key:14} {shown}")
 
 
+def _dimensions(spec: ModelSpec) -> str:
+    """The dimensions to which its vectors may be cut."""
+    if OutputType.DENSE not in spec.output_types:
+        return ""
+    if isinstance(spec.matryoshka, range):
+        return f"{spec.matryoshka[0]} to {spec.matryoshka[-1]}"
+    return ", ".join(map(str, spec.matryoshka)) or "not trained for it; `dimensions` costs quality"
+
+
 def describe(settings: Settings) -> dict[str, object]:
     """The properties that ``show`` prints, by name."""
     settings, spec = resolve(settings)
@@ -111,7 +120,9 @@ def describe(settings: Settings) -> dict[str, object]:
         "labels": list(spec.labels),
         "scores": spec.activation if spec.output_type is OutputType.SCORES else "",
         "prompts": dict(spec.prompts),
+        "prompt sources": dict(spec.prompt_sources),
         "default prompt": spec.default_prompt,
+        "matryoshka": _dimensions(spec),
         "instruction": spec.instruction,
         "precision": spec.precision,
         "served from": f"a graph file, padded (device {settings.device})" if settings.device in GRAPH_FILES else "",

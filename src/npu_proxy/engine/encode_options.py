@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from npu_proxy.errors import InputError
-from npu_proxy.spec import ModelSpec
+from npu_proxy.spec import PROMPT_NAMES, ModelSpec
 from npu_proxy.types import DEFAULT_CHUNKING, Chunking, EmbedRequest, Truncate
-
-_PROMPT_NAMES = {
-    "query": ("query",),
-    "document": ("document", "passage", "corpus"),
-    "classification": ("classification", "Classification"),
-    "clustering": ("clustering", "Clustering"),
-}
-"""Prompt names by input type, as used by sentence-transformers and EmbeddingGemma; the first one that a model has is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +40,11 @@ class EncodeOptions:
         return (self.prompt, self.truncate, self.limit, *special)
 
 
+def has_prompt(spec: ModelSpec, input_type: str) -> bool:
+    """Whether a model has an instruction for an input type; late-interaction models mark queries and documents in other ways."""
+    return spec.late_interaction is not None or any(name in spec.prompts for name in PROMPT_NAMES.get(input_type, ()))
+
+
 def find_prompt(spec: ModelSpec, request: EmbedRequest) -> str:
     """The prompt of a request, put before each of its texts. Raises InputError if the model does not have the prompt."""
     prompts = spec.prompts
@@ -68,9 +65,9 @@ def find_prompt(spec: ModelSpec, request: EmbedRequest) -> str:
             raise InputError(message, param="instruction")
         return spec.instruction.replace("{task}", request.instruction)
     if request.input_type is not None:
-        names = _PROMPT_NAMES.get(request.input_type)
+        names = PROMPT_NAMES.get(request.input_type)
         if names is None:
-            message = f"input_type must be one of {', '.join(_PROMPT_NAMES)}, not `{request.input_type}`"
+            message = f"input_type must be one of {', '.join(PROMPT_NAMES)}, not `{request.input_type}`"
             raise InputError(message, param="input_type")
         return next((prompts[name] for name in names if name in prompts), "")
     return prompts.get(spec.default_prompt or "", "")

@@ -6,6 +6,7 @@ Longer than most files here: it is the public surface, and most of it is signatu
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import threading
@@ -42,6 +43,7 @@ from npu_proxy.engine.calls import (
 )
 from npu_proxy.engine.components import EngineComponents, load_components
 from npu_proxy.engine.counters import Stats
+from npu_proxy.engine.encode_options import EncodeOptions
 from npu_proxy.engine.finish import finish
 from npu_proxy.engine.inputs import text_list, text_stream
 from npu_proxy.engine.options import RequestOptions
@@ -51,10 +53,11 @@ from npu_proxy.engine.pipeline import Pipeline, PipelineLimits
 from npu_proxy.engine.similarity import similarity
 from npu_proxy.engine.stream import batches, stream_results
 from npu_proxy.engine.tokenize import RequestTokenizer
-from npu_proxy.engine.uninterrupted import uninterrupted
-from npu_proxy.engine.validation import check_output, check_texts
+from npu_proxy.engine.uninterrupted import interruptible, uninterrupted
+from npu_proxy.engine.validation import check_output, check_texts, cuts_untrained
 from npu_proxy.errors import DeadlineError, InputError, StoppedError
-from npu_proxy.settings import Settings
+from npu_proxy.models.per_model import settings_of
+from npu_proxy.settings import Settings, general_value
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import (
     EmbedRequest,
@@ -67,6 +70,8 @@ from npu_proxy.types import (
     TextInput,
     Vector,
 )
+
+_log = logging.getLogger("npu_proxy.engine")
 
 Array = npt.NDArray[Any]
 Answer = TypeVar("Answer")
@@ -122,15 +127,14 @@ class Engine:
         cache: a cache shared with other engines; its owner closes it. None opens the cache that the settings ask for.
         """
         settings = settings or Settings()
-        self.settings: Settings = replace(
-            settings,
-            model=settings.model if model is None else (str(model),),
-            device=settings.device if device is None else device,
-        )
+        if device is not None:
+            settings = replace(settings, device=device)
+        self.settings: Settings = settings_of(settings, settings.model[0] if model is None else str(model))
         self._load = components
         self._shared_cache = cache
         self._cache = cache
         self._cache_keys: CacheKeys | None = None
+        self._warned_of_cut = False
         self._state: State = "new"
         self._change = threading.Lock()
         self._stopping = threading.Event()
@@ -181,7 +185,8 @@ class Engine:
         settings = self.settings
         self._cache = cache
         if cache is not None:
-            self._cache_keys = CacheKeys(components.spec.fingerprint, settings.sanitize, settings.on_empty, settings.cache_prefix)
+            configuration = (settings.sanitize, settings.on_empty, general_value(settings.cache_prefix))
+            self._cache_keys = CacheKeys(components.spec.fingerprint, *configuration)
         limits = PipelineLimits(
             batch_delay=settings.batch_delay,
             aging=settings.aging,
@@ -253,12 +258,7 @@ class Engine:
         components, pipeline = self._ensure_started()
         if not isinstance(request.texts, list | tuple):
             request = replace(request, texts=text_list(request.texts))
-        check_texts(request.texts)
-        check_output(request, components.spec)
-        options = components.tokenizer.options(request)
-        if options.late_chunking and all(shape.segments == 1 for shape in components.device.shapes):
-            message = "late chunking needs several vectors per text; turn on `packing` and set `device` to one without a graph file"
-            raise InputError(message, param="late")
+        options = self._checked(request, components)
         future: Future[EmbedResult] = Future()
 
         def on_done(pending: PendingRequest) -> None:
@@ -390,6 +390,21 @@ class Engine:
                 offset += len(result.errors)
         return call.combine(results)
 
+    def _checked(self, request: EmbedRequest, components: EngineComponents) -> EncodeOptions:
+        """How to tokenize a request. Raises InputError if the model or the device cannot do what it asks for."""
+        spec = components.spec
+        check_texts(request.texts)
+        check_output(request, spec)
+        options = components.tokenizer.options(request)
+        if options.late_chunking and all(shape.segments == 1 for shape in components.device.shapes):
+            message = "late chunking needs several vectors per text; turn on `packing` and set `device` to one without a graph file"
+            raise InputError(message, param="late")
+        if cuts_untrained(spec, request) and not self._warned_of_cut:
+            self._warned_of_cut = True
+            message = "%s was not trained for fewer dimensions than %d (Matryoshka), which costs quality (docs/dimensions.md)"
+            _log.warning(message, spec.name, spec.width)
+        return options
+
     def _is_forked(self) -> bool:
         """Whether this is a forked child's copy of the engine; its threads and device belong to the parent."""
         return self._state != "new" and os.getpid() != self._process
@@ -407,7 +422,7 @@ class Engine:
     def _wait(self, future: Future[EmbedResult]) -> EmbedResult:
         """Wait for a result. Normally the deadline ends the wait; the timeout here catches an engine that has died."""
         try:
-            return future.result(timeout=max(self.settings.timeout, self.settings.bulk_timeout) * 2 + 60)
+            return interruptible(future, max(self.settings.timeout, self.settings.bulk_timeout) * 2 + 60)
         except FutureTimeoutError:
             raise DeadlineError("the engine did not respond; this is a bug in npu-proxy, please report it") from None
 

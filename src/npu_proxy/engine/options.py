@@ -23,6 +23,7 @@ class RequestOptions(TypedDict, total=False):
     chunking: Chunking
     max_tokens: int | None
     dtype: DType | str
+    expect_fingerprint: str | None
     lane: Lane | Literal["interactive", "bulk"] | None
     timeout: float | None
     """Seconds until DeadlineError; None uses the setting `timeout` (when streaming, `bulk_timeout` per batch)."""

@@ -24,7 +24,7 @@ from npu_proxy.engine.special_tokens import (
     longest_first,
     unknown_token_ids,
 )
-from npu_proxy.engine.validation import PLACEHOLDER, OnEmpty, text_error, token_ids_error
+from npu_proxy.engine.validation import PLACEHOLDER, OnEmpty, empty_text_error, text_error, token_ids_error
 from npu_proxy.errors import (
     EmptyInputError,
     InputError,
@@ -47,6 +47,10 @@ _COUNTED_CHARACTERS = 200_000
 """Texts up to this many characters are tokenized completely if an error must state their length."""
 _MAX_CHARACTERS = 4_000_000
 """Maximum characters per text that are tokenized; a tokenizer needs some hundred bytes per character."""
+_SAMPLED = 16
+"""Number of characters that are looked at first to see whether a text has letters."""
+_PART = 4096
+"""Number of characters that are tokenized at once to see whether a text has tokens."""
 _COMPARED_IDS = 256
 """Number of token ids that are compared to tell whether they belong to this model."""
 
@@ -149,11 +153,23 @@ class RequestTokenizer:
             return token_ids_error(text, self._spec.vocabulary) or self._special.add(text)
         if self._sanitize != "none":
             text = _sanitized(text, self._sanitize)
-        if (error := text_error(text, self._on_empty)) is not None:
+        if (error := text_error(text)) is not None:
             return error
-        text = prompt + (text or PLACEHOLDER)
+        if self._on_empty != "embed" and self._is_empty(text):
+            if self._on_empty == "error":
+                return empty_text_error(text)
+            text = PLACEHOLDER
+        text = prompt + text
         # Added by sentence-transformers if the model's files ask for it, in addition to the tokenizer's normalizer.
         return text.lower() if self._spec.lower_case else text
+
+    def _is_empty(self, text: str) -> bool:
+        """Whether a text has no tokens but special ones. A letter or digit always gives one, so few texts are tokenized twice."""
+        if any(map(str.isalnum, text[:_SAMPLED])):
+            return False
+        visible = text.strip()[:_MAX_CHARACTERS] or text[:_SAMPLED]
+        parts = (visible[start : start + _PART] for start in range(0, len(visible), _PART))
+        return not any(self._tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
 
     def _fit_prepared(
         self, text: str | list[int] | Pair | NpuProxyError, encoded: Iterator[list[int] | NpuProxyError], options: EncodeOptions

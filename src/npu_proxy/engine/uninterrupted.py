@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 Made = TypeVar("Made")
+
+
+_CHECK_SECONDS = 0.5
+"""A signal that arrives just before a wait begins does not end it, so waits are at most this long."""
+
+
+def interruptible(future: Future[Made], seconds: float = math.inf) -> Made:
+    """Wait for a future's result in a way that Ctrl-C always ends. Raises TimeoutError after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not future.done() and (remaining := end - time.monotonic()) > 0:
+        wait([future], timeout=min(_CHECK_SECONDS, remaining))
+    return future.result(timeout=0)
 
 
 def uninterrupted(call: Callable[[], Made], undo: Callable[[Made], object] = lambda _: None) -> Made:
@@ -28,7 +42,7 @@ def uninterrupted(call: Callable[[], Made], undo: Callable[[Made], object] = lam
             threading.Thread(target=run, name="npu-proxy-uninterrupted", daemon=False).start()
         except RuntimeError:  # the interpreter is shutting down
             return call()
-        return made.result()
+        return interruptible(made)
     except BaseException:
         made.add_done_callback(lambda made: None if made.exception() else undo(made.result()))
         raise

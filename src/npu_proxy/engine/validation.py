@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from npu_proxy.engine.inputs import as_text
-from npu_proxy.errors import EmptyInputError, InputError, UnsupportedError
+from npu_proxy.errors import EmptyInputError, FingerprintError, InputError, UnsupportedError
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import DType, EmbedRequest, OutputType, TextInput
 
-OnEmpty = Literal["error", "placeholder"]
+OnEmpty = Literal["error", "placeholder", "embed"]
 
 PLACEHOLDER = "[EMPTY]"
 """The text embedded in place of an empty one if ``on_empty`` is `placeholder`."""
@@ -28,17 +28,21 @@ def check_texts(texts: Sequence[TextInput]) -> None:
             as_text(text, index)
 
 
-def text_error(text: str, on_empty: OnEmpty) -> InputError | None:
-    """The error of a single text; None if it is valid."""
+def text_error(text: str) -> InputError | None:
+    """The error of a single text that is no valid Unicode; None if it is valid."""
     try:
         text.encode()
     except UnicodeEncodeError:
         message = "the text contains a lone surrogate, which is not a Unicode character; sanitize=`basic` removes it"
         return InputError(message, param="input")
-    if not text and on_empty == "error":
-        message = "the text is empty; remove it (or set `on_empty` to `placeholder` to embed `[EMPTY]`)"
-        return EmptyInputError(message, param="input")
     return None
+
+
+def empty_text_error(text: str) -> EmptyInputError:
+    """The error of a text that has no tokens but special ones."""
+    what = "is empty" if not text else "has no tokens: it consists of spaces or of characters that the tokenizer ignores"
+    hint = "remove it, or set `on_empty` to `placeholder` to embed `[EMPTY]`, or to `embed` to embed the special tokens alone"
+    return EmptyInputError(f"the text {what}; {hint}", param="input")
 
 
 def token_ids_error(ids: Sequence[int], vocabulary: int) -> InputError | None:
@@ -72,7 +76,12 @@ def check_top_n(top_n: int | None) -> None:
 
 
 def check_output(request: EmbedRequest, spec: ModelSpec) -> None:
-    """Raise InputError if the model does not have the output type, or if dimensions or dtype are not possible for it."""
+    """Raise InputError if the model is another than expected, lacks the output type, or cannot give the dimensions or dtype."""
+    expected = request.expect_fingerprint
+    if expected is not None and expected != spec.fingerprint:
+        message = f"{spec.name} has the fingerprint {spec.fingerprint}, but the request expects {expected[:40]}"
+        hint = "vectors of the two must not be mixed; embed the texts again, or serve the model, precision and prompts as before"
+        raise FingerprintError(f"{message}: {hint}", param="expect_fingerprint")
     output_type = request.output_type
     if output_type not in spec.output_types:
         raise UnsupportedError(_unsupported(spec, output_type), param="model")
@@ -90,6 +99,12 @@ def check_output(request: EmbedRequest, spec: ModelSpec) -> None:
         raise InputError(f"{request.dtype} needs a width divisible by 8, not {bits}", param="dimensions")
     if request.dtype in (DType.INT8, DType.UINT8) and not request.normalize:
         raise InputError(f"{request.dtype} has a fixed scale for unit vectors; it needs normalize=true", param="normalize")
+
+
+def cuts_untrained(spec: ModelSpec, request: EmbedRequest) -> bool:
+    """Whether a request cuts dense vectors of a model that, as far as is known, was not trained for it (Matryoshka)."""
+    cut = request.output_type is OutputType.DENSE and request.dimensions not in (None, spec.width)
+    return cut and not spec.matryoshka
 
 
 # -- models --------------------------------------------------------------------------------------------------------------

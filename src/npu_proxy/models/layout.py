@@ -88,7 +88,7 @@ def _transformer_spec(
         raise ModelError(
             f"config_sentence_transformers.json: default_prompt_name `{spec.default_prompt}` is not one of the prompts"
         )
-    return replace(spec, instruction=_instruction(spec))
+    return replace(spec, instruction=instruction_template(spec))
 
 
 def _output_type(files: ModelFiles, pooling: Pooling | None) -> OutputType:
@@ -221,7 +221,7 @@ def _activation(count: int, stored: str, problem: str | None) -> Activation:
     return "identity" if problem == "regression" else "softmax"
 
 
-def _instruction(spec: ModelSpec) -> str:
+def instruction_template(spec: ModelSpec) -> str:
     """The template that turns a task into a prompt: from the catalog, or derived from the model's own prompts."""
     template = INSTRUCTIONS.get(spec.name.lower())
     if template:

@@ -10,16 +10,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.graph_files import available_devices, from_graph_file
-from npu_proxy.models.layout import read_spec
+from npu_proxy.models.instructions import DOCUMENTED
+from npu_proxy.models.layout import instruction_template, read_spec
 from npu_proxy.models.quantized import int8_spec
 from npu_proxy.models.store import ModelStore
 from npu_proxy.models.tuning import apply_profile
-from npu_proxy.settings import Settings
-from npu_proxy.spec import ModelSpec
+from npu_proxy.settings import Settings, general_value
+from npu_proxy.spec import PROMPT_NAMES, ModelSpec
 from npu_proxy.targets import GRAPH_FILES
+from npu_proxy.types import OutputType
 
 
 def resolve(settings: Settings) -> tuple[Settings, ModelSpec]:
@@ -40,7 +42,36 @@ def read_model(settings: Settings, model: str = "") -> ModelSpec:
 
 def read_folder(settings: Settings, folder: Path, name: str | None = None) -> ModelSpec:
     """The fp32 spec of the model in ``folder``, with the settings that change how its files are read. Raises ModelError."""
-    return read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
+    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
+    return with_documentation(spec, settings)
+
+
+def with_documentation(spec: ModelSpec, settings: Settings) -> ModelSpec:
+    """The spec with the instructions of the settings, then of its files, then of its documentation; and its Matryoshka dimensions.
+
+    Raises SettingsError if an instruction is set for a late-interaction model, which has markers of its own.
+    """
+    documented = DOCUMENTED.get(spec.name.lower())
+    listed = spec.config.get("matryoshka_dimensions")
+    dimensions = tuple(listed) if isinstance(listed, list) else documented.dimensions if documented else ()
+    spec = replace(spec, matryoshka=dimensions)
+    if spec.output_type is OutputType.SCORES:
+        return spec
+    prompts, sources = dict(spec.prompts), dict[str, str]()
+    for role in ("query", "document"):
+        text = getattr(documented, role, "")
+        if text and documented and spec.late_interaction is None and not any(name in prompts for name in PROMPT_NAMES[role]):
+            prompts[role], sources[role] = text, documented.source
+        setting = f"{role}_instruction"
+        if chosen := general_value(getattr(settings, setting)):
+            if spec.late_interaction is not None:
+                why = "late-interaction models mark queries and documents in their own way"
+                raise SettingsError(f"`{setting}` cannot be set for {spec.name}: {why}", param=setting)
+            prompts[role], sources[role] = chosen, f"the setting `{setting}`"
+    if prompts == spec.prompts:
+        return spec
+    spec = replace(spec, prompts=prompts, prompt_sources=sources)
+    return replace(spec, instruction=spec.instruction or instruction_template(spec), fingerprint=fingerprint(spec))
 
 
 def served_spec(settings: Settings, spec: ModelSpec) -> ModelSpec:

@@ -18,6 +18,7 @@ STATUS: Mapping[str, int] = {
     "model_not_found": 404,
     "not_found": 404,
     "not_allowed": 405,
+    "fingerprint": 409,
     "too_large": 413,
     "model": 500,
     "client_limit": 429,

@@ -41,6 +41,7 @@ class ServedModel:
 
     requested_name: the model's name as the client wrote it, or its own. load_seconds: how long the request waited for the model
     to be loaded. cl100k: returns the decoder of cl100k_base ids; raises InputError with instructions if it is not downloaded.
+    role: `query` or `document`, if the requested name ends in it; the input type of requests that choose no prompt.
     """
 
     spec: ModelSpec
@@ -49,6 +50,7 @@ class ServedModel:
     requested_name: str
     load_seconds: float
     cl100k: Callable[[], TokenDecoder]
+    role: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

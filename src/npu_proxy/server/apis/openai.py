@@ -15,7 +15,7 @@ from npu_proxy.types import DType, EmbedRequest, EmbedResult, Truncate
 
 
 class EmbeddingsBody(msgspec.Struct, kw_only=True):
-    """Body of POST /v1/embeddings; `input_type`, `prompt_name`, `truncate` and `normalize` are extensions by npu-proxy.
+    """Body of POST /v1/embeddings; `input_type`, `prompt_name`, `prompt`, `truncate` and `normalize` are extensions by npu-proxy.
 
     `task`, `embedding_type` and `normalized` come from Jina's API, in which `truncate` is a boolean.
     """
@@ -27,6 +27,7 @@ class EmbeddingsBody(msgspec.Struct, kw_only=True):
     user: str | None = None
     input_type: Literal["query", "document"] | None = None
     prompt_name: str | None = None
+    prompt: str | None = None
     truncate: bool | Literal["error", "end", "start", "chunk"] | None = None
     normalize: bool | None = None
     task: str | None = None
@@ -94,6 +95,7 @@ def to_requests(body: EmbeddingsBody, served: ServedModel) -> list[EmbedRequest]
         texts=text_inputs(body.input, served, "input"),
         input_type=body.input_type or _TASKS.get(body.task or ""),
         prompt_name=body.prompt_name,
+        prompt=body.prompt,
         dimensions=body.dimensions,
         normalize=body.normalize is not False and body.normalized is not False,
         truncate=_TRUNCATE.get(str(body.truncate).lower(), Truncate.END),

@@ -58,7 +58,7 @@ from npu_proxy.server.ops.metrics import Metrics
 from npu_proxy.server.ops.openapi import document
 from npu_proxy.server.ops.tracing import Tracer, open_tracer
 from npu_proxy.settings import Settings
-from npu_proxy.types import EmbedRequest, EmbedResult
+from npu_proxy.types import EmbedRequest, EmbedResult, Lane
 
 DIALECTS: tuple[Dialect, ...] = (
     openai.DIALECT,
@@ -201,9 +201,7 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
         with await state.models.acquire(model_of(body), exchange.seconds, route.suits) as use:
             use.keep_alive = route.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
-            requests = [
-                replace(request, client=exchange.client, lane=lane or request.lane) for request in route.to_requests(body, served)
-            ]
+            requests = [_completed(request, exchange, lane, served.role) for request in route.to_requests(body, served)]
             _check_size(requests, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
             futures: list[Future[EmbedResult]] = []
             try:
@@ -221,13 +219,25 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
                 exchange.result = results[-1]
                 exchange.texts = sum(len(result.tokens) for result in results)
                 exchange.tokens = tokens_used(results)
-                headers = {**dialect.headers(results[-1], requests[-1]), **headers_of(results[-1])}
+                headers = {**dialect.headers(results[-1], requests[-1]), **headers_of(results[-1], requests[-1], served.spec)}
             for result in results:
                 result.raise_first()
             reply = route.to_reply(results, body, served)
         return JsonResponse(reply, headers=headers, seconds=settings.header_timeout, bodies=state.bodies)
 
     return handle
+
+
+def _completed(request: EmbedRequest, exchange: Exchange, lane: Lane | None, role: str | None) -> EmbedRequest:
+    """A request with what does not come from its body."""
+    chosen = (request.input_type, request.prompt, request.prompt_name, request.instruction)
+    return replace(
+        request,
+        client=exchange.client,
+        lane=lane or request.lane,
+        input_type=role if all(value is None for value in chosen) else request.input_type,
+        expect_fingerprint=exchange.request.headers.get("x-npu-proxy-expect-fingerprint"),
+    )
 
 
 def _check_size(requests: Sequence[EmbedRequest], limit: int, setting: int) -> None:

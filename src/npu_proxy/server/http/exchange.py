@@ -15,13 +15,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from npu_proxy.engine.encode_options import has_prompt
+from npu_proxy.engine.validation import cuts_untrained
 from npu_proxy.errors import DeadlineError, DeviceError, InputError, NpuProxyError, OverloadedError, UnavailableError
 from npu_proxy.server.apis.common import header_text
 from npu_proxy.server.apis.contract import BodyFields, Dialect
 from npu_proxy.server.errors import BodyTooLargeError, ClientGoneError, NoBodyError, UnauthorizedError
 from npu_proxy.server.http.clients import ApiKey
 from npu_proxy.settings import Settings
-from npu_proxy.types import NO_CLIENT, Client, EmbedResult
+from npu_proxy.spec import ModelSpec
+from npu_proxy.types import NO_CLIENT, Client, EmbedRequest, EmbedResult
 
 _HEADER = "x-npu-proxy-"
 _SMALL = 64 * 1024
@@ -215,8 +218,11 @@ class JsonResponse(Response):
                 await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
-def headers_of(result: EmbedResult) -> dict[str, str]:
-    """Return headers with the device, the model's fingerprint, cache hits, the fallback, and the number of truncated texts."""
+def headers_of(result: EmbedResult, request: EmbedRequest, spec: ModelSpec) -> dict[str, str]:
+    """Return headers with the device, the model's fingerprint, cache hits, the fallback, and the number of truncated texts.
+
+    Also what the request asked for without effect: an input type without an instruction, dimensions without training for them.
+    """
     count = len(result.tokens)
     headers = {
         f"{_HEADER}device": header_text(result.device),
@@ -227,6 +233,10 @@ def headers_of(result: EmbedResult) -> dict[str, str]:
         headers[f"{_HEADER}fallback"] = header_text(result.fallback)
     if any(result.truncated):
         headers[f"{_HEADER}truncated"] = str(sum(result.truncated))
+    if request.input_type is not None and not has_prompt(spec, request.input_type):
+        headers[f"{_HEADER}input-type"] = f"{header_text(request.input_type)}; this model has no instruction for it"
+    if cuts_untrained(spec, request):
+        headers[f"{_HEADER}dimensions"] = f"{request.dimensions}; this model was not trained for fewer dimensions than {spec.width}"
     return headers
 
 

@@ -22,6 +22,12 @@ def normalize_name(name: str) -> str:
     return canonical(name).lower().removesuffix(":latest")
 
 
+def split_role(name: str) -> tuple[str, str | None]:
+    """Split a name that ends in `:query` or `:document`, the role of the texts; otherwise the role is None."""
+    own_name, _, role = name.rpartition(":")
+    return (own_name, role) if own_name and role in ("query", "document") else (name, None)
+
+
 class ModelIndex:
     """The models that can be loaded. Reads files, so it is used in threads; several threads may use it at once."""
 
@@ -46,6 +52,13 @@ class ModelIndex:
             if (target or wanted) in (normalize_name(stored.name), alias(stored.name)):
                 return stored
         raise UnknownModelError(name)
+
+    def has(self, name: str) -> bool:
+        """Whether a stored model has exactly that name or alias."""
+        try:
+            return bool(self.find(name))
+        except UnknownModelError:
+            return False
 
     def models(self) -> Iterator[StoredModel]:
         """Yield the models that can be served; none if models are not loaded on demand."""

@@ -14,7 +14,7 @@ from npu_proxy.models.store import StoredModel, is_name
 from npu_proxy.prepare.artifacts import remove_artifacts
 from npu_proxy.server.apis.contract import ModelInfo
 from npu_proxy.server.errors import ForbiddenError, UnknownModelError
-from npu_proxy.server.models.index import normalize_name
+from npu_proxy.server.models.index import normalize_name, split_role
 from npu_proxy.server.models.loaded import LoadedModels
 from npu_proxy.settings import Settings
 
@@ -55,6 +55,9 @@ class ServerListing:
 
     def find(self, name: str | None) -> ModelInfo:
         """Return the model with that name or alias, or the first model without a name. Raises UnknownModelError."""
+        own_name, role = split_role(name or "")
+        if role is not None and self._loaded.find(name) is None and not self._index.has(name or ""):
+            name = own_name
         return self._loaded.find(name) or self._stored(self._index.find(name or ""))
 
     def pull(self, name: str, report: Callable[[str], None]) -> StoredModel:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,10 +24,11 @@ from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.engine.engine import Engine
 from npu_proxy.errors import DeadlineError, InputError, StoppedError, UnavailableError
 from npu_proxy.models.cl100k import FILE, NAME, Cl100k
+from npu_proxy.models.per_model import check_models, settings_of
 from npu_proxy.models.pull import model_files
 from npu_proxy.models.store import StoredModel
 from npu_proxy.server.apis.contract import ModelInfo, ServedModel
-from npu_proxy.server.models.index import ModelIndex, normalize_name
+from npu_proxy.server.models.index import ModelIndex, normalize_name, split_role
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
 from npu_proxy.system import available_memory
@@ -124,11 +125,12 @@ class LoadedModels:
         """Create the engines without loading any model. Raises SettingsError if the cache or an alias is invalid."""
         self.settings = settings
         self.index: ModelIndex = ModelIndex(settings)
+        check_models(settings, (stored.name for stored in self.index.store.list()))
         self.cache: VectorCache | None = open_cache(settings)
         self._make = make
         self._limit = settings.models_mb * 1_000_000 if settings.models_mb else available_memory() // 4
         self._loaded: dict[str, LoadedModel] = {}
-        self._by_name: dict[str, LoadedModel] = {}
+        self._by_name: dict[str, tuple[LoadedModel, str | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(8, "npu-proxy-models")
         self._cl100k: Cl100k | None = None
@@ -136,7 +138,7 @@ class LoadedModels:
         self.failure: str | None = None
         """Why the models of the settings could not be loaded."""
         for name in settings.model:
-            engine = make(replace(settings, model=(name,)), self.cache)
+            engine = make(settings_of(settings, name), self.cache)
             self._loaded[name] = LoadedModel(name=name, engine=engine, pinned=True)
         self.first: LoadedModel = self._loaded[settings.model[0]]
 
@@ -204,16 +206,17 @@ class LoadedModels:
         Raises UnknownModelError, StoppedError, DeadlineError if loading takes longer than ``seconds``, or UnavailableError if
         there is no room.
         """
-        model = self._by_name.get(name) if name else self._first_suitable(suits)
+        model, role = self._by_name.get(name, (None, None)) if name else (self._first_suitable(suits), None)
         load_seconds = 0.0
         if model is None or not model.running:
-            model = self.running(name)
+            own_name, role = await self._without_role(name) if name else (name, None)
+            model = self.running(own_name)
             if model is None:
                 start = time.monotonic()
-                model = await self._load_on_demand(str(name), seconds)
+                model = await self._load_on_demand(str(own_name), seconds)
                 load_seconds = time.monotonic() - start
             if name and len(self._by_name) < _REMEMBERED_NAMES:
-                self._by_name[name] = model
+                self._by_name[name] = (model, role)
         model.uses += 1
         engine = model.engine
         served = ServedModel(
@@ -223,8 +226,16 @@ class LoadedModels:
             requested_name=name or engine.spec.name,
             load_seconds=load_seconds,
             cl100k=self._cl100k_decoder,
+            role=role,
         )
         return ModelUse(self, model, served)
+
+    async def _without_role(self, name: str) -> tuple[str, str | None]:
+        """Split `NAME:query` or `NAME:document` into the name and the role. A model that has the whole name comes first."""
+        own_name, role = split_role(name)
+        if role is None or self.named(normalize_name(name)) is not None:
+            return name, None
+        return (name, None) if await self.in_thread(self.index.has, name) else (own_name, role)
 
     def release(self, model: LoadedModel, keep_alive: float | None) -> None:
         """End a request's use of the model. keep_alive: seconds to keep it loaded, negative for forever; None uses the setting."""
@@ -285,7 +296,7 @@ class LoadedModels:
     def _begin(self, stored: StoredModel) -> LoadedModel:
         size = _weight_bytes(stored.folder)
         unloading = self._make_room(stored.name, size)
-        engine = self._make(replace(self.settings, model=(stored.name,)), self.cache)
+        engine = self._make(settings_of(self.settings, stored.name), self.cache)
         model = self._loaded[stored.name] = LoadedModel(name=stored.name, engine=engine, pinned=False, size=size)
         model.task = asyncio.create_task(self._load(model, unloading))
         self._tasks.add(model.task)
@@ -349,7 +360,7 @@ class LoadedModels:
         if model.timer is not None:
             model.timer.cancel()
         self._loaded.pop(model.name, None)
-        self._by_name = {name: other for name, other in self._by_name.items() if other is not model}
+        self._by_name = {name: known for name, known in self._by_name.items() if known[0] is not model}
 
     def _cl100k_decoder(self) -> Cl100k:
         """Return the decoder of cl100k_base ids. Raises InputError with instructions if it has not been downloaded."""
