@@ -84,7 +84,7 @@ def test_a_disk_is_shared_by_engines_one_after_another(tmp_path: Path) -> None:
         np.testing.assert_array_equal(second.embed(TEXTS), expected)
         assert second.stats().counters.texts == 0
         assert second.cache.counts().hits["disk"] == len(TEXTS)
-    other = Settings(model=(str(FOLDER),), device="cpu", cache_disk_mb=10, cache_folder=tmp_path, cache_prefix="other")
+    other = Settings(model=(str(FOLDER),), device="cpu", cache_disk_mb=10, cache_folder=tmp_path, cache_prefix=("other",))
     with Engine(settings=other) as third:
         third.embed(TEXTS)
         assert third.stats().counters.texts == len(set(TEXTS))

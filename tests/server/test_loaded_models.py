@@ -404,10 +404,9 @@ def test_a_model_whose_own_name_ends_in_a_role_comes_first(store: Path) -> None:
 def test_the_answer_says_what_had_no_effect_or_a_price(store: Path) -> None:
     async def run() -> None:
         async with serving(store) as (http, _):
-            answer = await http.post(
-                "/v1/embeddings", json={"model": "max", "input": "a", "input_type": "document", "dimensions": 8}
-            )
-            assert answer.status_code == 200
+            body = {"model": "max", "texts": ["a"], "input_type": "clustering", "output_dimension": 8, "embedding_types": ["float"]}
+            answer = await http.post("/v2/embed", json=body)
+            assert answer.status_code == 200, answer.text
             assert "no instruction" in answer.headers["x-npu-proxy-input-type"]
             assert "not trained" in answer.headers["x-npu-proxy-dimensions"]
             plain = await http.post("/v1/embeddings", json={"model": "mean", "input": "a", "input_type": "query"})

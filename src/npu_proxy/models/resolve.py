@@ -59,9 +59,9 @@ def with_documentation(spec: ModelSpec, settings: Settings) -> ModelSpec:
         return spec
     prompts, sources = dict(spec.prompts), dict[str, str]()
     for role in ("query", "document"):
-        text = getattr(documented, role, "")
-        if text and documented and spec.late_interaction is None and not any(name in prompts for name in PROMPT_NAMES[role]):
-            prompts[role], sources[role] = text, documented.source
+        instructed = documented is not None and (documented.query or documented.document) and spec.late_interaction is None
+        if documented and instructed and not any(name in prompts for name in PROMPT_NAMES[role]):
+            prompts[role], sources[role] = getattr(documented, role), documented.source
         setting = f"{role}_instruction"
         if chosen := general_value(getattr(settings, setting)):
             if spec.late_interaction is not None:
