@@ -222,6 +222,8 @@ class Output:
     device: str
     seconds: float
     fallback: str = ""
+    retries: int = 0
+    """How often the whole chain failed before."""
 
 
 def output_for(batch: Batch, index: int, vectors: Array) -> Array:

@@ -155,7 +155,11 @@ class Settings:
     """Seconds an accelerator may take to compile the model; until then, the next device is used."""
 
     row_timeout: float = _setting("Device", 10.0, _ABOVE_ZERO)
-    """Seconds a batch may take on an accelerator before its worker process is restarted."""
+    """Seconds a batch may take on an accelerator before its worker process is restarted. On the CPU it may take six times as long,
+    before the model is compiled again."""
+
+    max_retries: int = _setting("Device", 2, 0)
+    """How often a batch that failed on every device is started again within its time, after 0.1 seconds, then 0.2, and so on."""
 
     heartbeat_timeout: float = _setting("Device", 3.0, _ABOVE_ZERO)
     """Seconds without a sign of life before an accelerator's worker process is restarted."""

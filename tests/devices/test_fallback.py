@@ -222,3 +222,104 @@ def test_a_device_that_is_alone_is_examined_when_it_contradicts_itself() -> None
 def test_if_no_other_computation_is_possible_the_first_counts() -> None:
     first, second = FakeDevice(name="one"), FakeDevice(name="two", script=fail())
     assert run(Fallback([first, second], probe_every=0, verify_every=1)).device == "one"
+
+
+# -- retries -------------------------------------------------------------------------------------------------------------
+
+
+def failing(times: int, name: str = "flaky") -> FakeDevice:
+    """A device that fails so many times."""
+    left = [times]
+
+    def script(_: Batch) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise DeviceError("not now")
+
+    return FakeDevice(name=name, script=script)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_batch_that_failed_on_every_device_starts_again(count: int, failures: int) -> None:
+    devices = [failing(failures, name=f"device {number}") for number in range(count)]
+    output = run(Fallback(devices, probe_every=0, max_retries=2))
+    assert output.retries == failures
+    assert output.device == "device 0"
+    assert ("not now" in output.fallback) == bool(failures)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_after_the_last_retry_the_error_is_raised(count: int) -> None:
+    devices = [failing(3, name=f"device {number}") for number in range(count)]
+    chain = Fallback(devices, probe_every=0, max_retries=1)
+    with pytest.raises(DeviceError, match="not now"):
+        run(chain)
+    assert [len(device.batches) for device in devices] == [2] * count
+    chain = Fallback([failing(1)], probe_every=0, max_retries=0)
+    with pytest.raises(DeviceError, match="not now"):
+        run(chain)
+
+
+def test_there_is_no_retry_after_the_deadline() -> None:
+    chain = Fallback([failing(1)], probe_every=0, max_retries=5)
+    batch = replace(make_batch(), deadline=time.monotonic() + 0.05)
+    with pytest.raises(DeviceError, match="not now"):
+        chain.submit(batch).result(10)
+
+
+def test_a_device_that_comes_back_between_attempts_answers() -> None:
+    device = FakeDevice(name="one")
+    device.ready = False
+    chain = Fallback([device], probe_every=0, max_retries=3)
+    future = chain.submit(make_batch())
+    threading.Timer(0.15, lambda: setattr(device, "ready", True)).start()
+    assert future.result(10).retries >= 1
+
+
+def test_retries_are_counted() -> None:
+    from npu_proxy.engine.components import EngineComponents
+    from npu_proxy.engine.tokenize import RequestTokenizer
+    from npu_proxy.models.layout import read_spec
+
+    spec = read_spec(GOLDEN / "mean")
+    flaky = FakeDevice(width=spec.width, script=failing(2)._script)
+    made = EngineComponents(spec=spec, tokenizer=RequestTokenizer(spec), device=Fallback([flaky], probe_every=0, max_retries=2))
+    with Engine(settings=Settings(cache_mb=0), components=lambda _settings, _stopping: made) as engine:
+        assert engine.embed(["a"]).shape == (1, spec.width)
+        assert engine.stats().counters.retries == 2
+
+
+# -- probes --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_has_a_time_limit_and_what_it_found_is_the_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_proxy.devices.fallback._PROBE_SECONDS", 0.1)
+    stuck, fine = FakeDevice(name="stuck"), FakeDevice(name="fine")
+    release = threading.Event()
+    monkeypatch.setattr(stuck, "probe", lambda: release.wait(10))
+    chain = Fallback([stuck, fine], probe_every=0)
+    assert chain.trouble == ""
+    with pytest.raises(DeviceError, match="stuck did not compute golden texts"):
+        chain.probe()
+    assert chain.trouble == ""  # another device is fine
+    fine.ready = False
+    assert "stuck did not compute" in chain.trouble
+    assert "fine is" in chain.trouble
+    run(Fallback([stuck], probe_every=0))
+    release.set()
+    chain.probe()
+    assert chain.trouble == ""
+    chain.close()
+
+
+def test_a_device_that_is_only_busy_does_not_fail_its_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_proxy.devices.fallback._PROBE_SECONDS", 0.2)
+    device, release = FakeDevice(name="busy"), threading.Event()
+    monkeypatch.setattr(device, "probe", lambda: release.wait(10))
+    chain = Fallback([device], probe_every=0)
+    threading.Timer(0.1, lambda: chain.submit(make_batch())).start()
+    chain.probe()
+    assert chain.trouble == ""
+    release.set()
+    chain.close()

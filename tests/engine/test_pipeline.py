@@ -559,3 +559,49 @@ def test_texts_of_the_second_device_are_counted_and_the_request_knows_why() -> N
         assert pending.fallbacks == {"the first is away"}
         counters = made.pipeline.stats().counters
         assert counters.fallbacks == counters.executed == {"fake": 2}
+
+
+# -- what is logged ------------------------------------------------------------------------------------------------------
+
+
+def test_timeouts_refusals_fallbacks_and_retries_are_logged_without_a_text(caplog: pytest.LogCaptureFixture) -> None:
+    class Second(FakeDevice):
+        def infer(self, batch: Batch) -> Output:
+            return replace(super().infer(batch), fallback="npu is recovering", retries=1)
+
+    gate = Gate()
+    limits = replace(LIMITS, queue=QueueLimits(texts=3, tokens=10**6))
+    with running(Second(shapes=ALONE, streams=1, script=gate), limits=limits) as made:
+        first = made.submit(["the moon"])
+        gate.wait_begun()
+        late = [made.submit(["the cat"], seconds=0.05), made.submit(["the dog"], seconds=0.06)]
+        with pytest.raises(NpuProxyError):
+            made.submit(["a star"])
+        for future in late:
+            assert kinds(future.result(SECONDS)) == ["deadline"]
+        gate.opened.set()
+        check_right(first.result(SECONDS))
+    lines = [record.getMessage() for record in caplog.records]
+    for kind in ("timeout", "refused", "fallback", "retry"):
+        assert sum(f": {kind}: " in line for line in lines) == 1, lines
+    assert any("0 of 1 texts done" in line and "device fake" in line for line in lines)
+    assert any("npu is recovering" in line for line in lines)
+    for text in ("the cat", "the dog", "the moon", "a star"):
+        assert text not in caplog.text
+
+
+def test_a_kind_of_notice_is_logged_once_in_ten_seconds_with_the_number_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    from npu_proxy.engine.notices import Notices
+
+    now = [0.0]
+    notices = Notices("model", clock=lambda: now[0])
+    for seconds in (0.0, 1.0, 9.9, 10.0, 10.1, 25.0):
+        now[0] = seconds
+        notices.warn("timeout", f"at {seconds}")
+    notices.warn("refused", "too")
+    assert [record.getMessage() for record in caplog.records] == [
+        "model: timeout: at 0.0",
+        "model: timeout: at 10.0 (2 more since the last such line)",
+        "model: timeout: at 25.0 (1 more since the last such line)",
+        "model: refused: too",
+    ]

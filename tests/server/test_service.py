@@ -6,6 +6,8 @@ import functools
 import json
 import logging
 import re
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,11 +19,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import app_of, golden, smallest_cosine
-from npu_proxy import Engine, Settings
+from conftest import GOLDEN, app_of, golden, smallest_cosine
+from npu_proxy import DeviceError, Engine, Settings
 from npu_proxy.cache.tier import TierError
+from npu_proxy.devices.fake import FakeDevice
+from npu_proxy.devices.fallback import Fallback
+from npu_proxy.engine.components import EngineComponents
+from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.models.catalog import find
 from npu_proxy.models.cl100k import FILE, NAME, Cl100k
+from npu_proxy.models.layout import read_spec
 from npu_proxy.models.pull import pull
 from npu_proxy.models.store import ModelStore
 from npu_proxy.server.apis.common import header_text
@@ -398,3 +405,50 @@ def test_a_vocabulary_is_pulled_from_a_folder_and_checked(tmp_path: Path) -> Non
         pull(ModelStore(tmp_path / "store"), "cl100k_base", mirrors=[str(tmp_path / "mirror")], report=lambda _: None)
     assert find(NAME) is not None
     assert TierError.kind == "cache"
+
+
+# -- health follows the devices ------------------------------------------------------------------------------------------
+
+
+def test_readiness_health_and_metrics_follow_every_device_and_its_last_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_proxy.devices.fallback._PROBE_SECONDS", 0.2)
+    spec = read_spec(GOLDEN / "mean")
+    first, last, stuck = FakeDevice(width=spec.width, name="npu"), FakeDevice(width=spec.width, name="cpu"), threading.Event()
+    made = EngineComponents(spec=spec, tokenizer=RequestTokenizer(spec), device=Fallback([first, last], probe_every=0))
+    engine = Engine(components=lambda _settings, _stopping: made)
+
+    def wrong() -> None:
+        raise DeviceError("golden texts are wrong")
+
+    async def run() -> None:
+        await asyncio.to_thread(engine.start)
+        transport = httpx.ASGITransport(app_of(engine, Settings()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+
+            async def states() -> tuple[int, int, int, float]:
+                probed = await http.get("/health?probe=1")
+                ready, live = await http.get("/health/ready"), await http.get("/health/live")
+                metrics = (await http.get("/metrics")).text
+                value = next(line for line in metrics.splitlines() if line.startswith("npu_proxy_ready "))
+                assert probed.json()["status"] == ("ok" if probed.status_code == 200 else "unready")
+                assert ready.json()["ready"] == (ready.status_code == 200)
+                return probed.status_code, ready.status_code, live.status_code, float(value.split()[1])
+
+            assert await states() == (200, 200, 200, 1.0)
+            assert (await http.get("/health")).json()["devices"][1]["probed"] < 60
+            monkeypatch.setattr(first, "probe", wrong)
+            assert await states() == (200, 200, 200, 1.0)  # the other device is right
+            monkeypatch.setattr(last, "probe", wrong)
+            assert await states() == (503, 503, 200, 0.0)
+            assert "golden texts are wrong" in (await http.get("/health/ready")).json()["reason"]
+            monkeypatch.setattr(last, "probe", lambda: stuck.wait(20))
+            begun = time.monotonic()
+            assert await states() == (503, 503, 200, 0.0)
+            assert time.monotonic() - begun < 10
+            stuck.set()
+            assert await states() == (200, 200, 200, 1.0)
+            first.ready = last.ready = False
+            assert await states() == (503, 503, 200, 0.0)
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(run())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from npu_proxy.devices.exported import ExportedDevice
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
 from npu_proxy.devices.shapes import dynamic_shapes, full_batch_tokens, static_shapes
+from npu_proxy.devices.watched import Watched, WatchPlan
 from npu_proxy.devices.worker.compile_ahead import Blob, compile_ahead
 from npu_proxy.devices.worker.compile_cache import CompileCache
 from npu_proxy.devices.worker.faults import Fault
@@ -30,6 +31,8 @@ from npu_proxy.system import available_threads
 from npu_proxy.targets import GRAPH_FILES, TARGETS, device_chain
 
 _POLL_SECONDS = 0.05
+_PATIENCE = 6
+"""A batch may take this many times `row_timeout` on the CPU, which also computes the longest texts."""
 _AGREEMENT = {"fp32": 0.998, "fp16": 0.998, "int8": 0.96}
 """The minimum cosine of two devices, each of which may differ from fp32 by what certification allows."""
 
@@ -48,8 +51,13 @@ def open_devices(
         shapes = dynamic_shapes(spec.max_length, full_batch_tokens(settings), packed=settings.packing)
         return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes)], probe_every=0)
     if names[0] in GRAPH_FILES:
-        exported = _exported(settings, spec, golden, names[0])
-        return Fallback([exported], probe_every=settings.probe_interval, verify_every=settings.verify_every)
+        exported = _watched(settings, spec, golden, lambda: _exported(settings, spec, golden, names[0]))
+        return Fallback(
+            [exported],
+            probe_every=settings.probe_interval,
+            verify_every=settings.verify_every,
+            max_retries=settings.max_retries,
+        )
     reference = _Reference(settings, spec, golden)
     certificates = Certificates(settings.store / "certificates")
     accelerators = [
@@ -67,6 +75,7 @@ def open_devices(
             probe_every=settings.probe_interval,
             verify_every=settings.verify_every,
             agreement=_AGREEMENT[spec.precision],
+            max_retries=settings.max_retries,
         )
     except BaseException:
         for accelerator in accelerators:
@@ -134,13 +143,24 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = 
         shapes=static_shapes(longest, full_batch_tokens(settings), packed=settings.packing),
         limits=WorkerLimits(compile=settings.compile_timeout, batch=settings.row_timeout, heartbeat=settings.heartbeat_timeout),
         first_fault=fault or Fault.NONE,
-        policy=BreakerPolicy(
-            failures=settings.breaker_failures,
-            window=settings.breaker_window,
-            first=settings.breaker_backoff,
-            longest=max(settings.breaker_backoff, settings.breaker_longest),
-        ),
+        policy=_policy(settings),
     )
+
+
+def _policy(settings: Settings) -> BreakerPolicy:
+    return BreakerPolicy(
+        failures=settings.breaker_failures,
+        window=settings.breaker_window,
+        first=settings.breaker_backoff,
+        longest=max(settings.breaker_backoff, settings.breaker_longest),
+    )
+
+
+def _watched(settings: Settings, spec: ModelSpec, golden: GoldenBatch, make: Callable[[], Device]) -> Watched:
+    """A device of this process behind a circuit breaker."""
+    least = TARGETS["cpu"].kind.least_cosine[spec.precision]
+    seconds = _PATIENCE * settings.row_timeout
+    return Watched(WatchPlan(make=make, golden=golden, policy=_policy(settings), batch_seconds=seconds, least_cosine=least))
 
 
 def _cpu(settings: Settings, spec: ModelSpec, golden: GoldenBatch) -> OpenVinoCpu:
@@ -164,12 +184,13 @@ class _Reference:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._device: OpenVinoCpu | None = None
+        self._device: Device | None = None
 
-    def serving(self) -> OpenVinoCpu:
+    def serving(self) -> Device:
         """The chain's CPU device, which is also the reference if it computes in fp32."""
         with self._lock:
-            device = _cpu(self.settings, self.spec, self.golden)
+            settings, spec, golden = self.settings, self.spec, self.golden
+            device = _watched(settings, spec, golden, lambda: _cpu(settings, spec, golden))
             self._device = device if self.spec.precision == "fp32" else None
             return device
 

@@ -11,8 +11,9 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import replace
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from npu_proxy.batch import Batch, BatchShape, Output
 from npu_proxy.devices.base import Device, DeviceReport
@@ -20,12 +21,24 @@ from npu_proxy.devices.canary import same_vectors
 from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import DeviceError, UnavailableError
 
+_FIRST_PAUSE = 0.1
+"""Seconds before a batch that failed on every device starts again; doubled each time."""
+_PROBE_SECONDS = 5.0
+"""How long a probe may take."""
 _LATE_FACTOR = 4
 """A batch is late if it takes this many times as long as usual."""
 _REMOTE_COST = 1e6
 """Cost factor for the shapes of later devices: only texts that need such a shape go there, and texts that fit beside them."""
 
 _log = logging.getLogger("npu_proxy.devices")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """at: when a device was probed, in time.monotonic() seconds. error: what was wrong, "" if nothing."""
+
+    at: float
+    error: str
 
 
 class Fallback:
@@ -39,11 +52,13 @@ class Fallback:
         probe_every: float = 30.0,
         verify_every: int = 0,
         agreement: float = 0.998,
+        max_retries: int = 0,
     ) -> None:
         """hedge: seconds after which a batch is also started on the next device; None waits until its time runs short.
 
         probe_every: seconds between test inferences on each device, 0 for none. verify_every: one in this many batches without a
-        canary is computed twice, 0 for none. agreement: the minimum cosine of the two.
+        canary is computed twice, 0 for none. agreement: the minimum cosine of the two. max_retries: how often a batch that fails
+        on every device starts again.
         """
         self._devices = devices
         self._hedge = hedge or math.inf
@@ -58,7 +73,11 @@ class Fallback:
         self._threads = DeviceThreads(self.max_streams + 2 * places, "fallback")
         self._verify_every = verify_every
         self._agreement = agreement
+        self._max_retries = max_retries
+        self._probes: dict[str, ProbeResult] = {}
         self._unguarded = itertools.count(1)
+        self._computed_at: dict[str, float] = {}
+        self._probers = DeviceThreads(2 * len(devices), "probe")
         self._stopping = threading.Event()
         self._prober = threading.Thread(target=self._probe, args=(probe_every,), name="npu-proxy-probe", daemon=True)
         if probe_every:
@@ -101,24 +120,50 @@ class Fallback:
         if self._is_sampled(batch):
             return self._threads.submit(self._verified, batch)
         if len(self._devices) == 1 and not _why_not(self._devices[0], batch):
-            return self._devices[0].submit(batch)  # there is nothing to watch for
-        return self._threads.submit(self._run, self._devices, batch, [])
+            return self._alone(batch)  # there is nothing to watch for
+        return self._threads.submit(self._persistently, batch)
 
     def reports(self) -> Sequence[DeviceReport]:
         """The reports of every device."""
         return [report for device in self._devices for report in device.reports()]
 
     def probe(self) -> None:
-        """Run a test inference on every device that is ready, then raise the first error, if any."""
+        """Run a test inference on every device that is ready, each for at most five seconds, then raise the first error, if any."""
+        ready = [device for device in self._devices if device.ready]
+        runs = [self._probers.submit(device.probe) for device in ready]
+        wait(runs, timeout=_PROBE_SECONDS)
         errors: list[DeviceError] = []
-        for device in self._devices:
-            try:
-                if device.ready:
-                    device.probe()
-            except DeviceError as error:
-                errors.append(error)
+        for device, run in zip(ready, runs, strict=True):
+            error: DeviceError | None = None
+            if run.done() and not run.cancelled():
+                found = run.exception()
+                error = found if found is None or isinstance(found, DeviceError) else DeviceError(f"{device.name}: {found}")
+            elif time.monotonic() - self._computed_at.get(device.name, -math.inf) > _PROBE_SECONDS:  # else it is only busy
+                run.cancel()
+                error = DeviceError(f"{device.name} did not compute golden texts within {_PROBE_SECONDS:g} seconds")
+            self._probes[device.name] = ProbeResult(time.monotonic(), "" if error is None else str(error))
+            errors += [] if error is None else [error]
         if errors:
             raise errors[0]
+
+    def last_probe(self, name: str) -> ProbeResult | None:
+        """The result of a device's last probe; None if there was none."""
+        return self._probes.get(name)
+
+    @property
+    def trouble(self) -> str:
+        """Why no device can be trusted now, or "": none is ready, or the last probe of each that is ready has failed."""
+        reasons: list[str] = []
+        for device in self._devices:
+            probe = self._probes.get(device.name)
+            if not device.ready:
+                report = device.reports()[0]
+                reasons.append(f"{device.name} is {report.state}" + (f": {report.reason}" if report.reason else ""))
+            elif probe is None or not probe.error:
+                return ""
+            else:
+                reasons.append(f"{device.name}: {probe.error}")
+        return "; ".join(reasons)
 
     def doubt(self, reason: str) -> None:
         """Every device."""
@@ -131,10 +176,57 @@ class Fallback:
         for device in self._devices:
             device.close()
         self._threads.close()
+        self._probers.close()
         if self._prober.is_alive():
             self._prober.join(timeout=10)
 
     # -- internal ------------------------------------------------------------------------------------------------
+
+    def _alone(self, batch: Batch) -> Future[Output]:
+        """Compute a batch on the only device; a thread is needed only if that fails."""
+        device = self._devices[0]
+        run = device.submit(batch)
+        future: Future[Output] = Future()
+
+        def finish(run: Future[Output]) -> None:
+            if run.cancelled():
+                future.cancel()
+                future.set_running_or_notify_cancel()
+            elif isinstance(error := run.exception(), DeviceError) and self._may_retry(batch, 0):
+                again = self._threads.submit(self._persistently, batch, error)
+                again.add_done_callback(lambda again: _copy(again, future))
+            else:
+                self._computed_at[device.name] = time.monotonic()
+                _copy(run, future)
+
+        future.add_done_callback(lambda done: run.cancel() if done.cancelled() else None)
+        run.add_done_callback(finish)
+        return future
+
+    def _persistently(self, batch: Batch, error: DeviceError | UnavailableError | None = None) -> Output:
+        """Try the whole chain, with longer and longer pauses, as often as allowed and as the deadline permits.
+
+        error: of a first attempt that was made before. Errors of texts never get here: devices see ids that were checked.
+        """
+        attempt = 0 if error is None else 1
+        while True:
+            if attempt:
+                _log.info("a batch of %d texts failed on every device: %s; trying again", len(batch.slots), error)
+                self._stopping.wait(_pause(attempt - 1))
+            try:
+                output = self._run(self._devices, batch, [] if error is None else [str(error)])
+            except (DeviceError, UnavailableError) as failure:
+                if not self._may_retry(batch, attempt):
+                    raise
+                error = failure
+                attempt += 1
+            else:
+                return replace(output, retries=attempt)
+
+    def _may_retry(self, batch: Batch, attempt: int) -> bool:
+        """Whether there is another attempt after this one, and time for it."""
+        soon = time.monotonic() + _pause(attempt)
+        return attempt < self._max_retries and soon < batch.deadline and not self._stopping.is_set()
 
     def _run(self, devices: Sequence[Device], batch: Batch, reasons: list[str]) -> Output:
         """The output of the first of ``devices`` that computes the batch. reasons: why earlier devices did not."""
@@ -153,6 +245,7 @@ class Fallback:
                 reasons.append(str(error))
                 last = error
                 continue
+            self._computed_at[device.name] = time.monotonic()
             usual = self._usual.get(device.name, output.seconds)
             self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
             return replace(output, fallback="; ".join(reasons)) if reasons else output
@@ -229,6 +322,29 @@ class Fallback:
                 _log.warning("probe: %s", error)
             except Exception:  # the thread must keep running
                 _log.exception("probe: unexpected error")
+
+
+def trouble(device: Device) -> str:
+    """Why a device, or a chain of them, cannot be trusted to compute now; "" if it can."""
+    if isinstance(device, Fallback):
+        return device.trouble
+    return "" if device.ready else f"{device.name} is not ready"
+
+
+def _pause(attempt: int) -> float:
+    """Seconds to wait after an attempt."""
+    return _FIRST_PAUSE * 2.0**attempt
+
+
+def _copy(run: Future[Output], future: Future[Output]) -> None:
+    """Pass the result of a run on to a future, which may have been cancelled."""
+    with suppress(InvalidStateError):
+        if run.cancelled():
+            future.cancel()
+        elif (error := run.exception()) is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(run.result())
 
 
 def _why_not(device: Device, batch: Batch) -> str:

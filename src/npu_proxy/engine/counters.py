@@ -27,6 +27,8 @@ class Counters:
     abandoned: int = 0
     """Texts dropped before inference because the caller cancelled or the deadline passed."""
     refused: int = 0
+    retries: int = 0
+    """Attempts after a batch had failed on every device."""
     infer_seconds: float = 0.0
     faults: int = 0
     executed: dict[str, int] = field(default_factory=dict[str, int])
@@ -45,6 +47,7 @@ class Counters:
         _add(self.batch_tokens, tokens, 1)
         self.positions += batch.shape.tokens
         self.infer_seconds += output.seconds
+        self.retries += output.retries
         _add(self.executed, output.device, texts)
         if output.fallback:
             _add(self.fallbacks, output.device, texts)

@@ -28,6 +28,7 @@ from npu_proxy.engine.chunking import ChunkedText, combine_chunks, split_result
 from npu_proxy.engine.counters import Counters, Stats
 from npu_proxy.engine.encode_options import EncodeOptions
 from npu_proxy.engine.fair_queue import FairQueue, rank_of
+from npu_proxy.engine.notices import Notices
 from npu_proxy.engine.outputs import kept_output
 from npu_proxy.engine.packing import aligned, full_shape, pack
 from npu_proxy.engine.pending import Job, PendingRequest, PendingRequests
@@ -116,6 +117,7 @@ class Pipeline:
         self._pending = PendingRequests()
         self._computed: queue.SimpleQueue[_Computed | None] = queue.SimpleQueue()
         self._counters = Counters()
+        self._notices = Notices(spec.name)
         self._accepting = True
         self._stopping = threading.Event()
         steps = (("tokenize", self._tokenize), ("dispatch", self._dispatch), ("finish", self._finish))
@@ -148,8 +150,9 @@ class Pipeline:
                     limits=self._limits.queue,
                     tokens_per_second=self._tokens_per_second.value,
                 )
-            except OverloadedError:
+            except OverloadedError as error:
                 self._counters.refused += 1
+                self._notices.warn("refused", f"{len(missing)} texts, about {tokens} tokens: {error}")
                 raise
             self._counters.requests += 1
             if self._pending.add(request, len(missing)):
@@ -387,6 +390,7 @@ class Pipeline:
             waiters = [self._jobs.finish(job) for job in jobs]
             if batch is not None and isinstance(outcome, Output):
                 self._count(batch, outcome)
+                self._report(batch, outcome)
         now = time.monotonic()
         for index, (job, waiting) in enumerate(zip(jobs, waiters, strict=True)):
             if batch is None or isinstance(outcome, NpuProxyError):
@@ -433,6 +437,23 @@ class Pipeline:
         self._last_batch = now
         self._counters.count_batch(batch, output)
 
+    def _report(self, batch: Batch, output: Output) -> None:
+        """Log that another device than the first computed a batch, or that it took several attempts."""
+        size = f"{len(batch.slots)} texts, {batch.tokens} tokens, {output.seconds:.3g} s of computing"
+        if output.fallback:
+            self._notices.warn("fallback", f"computed on {output.device}: {output.fallback} ({size})")
+        if output.retries:
+            self._notices.warn("retry", f"computed on {output.device} at attempt {output.retries + 1} ({size})")
+
+    def _whereabouts(self, request: PendingRequest) -> str:
+        """How far a request has come."""
+        done, count = sum(result is not None for result in request.results), len(request.results)
+        tokenized = sum(encoding is not None for encoding in request.encodings)
+        stage = "tokenizing" if tokenized + request.cached < count else "waiting for the device or being computed"
+        tokens = sum(encoding.tokens for encoding in request.encodings if encoding is not None)
+        times = f"tokenizing took {request.tokenize_seconds:.3g} s, the slowest finished text queued {request.queued_seconds:.3g} s"
+        return f"{done} of {count} texts done, the others {stage}; {tokens} tokens; {times}; device {self._device.name}"
+
     def _is_typical(self, batch: Batch) -> bool:
         """Whether a batch is full enough to measure throughput; tokens in the small batches of a short queue cost far more."""
         full = full_shape(self._device.shapes)
@@ -446,6 +467,7 @@ class Pipeline:
             if request.unfinished:
                 seconds = request.deadline - request.submitted_at
                 what = f"not done within {seconds:.3g} seconds" if seconds > 0 else "the deadline had passed before submission"
+                self._notices.warn("timeout", f"{what}: {self._whereabouts(request)}")
                 request.fail_all(DeadlineError(f"{what}; increase the timeout, or send fewer texts at once"))
 
 

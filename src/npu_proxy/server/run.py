@@ -24,7 +24,7 @@ from npu_proxy.server.http.clients import read_keys
 from npu_proxy.server.http.protocol import drop_silent_peers, protocol_of
 from npu_proxy.server.models.loaded import LoadedModels
 from npu_proxy.server.ops import logs, systemd
-from npu_proxy.server.ops.health import is_live
+from npu_proxy.server.ops.readiness import is_live
 from npu_proxy.settings import Settings
 
 _AFTER_DRAIN = 3

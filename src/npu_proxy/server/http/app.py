@@ -124,7 +124,7 @@ def _operations_routes(state: AppState) -> list[StarletteRoute]:
     handlers: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
         ("/health", health.health(models)),
         ("/health/live", health.live(models)),
-        ("/health/ready", health.health(models)),
+        ("/health/ready", health.ready(models)),
         ("/ping", health.health(models)),
         ("/metrics", health.metrics(state.metrics)),
         ("/openapi.json", _guarded(state, first, "/openapi.json", _static(openapi, "application/json"))),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,9 +13,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from npu_proxy.errors import DeviceError
+from npu_proxy.devices.base import Device
+from npu_proxy.devices.fallback import Fallback
 from npu_proxy.server.models.loaded import LoadedModel, LoadedModels
 from npu_proxy.server.ops.metrics import Metrics
+from npu_proxy.server.ops.readiness import is_live, state_of, why_unready
 from npu_proxy.version import __version__
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -27,6 +28,7 @@ class DeviceHealth(msgspec.Struct, kw_only=True):
 
     slots: how many batches it computes at once. guarded: batches whose canaries were right. canary_failures: batches thrown away
     because a canary was wrong. examined: share of slots and batch shapes whose golden texts were compared in the last hour.
+    probed: seconds since its last probe.
     """
 
     name: str
@@ -43,6 +45,7 @@ class DeviceHealth(msgspec.Struct, kw_only=True):
     guarded: int
     canary_failures: int
     examined: float | None
+    probed: float | None
 
 
 class ModelHealth(msgspec.Struct, kw_only=True):
@@ -74,17 +77,32 @@ class Health(msgspec.Struct, kw_only=True):
 
 
 def health(models: LoadedModels) -> Handler:
-    """Return the handler of /health: readiness, the queue, and texts per device. ?probe=1 first runs a batch on each device."""
+    """Return the handler of /health: readiness with all details. ?probe=1 first has every device compute golden texts.
+
+    Status 503 if the server is not ready, as for /health/ready.
+    """
     probing: dict[str, asyncio.Task[None]] = {}
 
     async def handle(request: Request) -> Response:
-        if request.query_params.get("probe") in ("1", "true") and models.first.running:
+        if request.query_params.get("probe") in ("1", "true"):
             task = probing.get("now")
             if task is None or task.done():  # concurrent requests share one probe
-                task = probing["now"] = asyncio.create_task(asyncio.to_thread(_probe, models))
+                task = probing["now"] = asyncio.create_task(_probe(models))
             await asyncio.shield(task)
         shown = _health(models)
         return Response(msgspec.json.encode(shown), 200 if shown.status == "ok" else 503, media_type="application/json")
+
+    return handle
+
+
+def ready(models: LoadedModels) -> Handler:
+    """Return the handler of /health/ready: 503 while requests would fail, because a model is loading or no device is trusted."""
+
+    async def handle(_: Request) -> Response:
+        why = why_unready(models)
+        return Response(
+            msgspec.json.encode({"ready": not why, "reason": why or None}), 503 if why else 200, media_type="application/json"
+        )
 
     return handle
 
@@ -99,14 +117,11 @@ def live(models: LoadedModels) -> Handler:
     return handle
 
 
-def is_live(models: LoadedModels) -> bool:
-    """Whether every stage's thread of every model in memory runs."""
-    return all(not model.running or all(model.engine.stats().stages.values()) for model in models.loaded())
-
-
-def _probe(models: LoadedModels) -> None:
-    with suppress(DeviceError):  # the devices' states show it
-        models.first.engine.device.probe()
+async def _probe(models: LoadedModels) -> None:
+    """Probe the devices of all models of the settings at once; each has a few seconds (devices/fallback.py)."""
+    running = [model for model in models.loaded() if model.pinned and model.running]
+    # What they find is in the devices' states.
+    await asyncio.gather(*(models.in_thread(model.engine.device.probe) for model in running), return_exceptions=True)
 
 
 def _health(models: LoadedModels) -> Health:
@@ -119,7 +134,7 @@ def _health(models: LoadedModels) -> Health:
     )
     shown.models = [_model(model) for model in models.loaded()]
     if engine.state != "running":
-        shown.status = "failed" if models.failure else {"new": "loading"}.get(engine.state, engine.state)
+        shown.status = "failed" if models.failure else state_of(models.first)
         shown.reason = models.failure
         return shown
     stats = engine.stats()
@@ -147,22 +162,25 @@ def _health(models: LoadedModels) -> Health:
             guarded=report.guarded,
             canary_failures=report.canary_failures,
             examined=report.examined,
+            probed=_seconds_since_probe(engine.device, report.name),
         )
         for report in engine.device.reports()
     ]
     loading = next((model for model in models.loaded() if model.pinned and not model.running), None)
     if loading is not None:
         shown.status, shown.reason = "loading", f"model {loading.name} is loading"
-    if not engine.device.ready:
-        shown.status = "unready"
-        shown.reason = "; ".join(f"{device.name} is {device.state}: {device.reason}" for device in shown.devices)
-    if not all(stats.stages.values()):
-        shown.status, shown.reason = "failed", "a stage's thread has died; restart the server"
+    elif why := why_unready(models):
+        shown.status, shown.reason = "failed" if "restart the server" in why else "unready", why
     return shown
 
 
+def _seconds_since_probe(device: Device, name: str) -> float | None:
+    probe = device.last_probe(name) if isinstance(device, Fallback) else None
+    return None if probe is None else round(time.monotonic() - probe.at, 3)
+
+
 def _model(model: LoadedModel) -> ModelHealth:
-    state = {"new": "loading"}.get(model.engine.state, model.engine.state)
+    state = state_of(model)
     name, fingerprint = (model.engine.spec.name, model.engine.spec.fingerprint) if model.running else (Path(model.name).name, None)
     return ModelHealth(
         name=name, state=state, fingerprint=fingerprint, pinned=model.pinned, requests=model.uses, expires=model.expires

@@ -15,6 +15,7 @@ from npu_proxy.engine.counters import Stats
 from npu_proxy.errors import OverloadedError
 from npu_proxy.server.http.exchange import Exchange
 from npu_proxy.server.models.loaded import LoadedModel, LoadedModels
+from npu_proxy.server.ops.readiness import why_unready
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
@@ -101,7 +102,7 @@ class _Models(Collector):
         models = self._models
         loaded = [model for model in models.loaded() if model.running]
         held, limit = models.memory
-        yield GaugeMetricFamily("npu_proxy_ready", "1 if the first model serves requests", float(models.first.running))
+        yield GaugeMetricFamily("npu_proxy_ready", "1 if the models of the settings serve requests", float(not why_unready(models)))
         yield GaugeMetricFamily("npu_proxy_models_loaded", "Models in memory", len(loaded))
         yield GaugeMetricFamily("npu_proxy_models_bytes", "Bytes of the weights in memory", held)
         yield GaugeMetricFamily("npu_proxy_models_limit_bytes", "Limit on the bytes of weights in memory", limit)
@@ -142,6 +143,7 @@ def _engines(models: Sequence[tuple[str, Stats]]) -> Iterator[Metric]:
                 "Texts dropped before inference because the client disconnected or the deadline passed",
             ),
             "refused": ("refused_requests", "Requests refused on arrival"),
+            "retries": ("retries", "Attempts after a batch had failed on every device"),
             "faults": ("stage_faults", "Unexpected errors from which a stage recovered"),
         }.items()
     }

@@ -1,0 +1,254 @@
+"""A device in this process, behind a circuit breaker: taken out of service when it fails, hangs or is wrong, and made anew.
+
+Accelerators have the same breaker, but in worker processes, which can be killed (accelerator/accelerator.py). Here, a batch that
+hangs keeps its thread; the device is made anew beside it, with new graphs and threads, examined, and compared with what it
+computed at first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from npu_proxy.batch import Batch, BatchShape, Output
+from npu_proxy.devices.accelerator.breaker import Breaker, BreakerPolicy, Circuit
+from npu_proxy.devices.base import Device, DeviceReport, GoldenBatch, check_finite
+from npu_proxy.devices.certify import compare
+from npu_proxy.devices.failure import BatchError, Failure
+from npu_proxy.errors import DeviceError
+
+_POLL_SECONDS = 0.25
+
+_log = logging.getLogger("npu_proxy.devices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchPlan:
+    """How to watch a device. make: makes it. batch_seconds: how long a batch may take. least_cosine: to its own first outputs."""
+
+    make: Callable[[], Device]
+    golden: GoldenBatch
+    policy: BreakerPolicy
+    batch_seconds: float
+    least_cosine: float
+
+
+class Watched:
+    """A Device that watches another one, which it owns."""
+
+    def __init__(self, plan: WatchPlan) -> None:
+        """Make the device. Raises DeviceError or ModelError if that fails."""
+        self._plan = plan
+        self._inner = inner = plan.make()
+        self.name: str = inner.name
+        self.kind: str = inner.kind
+        self.max_streams: int = inner.max_streams
+        self._breaker = Breaker(policy=plan.policy)
+        self._reason = ""
+        self._restarts = 0
+        self._canary_failures = 0
+        self._running: dict[int, tuple[float, Future[Output]]] = {}
+        """When batches in progress began, and their futures."""
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._known: Output | None = None
+        """What golden texts gave at first."""
+        try:
+            self._compare(inner)
+        except BaseException:
+            inner.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name=f"npu-proxy-watch-{self.name}", daemon=True)
+        self._thread.start()
+
+    # -- what the chain sees -------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether it accepts batches."""
+        return self._breaker.state is Circuit.CLOSED and self._inner.ready
+
+    @property
+    def streams(self) -> int:
+        """How many batches it computes at once now."""
+        return self._inner.streams
+
+    @property
+    def shapes(self) -> Sequence[BatchShape]:
+        """The shapes of the device."""
+        return self._inner.shapes
+
+    def takes(self, shape: BatchShape) -> bool:
+        """Whether the device takes a shape."""
+        return self._inner.takes(shape)
+
+    def submit(self, batch: Batch) -> Future[Output]:
+        """Compute a batch. Fails with DeviceError, which counts as a failure of the device."""
+        future: Future[Output] = Future()
+        inner = self._inner
+        if not self.ready:
+            future.set_exception(BatchError(Failure.BUSY, f"{self.name} is not ready: {self._reason}"))
+            return future
+        number = next(self._numbers)
+        self._running[number] = (time.monotonic(), future)
+
+        def finish(run: Future[Output]) -> None:
+            self._running.pop(number, None)
+            if run.cancelled():
+                future.cancel()
+                future.set_running_or_notify_cancel()
+                return
+            try:
+                output = run.result()
+                check_finite(self.name, output.vectors)
+            except BaseException as error:  # passed on through the future
+                self._failed(inner, error)
+                with suppress(InvalidStateError):  # the future was cancelled, or the batch took too long
+                    future.set_exception(error)
+                return
+            with suppress(InvalidStateError):
+                future.set_result(output)
+
+        run = inner.submit(batch)
+        future.add_done_callback(lambda done: run.cancel() if done.cancelled() else None)
+        run.add_done_callback(finish)
+        return future
+
+    def probe(self) -> None:
+        """Compare golden texts in the next slot of the device. Raises DeviceError, which counts as a failure."""
+        inner = self._inner
+        if not self.ready:
+            raise BatchError(Failure.BUSY, f"{self.name} is not ready: {self._reason}")
+        try:
+            inner.probe()
+        except DeviceError as error:
+            if not (inner.ready and inner.reports()[0].slots):  # a device with slots has left out the wrong one
+                self._failed(inner, error)
+            raise
+
+    def doubt(self, reason: str) -> None:
+        """Have the device examine itself."""
+        self._inner.doubt(reason)
+
+    def reports(self) -> Sequence[DeviceReport]:
+        """The device's own report, with the state of the breaker."""
+        closed = self._breaker.state is Circuit.CLOSED
+        return [
+            replace(
+                report,
+                state=report.state if closed else "recovering",
+                reason=report.reason if closed else self._reason,
+                breaker=self._breaker.state,
+                restarts=self._restarts,
+                canary_failures=self._canary_failures + report.canary_failures,
+            )
+            for report in self._inner.reports()
+        ]
+
+    def close(self) -> None:
+        """Close the device and end the thread."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join(timeout=10)
+        self._inner.close()
+
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def _failed(self, inner: Device, error: BaseException) -> None:
+        """Count a failure, unless the device has been made anew since."""
+        failure = error.failure if isinstance(error, BatchError) else Failure.ERROR
+        with self._lock:
+            if inner is not self._inner or self._stopping.is_set() or self._breaker.state is not Circuit.CLOSED:
+                return
+            self._breaker = self._breaker.failed(failure, time.monotonic(), random.random())  # noqa: S311 (jitter)
+            if self._breaker.state is not Circuit.OPEN:
+                return
+            self._reason = str(error)
+        self._wake.set()
+        seconds = self._breaker.until - time.monotonic()
+        _log.warning("%s: %s; the circuit breaker is open, next attempt in %.1f s", self.name, error, seconds)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Look for batches that take too long; when the breaker is open, wait, and make the device anew."""
+        while not self._stopping.is_set():
+            self._wake.wait(_POLL_SECONDS)
+            self._wake.clear()
+            if self._breaker.state is not Circuit.CLOSED:
+                self._stopping.wait(max(0.0, self._breaker.until - time.monotonic()))
+                if not self._stopping.is_set():
+                    self._renew()
+            elif not self._inner.ready:
+                self._failed(self._inner, BatchError(Failure.NUMBERS, self._inner.reports()[0].reason or "it has no slots left"))
+            else:
+                self._fail_late(time.monotonic())
+
+    def _fail_late(self, now: float) -> None:
+        late = [future for began, future in list(self._running.values()) if now - began > self._plan.batch_seconds]
+        if not late:
+            return
+        error = BatchError(Failure.HANG, f"{self.name} did not finish a batch within {self._plan.batch_seconds:g} seconds")
+        self._failed(self._inner, error)
+        for future in late:
+            with suppress(InvalidStateError):  # done in the meantime
+                future.set_exception(error)
+
+    def _renew(self) -> None:
+        """Make the device anew, and compare it with what the first one computed."""
+        with self._lock:
+            self._breaker = self._breaker.probing()
+        old = self._inner
+        _close_later(old)  # it may hang; until it is closed, its weights take memory
+        made: Device | None = None
+        try:
+            made = self._plan.make()
+            self._compare(made)
+        except Exception as error:  # whatever it is, the next attempt may succeed
+            if made is not None:
+                _close_later(made)
+            self._reason = str(error)
+            failure = error.failure if isinstance(error, BatchError) else Failure.COMPILE
+            self._breaker = self._breaker.failed(failure, time.monotonic(), random.random())  # noqa: S311 (jitter)
+            _log.log(
+                logging.ERROR if self._breaker.needs_operator else logging.WARNING,
+                "%s: making it anew failed: %s; next attempt in %.1f s",
+                self.name,
+                error,
+                self._breaker.until - time.monotonic(),
+            )
+            return
+        with self._lock:
+            self._inner = made
+            self._running.clear()
+            self._restarts += 1
+            self._canary_failures += sum(report.canary_failures for report in old.reports())
+            self._breaker = self._breaker.recovered(time.monotonic())
+            self._reason = ""
+        _log.warning("%s was made anew and serves again", self.name)
+
+    def _compare(self, device: Device) -> None:
+        """Compare golden texts with what they gave at first. Raises DeviceError."""
+        batch = self._plan.golden(min(device.shapes, key=lambda shape: shape.tokens))
+        try:
+            output = device.submit(batch).result(self._plan.batch_seconds)
+        except FutureTimeoutError:
+            message = f"{self.name} did not compute golden texts within {self._plan.batch_seconds:g} seconds"
+            raise BatchError(Failure.HANG, message) from None
+        self._known = self._known or output
+        compare(self.name, batch, output, self._known, self._plan.least_cosine)
+
+
+def _close_later(device: Device) -> None:
+    """Close a device that may hang, without waiting for it."""
+    threading.Thread(target=device.close, name="npu-proxy-closing", daemon=True).start()
