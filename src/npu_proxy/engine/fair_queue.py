@@ -5,7 +5,8 @@ the client's weight; the client whose clock is furthest behind is next. So clien
 shares, however many requests they have open, and one that sends little never waits for the backlog of another.
 
 Within a client: the interactive lane first, then smaller requests, in order of arrival among requests of similar size; but at
-least every ``aging`` seconds its oldest item goes first, so that none starves.
+least every ``aging`` seconds its oldest item goes first, so that none starves. This decides which item leads a batch; the others
+are taken by age, as a mixture of sizes fills a batch best.
 
 Source: Goyal, Vin and Cheng 1996 (start-time fair queueing).
 """
@@ -13,7 +14,7 @@ Source: Goyal, Vin and Cheng 1996 (start-time fair queueing).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Generic, TypeVar
@@ -22,6 +23,7 @@ from npu_proxy.types import Client, Lane
 
 _CREDIT = 4096
 """Tokens of its share that a client may catch up on if it had nothing waiting for a moment, as between two requests."""
+_SMALL_BITS = 5
 _REMEMBERED = 1024
 """Number of clients without waiting items whose clocks are kept."""
 
@@ -32,8 +34,11 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 def rank_of(lane: Lane, tokens: int) -> Rank:
-    """The rank of a request. tokens: of all its texts; requests whose sizes differ by less than a factor of 4 are often equal."""
-    return (lane is Lane.BULK, tokens.bit_length() // 2)
+    """The rank of a request. tokens: of all its texts, roughly. Sizes below 64, from 64 to 255, from 256 to 1,023, ... are equal.
+
+    Finer classes would use up the shortest texts first, which fill the gaps between longer ones best.
+    """
+    return (lane is Lane.BULK, max(0, tokens.bit_length() - _SMALL_BITS) // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,12 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Clock(Generic[Item]):
-    """A client's share: its clock, and its waiting items by rank, each in order of arrival."""
+    """A client's share: its clock, and its waiting items by lane and by rank, each in order of arrival."""
 
     weight: float
     time: float
+    lanes: dict[bool, dict[Item, None]] = field(default_factory=lambda: {False: {}, True: {}})
+    """Its waiting items by lane (whether bulk), in order of arrival."""
     ranks: dict[Rank, dict[Item, None]] = field(default_factory=dict[Rank, dict[Item, None]])
     tokens: dict[Rank, int] = field(default_factory=dict[Rank, int])
     aged: float = float("-inf")
@@ -90,6 +97,7 @@ class FairQueue(Generic[Item]):
         self._clocks[client.name] = clock  # those used last are last
         clock.weight = client.weight
         clock.ranks.setdefault(rank, {})[item] = None
+        clock.lanes[rank[0]][item] = None
         clock.tokens[rank] = clock.tokens.get(rank, 0) + tokens
         self._entries[item] = _Entry(client.name, rank, tokens, since)
         self.tokens += tokens
@@ -116,22 +124,39 @@ class FairQueue(Generic[Item]):
         return next((entry.since for entry in self._entries.values()), None)
 
     def first(self, count: int, now: float) -> list[Item]:
-        """The next ``count`` items in the order in which they would be served."""
+        """The item whose turn it is, and up to ``count`` - 1 others that could be served with it.
+
+        The others are in the order of the clients' turns, of the same client by lane and then by age, whatever their size: batches
+        are filled best from a mixture of sizes.
+        """
         waiting = [clock for clock in self._clocks.values() if clock.ranks]
+        if not waiting:
+            return []
+        first = min(waiting, key=lambda clock: clock.time)
+        lead = self._lead(first, now)
+        if count == 1:
+            return [lead]
         if len(waiting) == 1:
-            return list(islice(self._of_client(waiting[0], now), count))
-        chosen: list[Item] = []
-        heap = [(clock.time, number, self._of_client(clock, now), clock.weight) for number, clock in enumerate(waiting)]
+            others: Iterator[Item] = chain.from_iterable(first.lanes.values())
+        else:
+            others = self._in_turns(waiting, first, self._entries[lead].tokens)
+        return [lead, *islice((item for item in others if item is not lead), count - 1)]
+
+    def _in_turns(self, waiting: Sequence[_Clock[Item]], first: _Clock[Item], started: int) -> Iterator[Item]:
+        """The items of several clients as their clocks would run. started: tokens of an item of ``first`` that is served before."""
+        heap = [
+            (clock.time + (started / clock.weight if clock is first else 0.0), number, chain.from_iterable(clock.lanes.values()))
+            for number, clock in enumerate(waiting)
+        ]
         heapq.heapify(heap)
-        while heap and len(chosen) < count:
-            time, number, items, weight = heap[0]
+        while heap:
+            time, number, items = heap[0]
             item = next(items, None)
             if item is None:
                 heapq.heappop(heap)
                 continue
-            chosen.append(item)
-            heapq.heapreplace(heap, (time + self._entries[item].tokens / weight, number, items, weight))
-        return chosen
+            yield item
+            heapq.heapreplace(heap, (time + self._entries[item].tokens / waiting[number].weight, number, items))
 
     def ahead(self, client: Client, rank: Rank) -> float:
         """Tokens that are served before a new item of this client and rank, roughly: its own, and the others' turns meanwhile."""
@@ -140,14 +165,14 @@ class FairQueue(Generic[Item]):
         weights = sum(other.weight for other in self._clocks.values() if other.ranks and other is not clock) + client.weight
         return min(self.tokens, own * weights / client.weight)
 
-    def _of_client(self, clock: _Clock[Item], now: float) -> Iterator[Item]:
-        ranks = sorted(clock.ranks)
-        if len(ranks) > 1:
+    def _lead(self, clock: _Clock[Item], now: float) -> Item:
+        """The item of a client that is served first."""
+        rank = min(clock.ranks)
+        if len(clock.ranks) > 1:
             oldest = self._oldest_rank(clock)
-            if oldest != ranks[0] and now - max(self._since(clock, oldest), clock.aged) >= self._aging:
-                ranks.remove(oldest)
-                ranks.insert(0, oldest)
-        return chain.from_iterable(clock.ranks[rank] for rank in ranks)
+            if now - max(self._since(clock, oldest), clock.aged) >= self._aging:
+                rank = oldest
+        return next(iter(clock.ranks[rank]))
 
     def _oldest_rank(self, clock: _Clock[Item]) -> Rank:
         return min(clock.ranks, key=lambda rank: self._since(clock, rank))
@@ -161,7 +186,7 @@ class FairQueue(Generic[Item]):
         self.tokens -= entry.tokens
         clock.tokens[entry.rank] -= entry.tokens
         items = clock.ranks[entry.rank]
-        del items[item]
+        del items[item], clock.lanes[entry.rank[0]][item]
         if not items:
             del clock.ranks[entry.rank], clock.tokens[entry.rank]
         return clock, entry
