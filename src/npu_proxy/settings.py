@@ -111,7 +111,8 @@ class Settings:
     device: str = _setting("Device", "auto")
     """Devices in order of preference, such as `npu,cpu`. auto: those of npu, gpu and cpu that this machine appears to have, or
     onnx or ir for a model that only a graph file can serve. npu-sim: an NPU's rules, applied on the CPU. onnx, ir: run a graph
-    file from the model's folder. debug: return made-up vectors, for testing clients."""
+    file from the model's folder. onnx in a list, such as `npu,cpu,onnx`: the model in ONNX Runtime, as a second runtime for when
+    OpenVINO fails or is wrong. debug: return made-up vectors, for testing clients."""
 
     fallback: bool = _setting("Device", True)
     """Use the next device when the first one cannot compute a batch. Off: a failing device means status 503."""

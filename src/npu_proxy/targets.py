@@ -126,7 +126,10 @@ GRAPH_FILES: Mapping[str, tuple[str, str]] = {
 """Devices that run a graph file from the model's repository: the setting that names the file, and its usual path."""
 
 STANDALONE = ("debug", *GRAPH_FILES)
-"""Devices that are never part of a chain, because their vectors differ: they run another copy of the model, or no model."""
+"""Devices whose vectors differ if they are used alone: they run another copy of the model, or no model."""
+
+SECOND_RUNTIME = "onnx"
+"""In a chain: the model's own graph in ONNX Runtime, with the same vectors as on the other devices (devices/onnx_runtime.py)."""
 
 
 def normalize_device(device: str) -> str:
@@ -143,14 +146,12 @@ def device_chain(device: str) -> list[str]:
     for name in names:
         if name not in known:
             raise SettingsError(f"`device` names `{name}`, which is not a known device; known: {', '.join(known)}", param="device")
-        if name in ("auto", *STANDALONE) and len(names) > 1:
+        if name in ("auto", *STANDALONE) and name != SECOND_RUNTIME and len(names) > 1:
             raise SettingsError(
                 f"`device` names `{name}` together with other devices; `{name}` can only be used alone", param="device"
             )
     if not names or len(set(names)) < len(names):
         raise SettingsError("`device` must name each device once, for example `npu,gpu,cpu`", param="device")
-    if "cpu" in names[:-1]:
-        raise SettingsError("`device` names devices after `cpu`, which always serves; put `cpu` last", param="device")
     return names
 
 

@@ -108,7 +108,6 @@ def test_a_chain_is_read_and_what_is_wrong_with_it_is_named() -> None:
     assert device_chain("auto")[-1] == "cpu"
     for wrong, words in {
         "toaster": "names `toaster`",
-        "cpu,npu": "after `cpu`",
         "npu,npu": "each device once",
         "": "each device once",
         "npu,debug": "only be used alone",
@@ -323,3 +322,30 @@ def test_a_device_that_is_only_busy_does_not_fail_its_probe(monkeypatch: pytest.
     assert chain.trouble == ""
     release.set()
     chain.close()
+
+
+# -- closed while batches wait -------------------------------------------------------------------------------------------
+
+
+class Closing(FakeDevice):
+    """A device that cancels its first batches, as one does that is made anew while they wait for it."""
+
+    left = 1
+
+    def submit(self, batch: Batch) -> Future[Output]:
+        if self.left:
+            self.left -= 1
+            cancelled: Future[Output] = Future()
+            cancelled.cancel()
+            cancelled.set_running_or_notify_cancel()
+            return cancelled
+        return super().submit(batch)
+
+
+def test_a_batch_whose_device_is_closed_goes_to_the_next_one_or_starts_again() -> None:
+    output = run(Fallback([Closing(name="one"), FakeDevice(name="two")], probe_every=0))
+    assert (output.device, output.fallback) == ("two", "one was closed before it computed a batch")
+    output = run(Fallback([Closing(name="one")], probe_every=0, max_retries=1))
+    assert (output.device, output.retries) == ("one", 1)
+    with pytest.raises(DeviceError, match="was closed"):
+        run(Fallback([Closing(name="one")], probe_every=0))

@@ -317,3 +317,23 @@ def test_stopping_the_engine_ends_the_worker(store: Path) -> None:
     engine.stop()
     assert gone(worker)
     assert device.reports()[0].state == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["killed ten times", "hangs in the batch", "a slot with other weights"])
+def test_the_second_runtime_answers_while_the_first_is_killed_hangs_or_is_wrong(
+    name: str, store: Path, expected: dict[str, np.ndarray]
+) -> None:
+    engine = faulty_engine(model=MODEL, store=store, **(QUICK | {"device": "npu-sim,onnx"}))
+    try:
+        load = Load(engine, expected)
+        load.wait_for(300)
+        CASES[name](engine, load)
+        assert load.wait_back(60) < 60
+        load.wait_for(1500)
+        figures = load.finish()
+        assert (figures.wrong, figures.twice, figures.lost) == (0, 0, 0), figures
+        assert not figures.errors, figures.reasons
+        assert set(figures.devices) == {"npu-sim", "onnx"}
+    finally:
+        engine.stop(0)

@@ -17,18 +17,19 @@ from npu_proxy.devices.cpu import OpenVinoCpu
 from npu_proxy.devices.exported import ExportedDevice
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.devices.fallback import Fallback
+from npu_proxy.devices.onnx_runtime import OnnxRuntime
 from npu_proxy.devices.shapes import dynamic_shapes, full_batch_tokens, static_shapes
 from npu_proxy.devices.watched import Watched, WatchPlan
 from npu_proxy.devices.worker.compile_ahead import Blob, compile_ahead
 from npu_proxy.devices.worker.compile_cache import CompileCache
 from npu_proxy.devices.worker.faults import Fault
 from npu_proxy.devices.worker.process import WorkerLimits, WorkerTask
-from npu_proxy.errors import UnavailableError
+from npu_proxy.errors import SettingsError, UnavailableError
 from npu_proxy.models.graph_files import graph_file
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
 from npu_proxy.system import available_threads
-from npu_proxy.targets import GRAPH_FILES, TARGETS, device_chain
+from npu_proxy.targets import GRAPH_FILES, SECOND_RUNTIME, TARGETS, device_chain
 
 _POLL_SECONDS = 0.05
 _PATIENCE = 6
@@ -50,7 +51,7 @@ def open_devices(
     if names == ["debug"]:
         shapes = dynamic_shapes(spec.max_length, full_batch_tokens(settings), packed=settings.packing)
         return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes)], probe_every=0)
-    if names[0] in GRAPH_FILES:
+    if len(names) == 1 and names[0] in GRAPH_FILES:
         exported = _watched(settings, spec, golden, lambda: _exported(settings, spec, golden, names[0]))
         return Fallback(
             [exported],
@@ -61,16 +62,20 @@ def open_devices(
     reference = _Reference(settings, spec, golden)
     certificates = Certificates(settings.store / "certificates")
     accelerators = [
-        Accelerator(_plan(settings, spec, name, fault), golden, reference, certificates) for name in names if name != "cpu"
+        Accelerator(_plan(settings, spec, name, fault), golden, reference, certificates)
+        for name in names
+        if name not in ("cpu", SECOND_RUNTIME)
     ]
-    devices: list[Device] = [*accelerators]
+    by_name: dict[str, Device] = {accelerator.name: accelerator for accelerator in accelerators}
     try:
         if "cpu" in names:
-            devices.append(reference.serving())
-        else:
+            by_name["cpu"] = reference.serving()
+        if SECOND_RUNTIME in names:
+            by_name[SECOND_RUNTIME] = _second_runtime(settings, spec, golden, reference)
+        if len(by_name) == len(accelerators):
             _await_any(accelerators, 2 * settings.compile_timeout, stopping)
         return Fallback(
-            devices,
+            [by_name[name] for name in names],
             hedge=settings.hedge,
             probe_every=settings.probe_interval,
             verify_every=settings.verify_every,
@@ -78,8 +83,8 @@ def open_devices(
             max_retries=settings.max_retries,
         )
     except BaseException:
-        for accelerator in accelerators:
-            accelerator.close()
+        for device in by_name.values():
+            device.close()
         raise
 
 
@@ -119,6 +124,29 @@ def _exported(settings: Settings, spec: ModelSpec, golden: GoldenBatch, name: st
     return ExportedDevice(spec, name, file, threads=threads, batch_tokens=full_batch_tokens(settings), golden=golden)
 
 
+def _second_runtime(settings: Settings, spec: ModelSpec, golden: GoldenBatch, reference: _Reference) -> Device:
+    """ONNX Runtime, once it computes golden texts as OpenVINO does. Raises DeviceError if it does not."""
+    if spec.precision == "int8":
+        raise SettingsError("device `onnx` in a chain has no int8; leave it out, or set `precision` to fp32", param="device")
+    threads, tokens = settings.threads or available_threads(), full_batch_tokens(settings)
+    fp32 = replace(spec, precision="fp32", graph=None)
+    made: list[OnnxRuntime] = []
+
+    def make() -> Device:
+        device = OnnxRuntime(fp32, threads=threads, batch_tokens=tokens, packed=settings.packing, golden=golden)
+        device.certified = made[0].certified if made else None
+        made[:] = [device]
+        return device
+
+    watched = _watched(settings, fp32, golden, make)
+    try:
+        made[0].certify(reference)
+    except BaseException:
+        watched.close()
+        raise
+    return watched
+
+
 def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = None) -> AcceleratorPlan:
     target = TARGETS[name]
     properties: dict[str, object] = {
@@ -128,7 +156,7 @@ def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = 
     limit = settings.compile_cache_mb * 1_000_000
     cache = CompileCache(root=settings.compile_cache, limit=limit) if limit else None
     longest = spec.max_length
-    if settings.fallback and "cpu" in device_chain(settings.device):
+    if settings.fallback and {"cpu", SECOND_RUNTIME} & set(device_chain(settings.device)):
         longest = min(longest, settings.accelerator_tokens)
     return AcceleratorPlan(
         task=WorkerTask(
@@ -195,7 +223,7 @@ class _Reference:
             return device
 
     def __call__(self, batch: Batch) -> Output:
-        """Compute the batch."""
+        """Compute the batch. Raises DeviceError."""
         with self._lock:
             if self._device is None:
                 self._device = _cpu(self.settings, replace(self.spec, precision="fp32", graph=None), self.golden)

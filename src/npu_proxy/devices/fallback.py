@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, InvalidStateError, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -189,12 +189,15 @@ class Fallback:
         future: Future[Output] = Future()
 
         def finish(run: Future[Output]) -> None:
-            if run.cancelled():
+            error = DeviceError(f"{device.name} was closed before it computed a batch") if run.cancelled() else run.exception()
+            if future.cancelled() or (run.cancelled() and self._stopping.is_set()):
                 future.cancel()
                 future.set_running_or_notify_cancel()
-            elif isinstance(error := run.exception(), DeviceError) and self._may_retry(batch, 0):
+            elif isinstance(error, DeviceError) and self._may_retry(batch, 0):
                 again = self._threads.submit(self._persistently, batch, error)
                 again.add_done_callback(lambda again: _copy(again, future))
+            elif run.cancelled():
+                future.set_exception(error or DeviceError("closed"))
             else:
                 self._computed_at[device.name] = time.monotonic()
                 _copy(run, future)
@@ -244,6 +247,12 @@ class Fallback:
             except DeviceError as error:
                 reasons.append(str(error))
                 last = error
+                continue
+            except CancelledError:  # it was made anew while the batch waited for it
+                if self._stopping.is_set():
+                    raise
+                last = DeviceError(f"{device.name} was closed before it computed a batch")
+                reasons.append(str(last))
                 continue
             self._computed_at[device.name] = time.monotonic()
             usual = self._usual.get(device.name, output.seconds)
