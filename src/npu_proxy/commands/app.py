@@ -176,14 +176,24 @@ def serve(*, settings: SharedSettings = DEFAULTS) -> None:
     """Serve the model over HTTP.
 
     The port is open immediately and returns status 503 until the model is ready. On SIGTERM, open requests get `drain`
-    seconds to finish.
+    seconds to finish. On SIGHUP, keys, the certificate, limits and `served_model_name` are read again.
     """
     from npu_proxy.server.run import serve as run_server
 
-    code = run_server(settings)
+    code = run_server(settings, _read_again)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # everything has stopped; a hanging download thread must not keep the process alive
+
+
+def _read_again() -> Settings:
+    """The settings of this command line, with the current content of the TOML file. Raises SettingsError."""
+    app.config = [config.Env(_PREFIX, command=False), _toml()]
+    try:
+        _, bound, _ = app.parse_args(list(_without_old_spellings(sys.argv[1:])), exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise SettingsError(" ".join(str(error).split())) from error
+    return bound.arguments.get("settings", DEFAULTS)
 
 
 app.command(cache)

@@ -18,6 +18,11 @@ def _split(kind: object, value: str, *, delimiter: str | None = None) -> list[st
     return [part.strip() for part in value.split(delimiter or ",") if part.strip()]
 
 
+def _whole(kind: object, value: str, *, delimiter: str | None = None) -> list[str]:
+    """A variable with one text, in which commas and the space at the end matter."""
+    return [value]
+
+
 def _switch(kind: Any, tokens: Any) -> bool:
     """Parse a boolean from a variable or TOML file; `on` and `off` are accepted as well."""
     value = str(tokens[0].value).lower()
@@ -30,7 +35,11 @@ def _switch(kind: Any, tokens: Any) -> bool:
 
 for _setting in fields(Settings):  # the help text lists each setting under its group
     _hint = types_of_settings()[_setting.name]
-    _parameter = Parameter(group=_setting.metadata["group"], converter=_switch if _hint is bool else None)
+    _parameter = Parameter(
+        group=_setting.metadata["group"],
+        converter=_switch if _hint is bool else None,
+        env_var_split=_whole if _setting.name.endswith("_instruction") else _split,
+    )
     Settings.__annotations__[_setting.name] = Annotated[_hint, _parameter]
 
 SharedSettings = Annotated[Settings, Parameter(name="*", negative_iterable=(), env_var_split=_split)]

@@ -211,6 +211,13 @@ class Engine:
                 uninterrupted(partial(self._close, self.settings.drain if drain is None else drain))
             self._state = "stopped"
 
+    def change_limits(self, settings: Settings) -> None:
+        """Use the limits and times of these settings for new requests; nothing else changes."""
+        names = ("timeout", "bulk_timeout", "interactive_texts", "max_queue_items", "max_queue_tokens", "drain")
+        self.settings = replace(self.settings, **{name: getattr(settings, name) for name in names})
+        if self._pipeline is not None:
+            self._pipeline.limit(QueueLimits(texts=settings.max_queue_items, tokens=settings.max_queue_tokens))
+
     def __enter__(self) -> Self:
         return self.start()
 

@@ -162,6 +162,10 @@ class Pipeline:
             self._slices_of[request.number] = set(slices)
             self._slices_changed.notify()
 
+    def limit(self, queue: QueueLimits) -> None:
+        """Use these limits for new requests."""
+        self._limits = replace(self._limits, queue=queue)
+
     def _load(self, request: PendingRequest, tokens: int) -> QueueLoad:
         """The current load, for a new request of about so many tokens."""
         client, rank = request.client, request.rank

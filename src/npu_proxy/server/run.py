@@ -8,7 +8,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -18,13 +18,14 @@ from starlette.applications import Starlette
 
 from npu_proxy.devices.base import Device
 from npu_proxy.errors import NpuProxyError, SettingsError
-from npu_proxy.server.http.app import create_app
+from npu_proxy.server.http.app import AppState, create_app
 from npu_proxy.server.http.auth import is_exposed
 from npu_proxy.server.http.clients import read_keys
 from npu_proxy.server.http.protocol import drop_silent_peers, protocol_of
 from npu_proxy.server.models.loaded import LoadedModels
 from npu_proxy.server.ops import logs, systemd
 from npu_proxy.server.ops.readiness import is_live
+from npu_proxy.server.reload import reload
 from npu_proxy.settings import Settings
 
 _AFTER_DRAIN = 3
@@ -67,8 +68,11 @@ class _Server(uvicorn.Server):
                 signal.signal(number, signal.SIG_IGN)
 
 
-def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code: 0 after a drain, 2 if a model cannot be loaded, 1 otherwise."""
+def serve(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code: 0 after a drain, 2 if a model cannot be loaded, 1 otherwise.
+
+    read: reads the settings again, on SIGHUP (reload.py).
+    """
     logs.configure(settings)
     registry = LoadedModels(settings)
     outcome = {"code": 0}
@@ -76,6 +80,9 @@ def serve(settings: Settings) -> int:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None]:
         task = asyncio.create_task(_load(registry, server, outcome))
+        if read is not None and hasattr(signal, "SIGHUP"):
+            reloads = _on_hangup(app.state.npu_proxy, read, config)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloads)
         watchdog = asyncio.create_task(systemd.keep_watchdog(lambda: is_live(registry)))
         yield
         systemd.notify("STOPPING=1")
@@ -124,6 +131,28 @@ def serve(settings: Settings) -> int:
             ):
                 settings.uds.unlink(missing_ok=True)  # unless another server has replaced it
     return outcome["code"]
+
+
+def _on_hangup(state: AppState, read: Callable[[], Settings], config: uvicorn.Config) -> Callable[[], None]:
+    """A function that reads the settings again and says what it took over."""
+    tasks: set[asyncio.Task[None]] = set()
+    turn = asyncio.Lock()
+
+    async def take_over() -> None:
+        async with turn:
+            try:
+                changes = await reload(state, read, config.ssl)
+            except (NpuProxyError, OSError) as error:
+                print(f"npu-proxy: the settings stay as they were: {error}", file=sys.stderr, flush=True)
+            else:
+                print(f"npu-proxy took over: {'; '.join(changes) or 'nothing has changed'}", file=sys.stderr, flush=True)
+
+    def start() -> None:
+        task = asyncio.get_running_loop().create_task(take_over())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    return start
 
 
 def _checked(config: uvicorn.Config) -> uvicorn.Config:

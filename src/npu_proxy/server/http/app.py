@@ -191,10 +191,10 @@ def _handler(state: AppState, dialect: Dialect, route: Route) -> Handler:
 
 
 def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any]) -> Handler:
-    decoder, settings = msgspec.json.Decoder(route.body), state.settings
+    decoder = msgspec.json.Decoder(route.body)
 
     async def handle(exchange: Exchange) -> Response:
-        start = time.monotonic()
+        start, settings = time.monotonic(), state.settings
         content = await state.bodies.read(exchange)
         lane = lane_of(exchange.request, content, exchange.key)
         body = decode(decoder, content)

@@ -72,10 +72,14 @@ class RequestBodies:
     """Reads request bodies and limits the memory they take together, however slowly clients send them."""
 
     def __init__(self, settings: Settings) -> None:
+        self.held: int = 0
+        self.limit(settings)
+
+    def limit(self, settings: Settings) -> None:
+        """Use the limits of these settings from now on."""
         self._each = settings.max_body_mb * 1_000_000
         self._all = settings.max_bodies_mb * 1_000_000
         self._seconds = settings.timeout
-        self.held: int = 0
 
     async def read(self, exchange: Exchange) -> bytes:
         """Return the whole body, read once; ``release`` frees it. Raises BodyTooLargeError, OverloadedError, DeadlineError."""

@@ -32,13 +32,16 @@ class ModelIndex:
     """The models that can be loaded. Reads files, so it is used in threads; several threads may use it at once."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
         self.store: ModelStore = ModelStore(settings.store)
-        pairs = [name.partition("=") for name in settings.served_model_name]
-        self._aliases: Mapping[str, tuple[str, str]] = {
-            normalize_name(short): (short, normalize_name(target)) for short, _, target in pairs
-        }
+        self._aliases: Mapping[str, tuple[str, str]] = {}
+        self.take_over(settings)
         self._specs: dict[Path, tuple[float, ModelSpec | None]] = {}
+
+    def take_over(self, settings: Settings) -> None:
+        """Use these settings, and their names for models, from now on."""
+        self.settings = settings
+        pairs = [name.partition("=") for name in settings.served_model_name]
+        self._aliases = {normalize_name(short): (short, normalize_name(target)) for short, _, target in pairs}
 
     def aliases(self, names: set[str], *, first: bool) -> Sequence[str]:
         """Return the names in `served_model_name` of a model. names: its normalized names. first: whether it is the first model."""

@@ -105,6 +105,11 @@ def make_engine(settings: Settings, cache: VectorCache | None) -> Engine:
     return Engine(settings=without_cache(settings), cache=cache)
 
 
+def _weights_limit(settings: Settings) -> int:
+    """Maximum bytes of weights in memory."""
+    return settings.models_mb * 1_000_000 if settings.models_mb else available_memory() // 4
+
+
 def unloadable(loaded: Sequence[LoadedModel], size: int, limit: int) -> list[LoadedModel] | None:
     """Return the models to unload to fit ``size`` more bytes into ``limit``, least recently used first; None if impossible."""
     excess = sum(model.size for model in loaded) + size - limit
@@ -128,7 +133,7 @@ class LoadedModels:
         check_models(settings, (stored.name for stored in self.index.store.list()))
         self.cache: VectorCache | None = open_cache(settings)
         self._make = make
-        self._limit = settings.models_mb * 1_000_000 if settings.models_mb else available_memory() // 4
+        self._limit = _weights_limit(settings)
         self._loaded: dict[str, LoadedModel] = {}
         self._by_name: dict[str, tuple[LoadedModel, str | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -195,6 +200,22 @@ class LoadedModels:
         return LoadedSnapshot(
             models=models, by_name=by_name, unavailable=unavailable, first=next(iter(self._own_names(self.first)))
         )
+
+    async def take_over(self, settings: Settings) -> None:
+        """Use the limits and names of these settings from now on. Models that get a name are loaded before they do.
+
+        Raises ModelNotFoundError if there is no such model.
+        """
+        targets = [name.partition("=")[2] for name in settings.served_model_name]
+        uses = [await self.acquire(target, settings.bulk_timeout) for target in targets if target]
+        for use in uses:
+            use.__exit__(None, None, None)
+        self.settings = settings
+        self._limit = _weights_limit(settings)
+        self.index.take_over(settings)
+        self._by_name.clear()
+        for model in self.loaded():
+            model.engine.change_limits(settings)
 
     # -- use -----------------------------------------------------------------------------------------------------
 
