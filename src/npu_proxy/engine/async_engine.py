@@ -115,6 +115,10 @@ class AsyncEngine:
         """The vector cache; None if the settings ask for none."""
         return self.engine.cache
 
+    def change_limits(self, settings: Settings) -> None:
+        """Like Engine.change_limits."""
+        self.engine.change_limits(settings)
+
     def stats(self) -> Stats:
         """A snapshot of the counters, the queue depth and the stages."""
         return self.engine.stats()
