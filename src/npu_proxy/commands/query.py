@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from npu_proxy.bulk.readers import read_lines
+from npu_proxy.bulk.verify import verify as compare_vectors
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.validation import can_classify, can_rerank
@@ -147,3 +148,56 @@ def _texts(arguments: Sequence[str], file: Path | None) -> list[str]:
 
 def _print(content: dict[str, object]) -> None:
     print(msgspec.json.encode(content).decode())
+
+
+def verify(
+    vectors: Path,
+    *,
+    input: Path,
+    text_field: str = "text",
+    vector_field: str = "embedding",
+    sample: int = 200,
+    json: bool = False,
+    settings: SharedSettings = DEFAULTS,
+) -> None:
+    """Tell whether stored vectors were made by this model, precision and instruction, by embedding a sample of the texts again.
+
+    Exit code 0 if they were, 1 if not.
+
+    Parameters
+    ----------
+    vectors
+        File of vectors: .npy, .parquet or .jsonl.
+    input
+        File of their texts, in the same order: .jsonl, .csv, .txt or .parquet.
+    text_field
+        Field or column of the file that contains the text.
+    vector_field
+        Field or column of the vectors, if they are not in a .npy file.
+    sample
+        Number of texts to embed.
+    json
+        Print the comparison as one JSON object.
+    """
+    if sample < 1:
+        raise InputError(f"sample must be at least 1, not {sample}", param="sample")
+    with Engine(settings=settings) as engine:
+        found = compare_vectors(engine, vectors, input, text_field=text_field, vector_field=vector_field, sample=sample)
+        name, fingerprint = engine.spec.name, engine.spec.fingerprint
+    best = found.matches[0]
+    prompt = f"with the prompt `{best.prompt}` ({best.text!r})" if best.text else "without a prompt"
+    if found.same:
+        verdict = f"made by {name}, fingerprint {fingerprint}, {prompt}"
+    elif found.related:
+        verdict = f"not made by {name} as it is now; perhaps in another precision, or with other settings ({prompt} it is closest)"
+    else:
+        verdict = f"not made by {name}"
+    if json:
+        _print({**asdict(found), "fingerprint": fingerprint, "verdict": verdict})
+    else:
+        print(f"{found.sampled} of {found.count} vectors, {found.dimensions} of {found.width} dimensions, {found.kind}")
+        for match in found.matches:
+            print(f"cosine at least {match.least:.5f}, mean {match.mean:.5f}  {match.prompt or 'no prompt'}")
+        print(verdict)
+    if not found.same:
+        sys.exit(1)
