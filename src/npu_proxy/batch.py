@@ -224,6 +224,10 @@ class Output:
     fallback: str = ""
     retries: int = 0
     """How often the whole chain failed before."""
+    origin: int = 0
+    """Which start of the device computed it (devices/fallback.py); 0 if that is unknown."""
+    repaired: bool = False
+    """Whether the device found itself wrong while it computed the batch, and computed it again."""
 
 
 def output_for(batch: Batch, index: int, vectors: Array) -> Array:

@@ -227,6 +227,8 @@ class TextResult:
     truncated: bool
     device: str
     chunks: Sequence[TextChunk] = ()
+    origin: int = 0
+    """Which start of the device computed it; if that turns out to have been wrong, the result is void. 0 if that is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)

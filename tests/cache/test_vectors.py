@@ -12,7 +12,7 @@ import pytest
 from conftest import SMALL_SHAPES, fake_engine, golden
 from npu_proxy import EmbedRequest, Engine, Settings, SettingsError
 from npu_proxy.cache.disk import DiskTier
-from npu_proxy.cache.tier import TierError, TierStats
+from npu_proxy.cache.tier import VOID_KEY, TierError, TierStats
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.fake import FakeDevice
 from npu_proxy.types import TextResult, Truncate
@@ -102,10 +102,13 @@ class Broken:
     def open(self) -> None: ...
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        self.asked += 1
+        self.asked += list(keys) != [VOID_KEY]
         if self.how == "fails":
             raise TierError("no such server")
         return [b"nonsense"] * len(keys)
+
+    def void(self, origins: bytes) -> None:
+        raise TierError("no")
 
     def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
         if self.how == "fails":
@@ -193,7 +196,7 @@ class Slow(Broken):
         self.kept = 0
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        self.asked += 1
+        self.asked += list(keys) != [VOID_KEY]
         threading.Event().wait(0.02)
         return [None] * len(keys)
 

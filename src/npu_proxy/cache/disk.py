@@ -17,7 +17,7 @@ from typing import Any
 import lmdb
 
 from npu_proxy.cache.entry import FINGERPRINT_BYTES, fingerprint_bytes
-from npu_proxy.cache.tier import TierError, TierStats
+from npu_proxy.cache.tier import VOID_KEY, TierError, TierStats
 
 _log = logging.getLogger("npu_proxy.cache")
 
@@ -82,6 +82,9 @@ class DiskTier:
         with _errors(self._folder), env.begin() as read:
             young, old = self._order(read)
             for key in keys:
+                if key == VOID_KEY:
+                    values.append(read.get(key))
+                    continue
                 value = read.get(key, db=young)
                 if value is None:
                     value = read.get(key, db=old)
@@ -102,6 +105,12 @@ class DiskTier:
                 with self._env.begin(write=True) as write:
                     self._swap_generations(write)
                 self._put(entries)
+
+    def void(self, origins: bytes) -> None:
+        """Append to the value of VOID_KEY, which is outside of both generations."""
+        self.open()
+        with _errors(self._folder), self._env.begin(write=True) as write:
+            write.put(VOID_KEY, (write.get(VOID_KEY) or b"") + origins)
 
     def stats(self) -> TierStats:
         """Number of entries by fingerprint, and bytes of their pages."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ FINGERPRINT_BYTES = 16
 KEY_BYTES = FINGERPRINT_BYTES + 32
 
 _HEADER = struct.Struct("<4sIII?BI")
-"""Magic, checksum of all bytes after it, width, tokens, truncated, length of the device name, rows plus 1 (0: one vector)."""
-_MAGIC = b"npv2"
+"""Magic, checksum of all bytes after it, width, tokens, truncated, length of what follows before the vector, rows plus 1 (0: one
+vector). What follows: the origin (8 bytes), then the name of the device; without an origin in entries of earlier versions."""
+_MAGIC, _WITHOUT_ORIGIN = b"npx3", b"npv2"  # several bits apart
+_ORIGIN = struct.Struct("<Q")
 _CHECKSUM_START = 8
 """The checksum covers all bytes from this offset on."""
 
@@ -65,6 +67,17 @@ def _content(text: TextInput) -> bytes:
         return b"j" + ",".join(map(str, text)).encode()
 
 
+def origins_to_bytes(origins: Iterable[int]) -> bytes:
+    """Convert void origins to bytes; those of several calls may follow one another."""
+    return b"".join(map(_ORIGIN.pack, origins))
+
+
+def origins_from_bytes(value: bytes | None) -> frozenset[int]:
+    """Convert the bytes of void origins back."""
+    content = value or b""
+    return frozenset(_ORIGIN.unpack_from(content, start)[0] for start in range(0, len(content) - _ORIGIN.size + 1, _ORIGIN.size))
+
+
 def fingerprint_bytes(fingerprint: str) -> bytes:
     """The first bytes of every key of the model with this fingerprint."""
     return fingerprint.encode()[:FINGERPRINT_BYTES].ljust(FINGERPRINT_BYTES, b"-")
@@ -72,7 +85,7 @@ def fingerprint_bytes(fingerprint: str) -> bytes:
 
 def to_bytes(entry: TextResult) -> bytes:
     """Convert an entry to the bytes stored on disk or on a server: header, device, little-endian float32."""
-    device = entry.device.encode()[:255]
+    device = _ORIGIN.pack(entry.origin) + entry.device.encode()[: 255 - _ORIGIN.size]
     body = device + entry.vector.astype("<f4", copy=False).tobytes()
     rows = len(entry.vector) + 1 if entry.vector.ndim == 2 else 0  # 0 rows must differ from one vector
     width = entry.vector.shape[-1]
@@ -88,9 +101,16 @@ def from_bytes(value: bytes) -> TextResult | None:
     magic, checksum, width, tokens, truncated, name_size, rows = _HEADER.unpack_from(value)
     start = _HEADER.size + name_size
     count = width * (rows - 1) if rows else width
-    if magic != _MAGIC or len(value) != start + 4 * count or zlib.crc32(memoryview(value)[_CHECKSUM_START:]) != checksum:
+    if (
+        magic not in (_MAGIC, _WITHOUT_ORIGIN)
+        or len(value) != start + 4 * count
+        or zlib.crc32(memoryview(value)[_CHECKSUM_START:]) != checksum
+    ):
         return None
     vector = np.frombuffer(value, "<f4", count, start).astype(np.float32, copy=False)
     if rows:
         vector = vector.reshape(rows - 1, width)
-    return TextResult(vector, tokens, truncated, value[_HEADER.size : start].decode("utf-8", "replace"))
+    name = value[_HEADER.size : start]
+    origin = _ORIGIN.unpack_from(name)[0] if magic == _MAGIC and len(name) >= _ORIGIN.size else 0
+    device = name[_ORIGIN.size :] if magic == _MAGIC else name
+    return TextResult(vector, tokens, truncated, device.decode("utf-8", "replace"), origin=origin)

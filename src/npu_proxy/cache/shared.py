@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from npu_proxy.cache.entry import FINGERPRINT_BYTES, fingerprint_bytes
-from npu_proxy.cache.tier import TierError, TierStats
+from npu_proxy.cache.tier import VOID_KEY, TierError, TierStats
 from npu_proxy.errors import SettingsError
 
 _TIMEOUT = 0.25
@@ -52,11 +52,18 @@ class SharedTier:
         with self._as_tier_error():
             self._client.mset({self._prefix + key: value for key, value in items})
 
+    def void(self, origins: bytes) -> None:
+        """Append to the value of VOID_KEY. If the server evicts it, whoever knows it appends it again."""
+        with self._as_tier_error():
+            self._client.append(self._prefix + VOID_KEY, origins)
+
     def stats(self) -> TierStats:
         """Number of entries by fingerprint. The size is 0, since the server does not report it per prefix."""
         entries: dict[str, int] = {}
         with self._as_tier_error():
             for name in self._names(b"*"):
+                if name == self._prefix + VOID_KEY:
+                    continue
                 fingerprint = name[len(self._prefix) :][:FINGERPRINT_BYTES].decode("ascii", "replace")
                 entries[fingerprint] = entries.get(fingerprint, 0) + 1
         return TierStats(name=self.name, entries=entries, size=0, limit=0)

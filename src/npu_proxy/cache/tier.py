@@ -33,6 +33,10 @@ class TierStats:
     limit: int
 
 
+VOID_KEY = b"void"
+"""The key of the origins whose entries are void (cache/vectors.py). It is kept when entries are evicted."""
+
+
 class Tier(Protocol):
     """Stores bytes by key. ``get_many`` may be called while another thread writes; every call has a time limit."""
 
@@ -49,6 +53,10 @@ class Tier(Protocol):
 
     def put_many(self, items: Sequence[tuple[bytes, bytes]]) -> None:
         """Write all entries, or none of them and raise TierError."""
+        ...
+
+    def void(self, origins: bytes) -> None:
+        """Append to the value of VOID_KEY, which ``get_many`` returns like any other. Raises TierError."""
         ...
 
     def stats(self) -> TierStats:

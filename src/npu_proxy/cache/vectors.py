@@ -1,6 +1,10 @@
 """The vector cache: memory is read directly, disk and server in a separate lookup; a background thread writes to them.
 
 A tier that fails, or is slower than computing, is bypassed for a while; its errors never fail a request.
+
+Every entry carries its origin: the start of the device that computed it. When a device turns out to be wrong, all that it wrote
+since that start is void, in every tier. Each tier keeps the void origins; processes that share it see them with their next lookup,
+and otherwise within a second.
 """
 
 from __future__ import annotations
@@ -9,15 +13,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import cachetools
 
-from npu_proxy.cache.entry import from_bytes, to_bytes
-from npu_proxy.cache.tier import Pace, Tier, TierError
+from npu_proxy.cache.entry import from_bytes, origins_from_bytes, origins_to_bytes, to_bytes
+from npu_proxy.cache.tier import VOID_KEY, Pace, Tier, TierError
 from npu_proxy.types import TextResult
 
 _log = logging.getLogger("npu_proxy.cache")
@@ -29,6 +33,10 @@ _IDLE = 0.5
 """Maximum seconds between checks whether to stop."""
 _GATHER = 0.2
 """Seconds to collect entries for one transaction."""
+_NOTICE = 0.05
+"""Maximum seconds until void origins are written."""
+_SHARE_SECONDS = 1.0
+"""How often a process looks for void origins that others have found."""
 _CLOSE_SECONDS = 10.0
 _TOUCH_INTERVAL = 64
 """Of this many requests with vectors in memory, one has them written to the tiers again."""
@@ -36,7 +44,10 @@ _TOUCH_INTERVAL = 64
 
 @dataclass(slots=True)
 class CacheCounts:
-    """Vectors found (by tier) and not found; entries written and dropped; errors; lookups bypassed; entries and bytes in memory."""
+    """Vectors found (by tier) and not found; entries written and dropped; errors; lookups bypassed; entries and bytes in memory.
+
+    voided: entries that were found, or were in memory, and were void.
+    """
 
     hits: dict[str, int]
     misses: int = 0
@@ -44,6 +55,7 @@ class CacheCounts:
     dropped: int = 0
     errors: int = 0
     bypassed: int = 0
+    voided: int = 0
     entries: int = 0
     size: int = 0
 
@@ -66,7 +78,12 @@ class VectorCache:
         self._counts = CacheCounts(dict.fromkeys(("memory", *self._reading), 0))
         self._queue: queue.Queue[tuple[bytes, TextResult, str]] = queue.Queue(_MAX_WAITING)
         self._since_touch = 0
+        self._void: frozenset[int] = frozenset()
+        self._void_in: dict[str, frozenset[int]] = {tier.name: frozenset() for tier in tiers}
+        """Void origins that each tier is known to have."""
         self._stopping = threading.Event()
+        self._wake = threading.Event()
+        """Set when void origins are to be written to the tiers."""
         self._writer: threading.Thread | None = None
         if tiers:
             self._writer = threading.Thread(target=self._write, name="npu-proxy-cache", daemon=True)
@@ -109,6 +126,8 @@ class VectorCache:
             values = self._read_from(tier, [keys[index] for index in missing], compute_seconds)
             for index, value in zip(missing, values, strict=True):
                 entry = from_bytes(value) if value is not None else None
+                if entry is not None and self._is_void(entry):
+                    continue
                 if entry is not None:
                     found[index] = entry
                     self._remember(keys[index], entry, tier.name)
@@ -119,6 +138,20 @@ class VectorCache:
     def keep(self, key: bytes, entry: TextResult) -> None:
         """Store a new vector; never blocks."""
         self._remember(key, entry, "")
+
+    def void(self, origins: Iterable[int]) -> None:
+        """Make all entries of these origins void: in memory now, in the tiers as soon as the writer thread gets there."""
+        with self._lock:
+            new = frozenset(origins) - self._void - {0}
+            if not new:
+                return
+            self._void |= new
+            gone = [key for key, entry in self._memory.items() if entry.origin in new]
+            for key in gone:
+                del self._memory[key]
+            self._counts.voided += len(gone)
+        _log.warning("vectors of a device that was wrong are void: %d in memory, and all that it wrote elsewhere", len(gone))
+        self._wake.set()
 
     def counts(self) -> CacheCounts:
         """A consistent copy of the counts."""
@@ -131,6 +164,7 @@ class VectorCache:
                 dropped=counts.dropped,
                 errors=counts.errors,
                 bypassed=counts.bypassed,
+                voided=counts.voided,
                 entries=len(self._memory),
                 size=int(self._memory.currsize),
             )
@@ -155,6 +189,9 @@ class VectorCache:
     def _remember(self, key: bytes, entry: TextResult, origin: str) -> None:
         """Store in memory, and queue for the tiers before ``origin`` (for all tiers if the vector is new)."""
         with self._lock:
+            if entry.origin in self._void:  # it was being computed, or read, when its device was found to be wrong
+                self._counts.voided += 1
+                return
             if _size(entry) <= self._memory.maxsize:
                 self._memory[key] = entry
             if origin:
@@ -178,13 +215,45 @@ class VectorCache:
                 self._counts.bypassed += len(keys)
             return no_values
         try:
-            values = tier.get_many(keys)
+            *values, void = tier.get_many([*keys, VOID_KEY])
+            self._learn(tier, void)
         except Exception as error:  # a tier must not fail a request, whatever its library raises
             self._failed(self._reading, tier, error)
             return no_values
         now = time.monotonic()
         self._reading[tier.name] = pace.looked_up(seconds=now - start, texts=len(keys), compute_seconds=compute_seconds, now=now)
         return values
+
+    def _is_void(self, entry: TextResult) -> bool:
+        if entry.origin not in self._void:
+            return False
+        with self._lock:
+            self._counts.voided += 1
+        return True
+
+    def _learn(self, tier: Tier, value: bytes | None) -> None:
+        """Take over the void origins that a tier has."""
+        if value is None and not self._void:
+            return
+        found = origins_from_bytes(value)
+        self._void_in[tier.name] = found
+        self.void(found)
+        if self._void - found:
+            self._wake.set()  # the tier has lost some, or never had them
+
+    def _share_voids(self) -> None:
+        """Exchange void origins with every tier. Called by the writer thread."""
+        for tier in self._tiers:
+            if self._writing[tier.name].rests(time.monotonic()):
+                continue
+            try:
+                self._learn(tier, tier.get_many([VOID_KEY])[0])
+                missing = self._void - self._void_in[tier.name]
+                if missing:
+                    tier.void(origins_to_bytes(missing))
+                    self._void_in[tier.name] |= missing
+            except Exception as error:  # as in _read_from
+                self._failed(self._writing, tier, error)
 
     def _failed(self, paces: dict[str, Pace], tier: Tier, error: Exception) -> None:
         now = time.monotonic()
@@ -202,7 +271,12 @@ class VectorCache:
                 tier.open()
             except Exception as error:  # as in _read_from
                 self._failed(self._writing, tier, error)
+        shared = 0.0
         while True:
+            if self._wake.is_set() or time.monotonic() - shared > _SHARE_SECONDS:
+                self._wake.clear()
+                self._share_voids()
+                shared = time.monotonic()
             batch = self._gather()
             if batch:
                 for tier in self._tiers:
@@ -217,9 +291,11 @@ class VectorCache:
         while len(batch) < _BATCH:
             try:
                 timeout = 0.0 if self._stopping.is_set() else max(0.0, end - time.monotonic())
-                batch.append(self._queue.get(block=timeout > 0, timeout=timeout))
+                batch.append(self._queue.get(block=timeout > 0, timeout=min(timeout, _NOTICE)))
             except queue.Empty:
-                break
+                if self._wake.is_set() or self._stopping.is_set() or time.monotonic() >= end:
+                    break
+                continue
             if len(batch) == 1:
                 end = time.monotonic() + _GATHER
         return batch
@@ -227,7 +303,8 @@ class VectorCache:
     def _write_to(self, tier: Tier, batch: Sequence[tuple[bytes, TextResult, str]]) -> None:
         names = [other.name for other in self._tiers]
         position = names.index(tier.name)
-        entries = {key: entry for key, entry, origin in batch if not origin or names.index(origin) > position}
+        fresh = {key: entry for key, entry, origin in batch if not origin or names.index(origin) > position}
+        entries = {key: entry for key, entry in fresh.items() if entry.origin not in self._void}
         if not entries or self._writing[tier.name].rests(time.monotonic()):
             self._count_written(0, len(entries))
             return

@@ -102,6 +102,7 @@ class OpenVinoCpu:
         self._least_cosine = TARGETS["cpu"].kind.least_cosine[spec.precision]
         self._guard = Guard(self.name, self._least_cosine)
         self._repairing = threading.Lock()
+        self._repairs = 0
         self._changing = threading.Lock()
         self._pools: dict[bool, SlotPool[_Slot]] = {True: SlotPool(), False: SlotPool()}
         """Free slots: for full batches (True), for any batch (False)."""
@@ -173,6 +174,7 @@ class OpenVinoCpu:
                 state="failing" if self._reason or not self.ready else "serving",
                 reason=self._reason,
                 precision=self._spec.precision,
+                restarts=self._repairs,
                 slots=len(self._slots),
                 guarded=self._guard.passed,
                 canary_failures=self._guard.failures,
@@ -232,7 +234,7 @@ class OpenVinoCpu:
             try:
                 vectors = self._run(slot, batch)
                 self._guard.check(batch, vectors)
-                return Output(vectors, self.name, time.perf_counter() - start)
+                return Output(vectors, self.name, time.perf_counter() - start, repaired=attempt > 0)
             except BatchError as error:
                 if error.failure is not Failure.CANARY or attempt == _ATTEMPTS - 1:
                     raise
@@ -338,6 +340,7 @@ class OpenVinoCpu:
         """Compile a slot again and examine it. Returns None if that does not help; the slot is then left out."""
         with self._repairing:
             _log.warning("cpu: %s; compiling slot %s again", why, slot.name)
+            self._repairs += 1
             try:
                 self._compile_again(slot)
                 if self._golden is not None:

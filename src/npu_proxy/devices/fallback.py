@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, InvalidStateError, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,9 +19,12 @@ from dataclasses import dataclass, replace
 from npu_proxy.batch import Batch, BatchShape, Output
 from npu_proxy.devices.base import Device, DeviceReport
 from npu_proxy.devices.canary import same_vectors
+from npu_proxy.devices.failure import BatchError, Failure
 from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import DeviceError, UnavailableError
 
+_WRONG = (Failure.CANARY, Failure.NUMBERS)
+"""Failures after which earlier results of a device cannot be trusted either."""
 _FIRST_PAUSE = 0.1
 """Seconds before a batch that failed on every device starts again; doubled each time."""
 _PROBE_SECONDS = 5.0
@@ -75,6 +79,10 @@ class Fallback:
         self._agreement = agreement
         self._max_retries = max_retries
         self._probes: dict[str, ProbeResult] = {}
+        self._origins = {device.name: _new_origin() for device in devices}
+        """Which start of each device computes now. A new one begins when the device was found to be wrong."""
+        self.on_wrong: Callable[[int], None] = lambda _: None
+        """Called with an origin when what it computed cannot be trusted."""
         self._unguarded = itertools.count(1)
         self._computed_at: dict[str, float] = {}
         self._probers = DeviceThreads(2 * len(devices), "probe")
@@ -130,6 +138,7 @@ class Fallback:
     def probe(self) -> None:
         """Run a test inference on every device that is ready, each for at most five seconds, then raise the first error, if any."""
         ready = [device for device in self._devices if device.ready]
+        repairs = [_repairs(device) for device in ready]
         runs = [self._probers.submit(device.probe) for device in ready]
         wait(runs, timeout=_PROBE_SECONDS)
         errors: list[DeviceError] = []
@@ -141,6 +150,8 @@ class Fallback:
             elif time.monotonic() - self._computed_at.get(device.name, -math.inf) > _PROBE_SECONDS:  # else it is only busy
                 run.cancel()
                 error = DeviceError(f"{device.name} did not compute golden texts within {_PROBE_SECONDS:g} seconds")
+            if (isinstance(error, BatchError) and error.failure in _WRONG) or _repairs(device) > repairs[ready.index(device)]:
+                self._found_wrong(device)
             self._probes[device.name] = ProbeResult(time.monotonic(), "" if error is None else str(error))
             errors += [] if error is None else [error]
         if errors:
@@ -185,7 +196,7 @@ class Fallback:
     def _alone(self, batch: Batch) -> Future[Output]:
         """Compute a batch on the only device; a thread is needed only if that fails."""
         device = self._devices[0]
-        run = device.submit(batch)
+        run = self._submit(device, batch)
         future: Future[Output] = Future()
 
         def finish(run: Future[Output]) -> None:
@@ -239,7 +250,7 @@ class Fallback:
                 reasons.append(reason)
                 continue
             behind = devices[number + 1 :]
-            run = device.submit(batch)
+            run = self._submit(device, batch)
             try:
                 if behind and not wait([run], self._patience(device, batch)).done:
                     return self._hedged(run, device, behind, batch, reasons)
@@ -260,6 +271,37 @@ class Fallback:
             return replace(output, fallback="; ".join(reasons)) if reasons else output
         raise last or UnavailableError(f"no device is ready: {'; '.join(reasons)}")
 
+    def _submit(self, device: Device, batch: Batch) -> Future[Output]:
+        """Compute a batch on a device; the output carries its origin, even if the device is found to be wrong meanwhile."""
+        origin, future = self._origins[device.name], Future[Output]()
+
+        def finish(run: Future[Output]) -> None:
+            if run.cancelled():
+                future.cancel()
+                future.set_running_or_notify_cancel()
+                return
+            error = run.exception()
+            if isinstance(error, BatchError) and error.failure in _WRONG:
+                self._found_wrong(device)
+            with suppress(InvalidStateError):  # the future was cancelled
+                if error is not None:
+                    future.set_exception(error)
+                    return
+                output = run.result()
+                if output.repaired:
+                    self._found_wrong(device)
+                future.set_result(replace(output, origin=origin))
+
+        run = device.submit(batch)
+        future.add_done_callback(lambda done: run.cancel() if done.cancelled() else None)
+        run.add_done_callback(finish)
+        return future
+
+    def _found_wrong(self, device: Device) -> None:
+        """What the device computed since it was last examined as a whole cannot be trusted."""
+        origin, self._origins[device.name] = self._origins[device.name], _new_origin()
+        self.on_wrong(origin)
+
     def _is_sampled(self, batch: Batch) -> bool:
         """Whether to compute a batch twice."""
         return bool(self._verify_every) and not batch.canaries and next(self._unguarded) % self._verify_every == 0
@@ -274,13 +316,14 @@ class Fallback:
         same = next(device for device in self._devices if device.name == output.device)
         second = others[-1] if others else same
         try:
-            again = second.submit(batch).result()
+            again = self._submit(second, batch).result()
         except DeviceError:  # only one device could compute it
             return output
         if same_vectors(batch, output.vectors, again.vectors, self._agreement):
             return output
         reason = f"two computations of a batch differ, on {output.device} and on {again.device}"
         for device in {id(device): device for device in (same, second)}.values():
+            self._found_wrong(device)
             device.doubt(reason)
         return replace(self._run([second, *self._devices], batch, []), fallback=reason if others else "")
 
@@ -340,6 +383,10 @@ def trouble(device: Device) -> str:
     return "" if device.ready else f"{device.name} is not ready"
 
 
+def _new_origin() -> int:
+    return secrets.randbits(63) | 1
+
+
 def _pause(attempt: int) -> float:
     """Seconds to wait after an attempt."""
     return _FIRST_PAUSE * 2.0**attempt
@@ -354,6 +401,11 @@ def _copy(run: Future[Output], future: Future[Output]) -> None:
             future.set_exception(error)
         else:
             future.set_result(run.result())
+
+
+def _repairs(device: Device) -> int:
+    """How often parts of a device were found to be wrong and made anew."""
+    return sum(report.restarts for report in device.reports())
 
 
 def _why_not(device: Device, batch: Batch) -> str:

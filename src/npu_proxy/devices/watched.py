@@ -149,7 +149,7 @@ class Watched:
                 state=report.state if closed else "recovering",
                 reason=report.reason if closed else self._reason,
                 breaker=self._breaker.state,
-                restarts=self._restarts,
+                restarts=self._restarts + report.restarts,
                 canary_failures=self._canary_failures + report.canary_failures,
             )
             for report in self._inner.reports()

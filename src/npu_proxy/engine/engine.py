@@ -28,6 +28,7 @@ from npu_proxy.cache.entry import CacheKeys
 from npu_proxy.cache.tiers import open_cache
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device
+from npu_proxy.devices.fallback import Fallback
 from npu_proxy.engine.admission import QueueLimits
 from npu_proxy.engine.calls import (
     BATCH_SIZE,
@@ -185,6 +186,8 @@ class Engine:
         settings = self.settings
         self._cache = cache
         if cache is not None:
+            if isinstance(components.device, Fallback):
+                components.device.on_wrong = lambda origin: cache.void([origin])
             configuration = (settings.sanitize, settings.on_empty, general_value(settings.cache_prefix))
             self._cache_keys = CacheKeys(components.spec.fingerprint, *configuration)
         limits = PipelineLimits(

@@ -316,8 +316,12 @@ class Pipeline:
                 combined = combine_chunks(self._spec, results, chunked.spans, pair=is_pair)
             except Exception as error:  # only this text fails, not the rest of the batch that its last chunk was in
                 request.fail(index, _wrapped(error, "combining chunks failed"))
-            else:
-                self._resolve(request, index, combined)
+                return
+            origins = {part.origin for part in results}
+            if len(origins) == 1:
+                self._resolve(request, index, replace(combined, origin=origins.pop()))
+            else:  # if one of the devices turned out to be wrong, nothing would tell that this result is void
+                request.resolve(index, combined)
 
         texts = replace(request.request, texts=[""] * len(chunked.encodings))
         chunks = PendingRequest(texts, request.deadline, request.submitted_at, on_done, request.rank)
@@ -431,7 +435,7 @@ class Pipeline:
         if not np.isfinite(raw).all():
             return DeviceError(f"device {output.device} returned numbers that are not finite")
         vector = kept_output(self._spec, encoding, raw, self._tokenizer.special_ids)
-        return TextResult(vector, encoding.tokens, encoding.truncated, output.device)
+        return TextResult(vector, encoding.tokens, encoding.truncated, output.device, origin=output.origin)
 
     def _count(self, batch: Batch, output: Output) -> None:
         now = time.monotonic()

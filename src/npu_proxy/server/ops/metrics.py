@@ -174,6 +174,7 @@ def _cache(cache: VectorCache) -> Iterator[Metric]:
         ("dropped", "Entries dropped because a tier was slow, full or failing", counts.dropped),
         ("bypassed", "Texts not looked up because a tier was paused", counts.bypassed),
         ("errors", "Errors of tiers", counts.errors),
+        ("voided", "Entries refused or removed because their device turned out to be wrong", counts.voided),
     ):
         yield CounterMetricFamily(f"npu_proxy_cache_{name}", words, count)
     yield GaugeMetricFamily("npu_proxy_cache_entries", "Vectors in memory", counts.entries)
