@@ -63,6 +63,10 @@ def test_shapes_and_streams_are_those_of_the_device_that_would_answer() -> None:
     assert not chain.ready
     with pytest.raises(UnavailableError, match="one is serving; two is serving"):
         run(chain)
+    chain = Fallback([first, second], probe_every=0, max_retries=2)
+    with pytest.raises(UnavailableError) as error:
+        run(chain)
+    assert str(error.value) == "no device is ready: one is serving; two is serving"
 
 
 def test_the_last_error_is_raised_when_all_fail() -> None:

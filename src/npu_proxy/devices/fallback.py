@@ -228,7 +228,8 @@ class Fallback:
                 _log.info("a batch of %d texts failed on every device: %s; trying again", len(batch.slots), error)
                 self._stopping.wait(_pause(attempt - 1))
             try:
-                output = self._run(self._devices, batch, [] if error is None else [str(error)])
+                # Why no device was ready then is not why one is not now.
+                output = self._run(self._devices, batch, [str(error)] if isinstance(error, DeviceError) else [])
             except (DeviceError, UnavailableError) as failure:
                 if not self._may_retry(batch, attempt):
                     raise
