@@ -184,3 +184,18 @@ def test_a_cancelled_batch_is_cancelled_inside_too() -> None:
         for future in running[:-1]:
             future.result(SECONDS)
         assert device.ready
+
+
+def test_every_batch_in_progress_ends_when_the_device_is_made_anew() -> None:
+    release = threading.Event()
+    made, make = fakes(after(1, lambda _: release.wait(SECONDS)), nothing)
+    with watched(make, seconds=0.5) as device:
+        first = device.submit(batch())
+        time.sleep(0.3)
+        second = device.submit(batch())  # not late yet when the first one is
+        for future in (first, second):
+            with pytest.raises(BatchError):
+                future.result(SECONDS)
+        until(lambda: device.ready)
+        assert len(made) == 2
+        release.set()

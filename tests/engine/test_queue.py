@@ -199,6 +199,17 @@ def test_interactive_goes_first_and_bulk_fills_up() -> None:
     assert {jobs[index] for index in plan.indices} == {quick, other, bulk}
 
 
+def test_a_text_that_no_device_takes_now_holds_up_nobody() -> None:
+    queue = JobQueue(aging=1.0, window=64)
+    long = queue.add(encoding(*range(100)), pending(lane=Lane.INTERACTIVE), 0, 0.0)
+    short = queue.add(encoding(1, 2), pending(), 0, 0.0)
+    assert queue.take(SHAPES, 0.0) is not None
+    assert (long.started, short.started) == (False, True)
+    assert queue.take(SHAPES, 0.0) is None
+    assert queue.take([BatchShape(bins=1, positions=128, segments=8)], 0.0) is not None
+    assert long.started
+
+
 # -- equal texts, and texts that nobody wants ----------------------------------------------------------------------------
 
 

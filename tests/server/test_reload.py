@@ -105,6 +105,15 @@ def test_what_is_wrong_is_said_and_changes_nothing(tmp_path: Path) -> None:
             assert running.ask(texts=3).status_code == 200
 
 
+def test_keys_cannot_be_removed_from_a_server_that_others_can_reach(tmp_path: Path) -> None:
+    with serving(tmp_path, BASE + 'host = "0.0.0.0"\napi_key = "first"\n') as running:
+        running.server.url = running.server.url.replace("0.0.0.0", "127.0.0.1")
+        for content in ('host = "127.0.0.1"\n', 'host = "0.0.0.0"\ninsecure = true\n'):
+            assert "stay as they were" in running.hang_up(BASE + content)
+            assert running.ask().status_code == 401
+            assert running.ask(key="first").status_code == 200
+
+
 def test_a_name_moves_from_one_model_to_another_at_once(tmp_path: Path) -> None:
     before, after = BASE + "served_model_name = 'docs=mean'\n", BASE + "served_model_name = ['docs=max', 'old=mean']\n"
     with serving(tmp_path, before) as running:

@@ -282,6 +282,8 @@ class VectorCache:
                 for tier in self._tiers:
                     self._write_to(tier, batch)
             elif self._stopping.is_set():
+                if self._wake.is_set():
+                    self._share_voids()
                 return
 
     def _gather(self) -> list[tuple[bytes, TextResult, str]]:

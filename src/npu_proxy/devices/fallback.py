@@ -360,6 +360,7 @@ class Fallback:
             for run in done:
                 if not run.cancelled() and run.exception() is None:
                     output = run.result()
+                    self._computed_at[output.device] = time.monotonic()
                     if run is other:
                         late.cancel()  # if it still waits for a free stream, it need not run
                     return replace(output, fallback="; ".join(reasons)) if run is late and reasons else output

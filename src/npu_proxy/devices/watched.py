@@ -99,11 +99,11 @@ class Watched:
         if not self.ready:
             future.set_exception(BatchError(Failure.BUSY, f"{self.name} is not ready: {self._reason}"))
             return future
-        number = next(self._numbers)
-        self._running[number] = (time.monotonic(), future)
+        number, running = next(self._numbers), self._running
+        running[number] = (time.monotonic(), future)
 
         def finish(run: Future[Output]) -> None:
-            self._running.pop(number, None)
+            running.pop(number, None)
             if run.cancelled():
                 future.cancel()
                 future.set_running_or_notify_cancel()
@@ -160,7 +160,9 @@ class Watched:
         self._stopping.set()
         self._wake.set()
         self._thread.join(timeout=10)
-        self._inner.close()
+        with self._lock:
+            inner = self._inner
+        inner.close()
 
     # -- failures ------------------------------------------------------------------------------------------------
 
@@ -208,7 +210,11 @@ class Watched:
         """Make the device anew, and compare it with what the first one computed."""
         with self._lock:
             self._breaker = self._breaker.probing()
+            left, self._running = self._running, {}
         old = self._inner
+        for _, future in left.values():  # their threads may never end
+            with suppress(InvalidStateError):  # done in the meantime
+                future.set_exception(BatchError(Failure.HANG, f"{self.name} was made anew before it finished a batch"))
         _close_later(old)  # it may hang; until it is closed, its weights take memory
         made: Device | None = None
         try:
@@ -229,9 +235,11 @@ class Watched:
             )
             return
         with self._lock:
+            if self._stopping.is_set():
+                _close_later(made)
+                return
             self._inner = made
-            self._running.clear()
-            self._restarts += 1
+            self._restarts += 1 + sum(report.restarts for report in old.reports())
             self._canary_failures += sum(report.canary_failures for report in old.reports())
             self._breaker = self._breaker.recovered(time.monotonic())
             self._reason = ""

@@ -70,6 +70,8 @@ class JobQueue:
     def take(self, shapes: Sequence[BatchShape], now: float) -> tuple[list[Job], BatchPlan] | None:
         """Remove the jobs of the next batch; None if the queue is empty. Returns candidates, and the plan, which indexes them."""
         candidates = self._candidates(now)
+        # A text that only a device takes which is out of service now waits for it, and holds up nobody.
+        candidates = candidates[self._first_that_fits(candidates, shapes) :]
         if not candidates:
             return None
         vectors = [job.encoding.vectors for job in candidates] if any(job.encoding.spans for job in candidates) else ()
@@ -82,6 +84,15 @@ class JobQueue:
             self._count(job, -1)
             job.started = True
         return candidates, plan
+
+    def _first_that_fits(self, candidates: Sequence[Job], shapes: Sequence[BatchShape]) -> int:
+        """The index of the first job that a shape can hold; their number if there is none."""
+
+        def fits(job: Job) -> bool:
+            tokens = aligned(job.encoding.tokens, self._align)
+            return any(shape.positions >= tokens and shape.segments >= job.encoding.vectors for shape in shapes)
+
+        return next((index for index, job in enumerate(candidates) if fits(job)), len(candidates))
 
     def finish(self, job: Job) -> Sequence[tuple[PendingRequest, int]]:
         """Remove a finished job and return the (request, index) pairs that waited for it. Later equal texts start a new job."""

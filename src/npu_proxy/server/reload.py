@@ -43,9 +43,9 @@ async def reload(state: AppState, read: Callable[[], Settings], context: ssl.SSL
     the certificate cannot be read.
     """
     wanted = await asyncio.to_thread(read)
-    keys = await asyncio.to_thread(read_keys, wanted)
     old = state.settings
     settings = replace(old, **{name: getattr(wanted, name) for name in _TAKEN_OVER})
+    keys = await asyncio.to_thread(read_keys, settings)  # the server still listens where it did
     if settings.ssl_certfile is not None and context is not None:
         _check_certificate(settings.ssl_certfile, settings.ssl_keyfile)
     await state.models.take_over(settings)  # loads models that get a new name first

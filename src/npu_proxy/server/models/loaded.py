@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -139,6 +140,7 @@ class LoadedModels:
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(8, "npu-proxy-models")
         self._cl100k: Cl100k | None = None
+        self._stopping = False
         self.unloaded: int = 0
         self.failure: str | None = None
         """Why the models of the settings could not be loaded."""
@@ -162,6 +164,7 @@ class LoadedModels:
 
     async def stop(self) -> None:
         """Stop every engine after its requests in progress, and write the cache's pending entries."""
+        self._stopping = True
         loaded = self.loaded()
         for model in loaded:
             if model.timer is not None:
@@ -207,9 +210,9 @@ class LoadedModels:
         Raises ModelNotFoundError if there is no such model.
         """
         targets = [name.partition("=")[2] for name in settings.served_model_name]
-        uses = [await self.acquire(target, settings.bulk_timeout) for target in targets if target]
-        for use in uses:
-            use.__exit__(None, None, None)
+        with ExitStack() as held:
+            for target in filter(None, targets):
+                held.enter_context(await self.acquire(target, settings.bulk_timeout))
         self.settings = settings
         self._limit = _weights_limit(settings)
         self.index.take_over(settings)
@@ -330,6 +333,8 @@ class LoadedModels:
         try:
             if unloading:
                 await asyncio.wait(unloading)
+            if self._stopping:
+                raise StoppedError("the server is stopping")
             await self.in_thread(model.engine.start)
         except BaseException:
             self._forget(model)
