@@ -42,6 +42,8 @@ _log = logging.getLogger("npu_proxy.engine")
 
 HANDOFF_SECONDS = 0.5
 """Maximum length of a stage's wait, after which it checks whether to stop."""
+_AGAIN_SECONDS = 0.05
+"""How long to wait for a device that takes the texts that are left."""
 _SLICE = 64
 """Texts tokenized at once; an interactive text waits for at most one such slice of a bulk request."""
 
@@ -342,7 +344,8 @@ class Pipeline:
             if self._stopping.is_set() or not self._ready():
                 return
             next_batch = self._jobs.take(self._device.shapes, time.monotonic())
-            if next_batch is None:
+            if next_batch is None:  # nothing waits, or only texts that no device takes now
+                self._jobs_changed.wait(_AGAIN_SECONDS)
                 return
             self._in_flight += 1
         candidates, plan = next_batch

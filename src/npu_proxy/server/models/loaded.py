@@ -129,7 +129,7 @@ class LoadedModels:
 
     def __init__(self, settings: Settings, *, make: MakeEngine = make_engine) -> None:
         """Create the engines without loading any model. Raises SettingsError if the cache or an alias is invalid."""
-        self.settings = settings
+        self.settings: Settings = settings
         self.index: ModelIndex = ModelIndex(settings)
         check_models(settings, (stored.name for stored in self.index.store.list()))
         self.cache: VectorCache | None = open_cache(settings)
