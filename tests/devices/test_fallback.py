@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from npu_proxy import DeviceError, EmbedRequest, Engine, Settings, SettingsError
 from npu_proxy.batch import Batch, BatchShape, Canary, Encoding, Output, Slot
 from npu_proxy.devices.fake import FakeDevice, fail
 from npu_proxy.devices.fallback import Fallback
+from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.targets import TARGETS, device_chain, supported
 
 SHAPE = BatchShape(bins=1, positions=8, segments=1)
@@ -297,33 +298,33 @@ def test_retries_are_counted() -> None:
 
 
 def test_a_probe_has_a_time_limit_and_what_it_found_is_the_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npu_proxy.devices.fallback._PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("npu_proxy.devices.probes._SECONDS", 0.1)
     stuck, fine = FakeDevice(name="stuck"), FakeDevice(name="fine")
     release = threading.Event()
     monkeypatch.setattr(stuck, "probe", lambda: release.wait(10))
     chain = Fallback([stuck, fine], probe_every=0)
-    assert chain.trouble == ""
+    assert chain.probes.trouble() == ""
     with pytest.raises(DeviceError, match="stuck did not compute golden texts"):
         chain.probe()
-    assert chain.trouble == ""  # another device is fine
+    assert chain.probes.trouble() == ""  # another device is fine
     fine.ready = False
-    assert "stuck did not compute" in chain.trouble
-    assert "fine is" in chain.trouble
+    assert "stuck did not compute" in chain.probes.trouble()
+    assert "fine is" in chain.probes.trouble()
     run(Fallback([stuck], probe_every=0))
     release.set()
     chain.probe()
-    assert chain.trouble == ""
+    assert chain.probes.trouble() == ""
     chain.close()
 
 
 def test_a_device_that_is_only_busy_does_not_fail_its_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npu_proxy.devices.fallback._PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("npu_proxy.devices.probes._SECONDS", 0.2)
     device, release = FakeDevice(name="busy"), threading.Event()
     monkeypatch.setattr(device, "probe", lambda: release.wait(10))
     chain = Fallback([device], probe_every=0)
     threading.Timer(0.1, lambda: chain.submit(make_batch())).start()
     chain.probe()
-    assert chain.trouble == ""
+    assert chain.probes.trouble() == ""
     release.set()
     chain.close()
 
@@ -332,24 +333,47 @@ def test_a_device_that_is_only_busy_does_not_fail_its_probe(monkeypatch: pytest.
 
 
 class Closing(FakeDevice):
-    """A device that cancels its first batches, as one does that is made anew while they wait for it."""
+    """A device that is closed while its first batch waits for another one, as when it is made anew."""
 
     left = 1
 
     def submit(self, batch: Batch) -> Future[Output]:
-        if self.left:
-            self.left -= 1
-            cancelled: Future[Output] = Future()
-            cancelled.cancel()
-            cancelled.set_running_or_notify_cancel()
-            return cancelled
-        return super().submit(batch)
+        if not self.left:
+            return super().submit(batch)
+        self.left -= 1
+        threads, go_on = DeviceThreads(1, self.name), threading.Event()
+        busy = threads.submit(go_on.wait, 10)
+        waiting = threads.submit(self.infer, batch)
+        closing = threading.Thread(target=threads.close)
+        closing.start()
+        wait([waiting], 10)
+        go_on.set()
+        closing.join()
+        assert busy.result()
+        return waiting
 
 
 def test_a_batch_whose_device_is_closed_goes_to_the_next_one_or_starts_again() -> None:
     output = run(Fallback([Closing(name="one"), FakeDevice(name="two")], probe_every=0))
-    assert (output.device, output.fallback) == ("two", "one was closed before it computed a batch")
+    assert (output.device, output.fallback) == ("two", "one is closed")
     output = run(Fallback([Closing(name="one")], probe_every=0, max_retries=1))
     assert (output.device, output.retries) == ("one", 1)
-    with pytest.raises(DeviceError, match="was closed"):
+    with pytest.raises(DeviceError, match="is closed"):
         run(Fallback([Closing(name="one")], probe_every=0))
+
+
+def test_after_a_hedge_that_failed_no_device_is_asked_twice() -> None:
+    second, third = FakeDevice(name="two", script=fail("two")), FakeDevice(name="three", script=fail("three"))
+    chain = Fallback([late(0.2, fails=True), second, third], hedge=0.01, probe_every=0)
+    with pytest.raises(DeviceError, match="three"):
+        run(chain)
+    assert [len(device.batches) for device in (second, third)] == [1, 1]
+
+
+def test_a_device_that_never_finishes_does_not_use_up_the_places_of_hedges() -> None:
+    release = threading.Event()
+    stuck = FakeDevice(name="stuck", streams=1, script=until_set(release))
+    chain = Fallback([stuck, FakeDevice(name="two", streams=1)], hedge=0.01, probe_every=0)
+    assert [run(chain).device for _ in range(10)] == ["two"] * 10
+    release.set()
+    chain.close()

@@ -169,7 +169,7 @@ def test_when_nobody_is_trusted_requests_are_refused_and_none_is_answered_wrong(
                     engine.embed([f"the cat {number}"])
             until(lambda: not device.ready and len(made) > 2)
             assert not chain.ready
-            assert "still broken" in chain.trouble
+            assert "still broken" in chain.probes.trouble()
             with pytest.raises(UnavailableError, match="no device is ready"):
                 engine.embed(["the dog"])
 

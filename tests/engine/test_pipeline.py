@@ -605,3 +605,35 @@ def test_a_kind_of_notice_is_logged_once_in_ten_seconds_with_the_number_left_out
         "model: timeout: at 25.0 (1 more since the last such line)",
         "model: refused: too",
     ]
+
+
+# -- small requests are tokenized together -------------------------------------------------------------------------------
+
+
+def test_small_requests_that_wait_are_tokenized_together_and_one_at_fault_fails_alone() -> None:
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def script(texts: Sequence[TextInput]) -> None:
+        if "a star" in texts:
+            waiting.set()
+            go_on.wait(SECONDS)
+        if "the house" in texts:
+            raise RuntimeError("panic")
+
+    tokenizer = ScriptedTokenizer(script)
+    with running(tokenizer=tokenizer) as made:
+        first = made.submit(["a star"])
+        assert waiting.wait(SECONDS)
+        futures = [made.submit([f"the cat {number}"]) for number in range(100)]
+        go_on.set()
+        for future in (first, *futures):
+            check_right(future.result(SECONDS))
+        assert len(tokenizer.given) <= 4  # of 64 texts at most
+        waiting.clear()
+        go_on.clear()
+        again = made.submit(["a star", "again"])
+        assert waiting.wait(SECONDS)
+        futures = [made.submit([text]) for text in ("the moon", "the house", "the sea")]
+        go_on.set()
+        check_right(again.result(SECONDS))
+        assert [kinds(future.result(SECONDS)) for future in futures] == [[""], ["internal"], [""]]

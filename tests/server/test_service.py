@@ -411,7 +411,7 @@ def test_a_vocabulary_is_pulled_from_a_folder_and_checked(tmp_path: Path) -> Non
 
 
 def test_readiness_health_and_metrics_follow_every_device_and_its_last_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npu_proxy.devices.fallback._PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("npu_proxy.devices.probes._SECONDS", 0.2)
     spec = read_spec(GOLDEN / "mean")
     first, last, stuck = FakeDevice(width=spec.width, name="npu"), FakeDevice(width=spec.width, name="cpu"), threading.Event()
     made = EngineComponents(spec=spec, tokenizer=RequestTokenizer(spec), device=Fallback([first, last], probe_every=0))

@@ -106,6 +106,13 @@ class Device(Protocol):
         ...
 
 
+class InProcessDevice(Device, Protocol):
+    """A device in this process. busy_since: when the batch that it computes longest began, in time.monotonic() seconds, if any."""
+
+    @property
+    def busy_since(self) -> float | None: ...
+
+
 def check_finite(device: str, vectors: npt.NDArray[np.float32]) -> None:
     """Raise BatchError unless all numbers are finite, including empty segments. One dot product, as every batch pays for it."""
     flat = vectors.ravel()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 import msgspec
 
-from npu_proxy.batch import Batch, Output, text_outputs
-from npu_proxy.devices.base import check_vectors
+from npu_proxy.batch import Batch, BatchShape, Output, text_outputs
+from npu_proxy.devices.base import Device, GoldenBatch, check_vectors
 from npu_proxy.devices.canary import least_similarity
 from npu_proxy.devices.failure import BatchError, Failure
 
@@ -95,3 +97,34 @@ def compare(name: str, batch: Batch, output: Output, reference: Output, least: f
         message = f"{name} computes golden texts at cosine {cosine:.6f} to the reference; at least {least:g} is required"
         raise BatchError(Failure.NUMBERS, message)
     return cosine
+
+
+class KnownOutputs:
+    """Compares what devices compute of golden texts with what they gave first: one device again later, or several in turn."""
+
+    def __init__(self, golden: GoldenBatch, least: float, reference: Callable[[Batch], Output] | None = None) -> None:
+        """least: the minimum cosine. reference: computes what is known; None takes the first output of the smallest shape.
+
+        With a reference, the shape with the most bins is compared too.
+        """
+        self._golden = golden
+        self._least = least
+        self._reference = reference
+        self._known: dict[BatchShape, Output] = {}
+
+    def compare(self, device: Device, seconds: float | None = None) -> float:
+        """The minimum cosine of a device's outputs. Raises BatchError, of kind HANG after ``seconds`` for one batch."""
+        shapes = [min(device.shapes, key=lambda shape: shape.tokens)]
+        if self._reference is not None:
+            shapes.append(max(device.shapes, key=lambda shape: shape.bins))
+        return min(self._compare(device, self._golden(shape), seconds) for shape in shapes)
+
+    def _compare(self, device: Device, batch: Batch, seconds: float | None) -> float:
+        try:
+            output = device.submit(batch).result(seconds)
+        except FutureTimeoutError:
+            message = f"{device.name} did not compute golden texts within {seconds:g} seconds"
+            raise BatchError(Failure.HANG, message) from None
+        if batch.shape not in self._known:
+            self._known[batch.shape] = output if self._reference is None else self._reference(batch)
+        return compare(device.name, batch, output, self._known[batch.shape], self._least)

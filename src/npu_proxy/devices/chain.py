@@ -11,7 +11,7 @@ from pathlib import Path
 from npu_proxy.batch import Batch, Output
 from npu_proxy.devices.accelerator.accelerator import Accelerator, AcceleratorPlan
 from npu_proxy.devices.accelerator.breaker import BreakerPolicy
-from npu_proxy.devices.base import Device, GoldenBatch
+from npu_proxy.devices.base import Device, GoldenBatch, InProcessDevice
 from npu_proxy.devices.certify import Certificates, Verdict
 from npu_proxy.devices.cpu import OpenVinoCpu
 from npu_proxy.devices.exported import ExportedDevice
@@ -119,7 +119,7 @@ def compile_blobs(settings: Settings, spec: ModelSpec, name: str, platform: str)
     return compile_ahead(settings.store, task.target, spec, plan.shapes, task.properties, platform, seconds=limit)
 
 
-def _exported(settings: Settings, spec: ModelSpec, golden: GoldenBatch, name: str) -> Device:
+def _exported(settings: Settings, spec: ModelSpec, golden: GoldenBatch, name: str) -> InProcessDevice:
     threads, file = settings.threads or available_threads(), spec.folder / graph_file(settings, name)
     return ExportedDevice(spec, name, file, threads=threads, batch_tokens=full_batch_tokens(settings), golden=golden)
 
@@ -130,21 +130,11 @@ def _second_runtime(settings: Settings, spec: ModelSpec, golden: GoldenBatch, re
         raise SettingsError("device `onnx` in a chain has no int8; leave it out, or set `precision` to fp32", param="device")
     threads, tokens = settings.threads or available_threads(), full_batch_tokens(settings)
     fp32 = replace(spec, precision="fp32", graph=None)
-    made: list[OnnxRuntime] = []
 
-    def make() -> Device:
-        device = OnnxRuntime(fp32, threads=threads, batch_tokens=tokens, packed=settings.packing, golden=golden)
-        device.certified = made[0].certified if made else None
-        made[:] = [device]
-        return device
+    def make() -> InProcessDevice:
+        return OnnxRuntime(fp32, threads=threads, batch_tokens=tokens, packed=settings.packing, golden=golden)
 
-    watched = _watched(settings, fp32, golden, make)
-    try:
-        made[0].certify(reference)
-    except BaseException:
-        watched.close()
-        raise
-    return watched
+    return _watched(settings, fp32, golden, make, reference)
 
 
 def _plan(settings: Settings, spec: ModelSpec, name: str, fault: Fault | None = None) -> AcceleratorPlan:
@@ -184,11 +174,26 @@ def _policy(settings: Settings) -> BreakerPolicy:
     )
 
 
-def _watched(settings: Settings, spec: ModelSpec, golden: GoldenBatch, make: Callable[[], Device]) -> Watched:
+def _watched(
+    settings: Settings,
+    spec: ModelSpec,
+    golden: GoldenBatch,
+    make: Callable[[], InProcessDevice],
+    reference: Callable[[Batch], Output] | None = None,
+) -> Watched:
     """A device of this process behind a circuit breaker."""
     least = TARGETS["cpu"].kind.least_cosine[spec.precision]
     seconds = _PATIENCE * settings.row_timeout
-    return Watched(WatchPlan(make=make, golden=golden, policy=_policy(settings), batch_seconds=seconds, least_cosine=least))
+    return Watched(
+        WatchPlan(
+            make=make,
+            golden=golden,
+            policy=_policy(settings),
+            batch_seconds=seconds,
+            least_cosine=least,
+            reference=reference,
+        )
+    )
 
 
 def _cpu(settings: Settings, spec: ModelSpec, golden: GoldenBatch) -> OpenVinoCpu:

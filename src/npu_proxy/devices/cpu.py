@@ -27,7 +27,7 @@ from npu_proxy.devices.graphs import Graphs
 from npu_proxy.devices.openvino import open_core
 from npu_proxy.devices.shapes import dynamic_shapes
 from npu_proxy.devices.slots import SlotPool, agreeing, slots_that_fit
-from npu_proxy.devices.threads import DeviceThreads
+from npu_proxy.devices.threads import WAIT_SECONDS, WAITING, DeviceThreads
 from npu_proxy.errors import DeviceError
 from npu_proxy.spec import ModelSpec
 from npu_proxy.system import available_memory, available_threads
@@ -35,10 +35,6 @@ from npu_proxy.targets import TARGETS
 
 Vectors = npt.NDArray[np.float32]
 
-WAIT_SECONDS = 60.0
-"""How long a batch waits for a free slot: as long as a batch can take on a slow machine."""
-_WAITING = 4
-"""Threads per stream: one computes, and batches from devices that failed wait in the others."""
 _ATTEMPTS = 3
 """How often a batch is computed in slots where a canary is wrong."""
 
@@ -53,6 +49,8 @@ class _Slot:
     full: bool
     threads: int
     infer_request: Any
+    since: float | None = None
+    """When its current batch began, in time.monotonic() seconds."""
 
 
 class OpenVinoCpu:
@@ -116,7 +114,7 @@ class OpenVinoCpu:
             self._slots = [_Slot(*kind, self._compile(graphs, full=kind[1], threads=kind[2])) for kind in kinds[:2]]
         except RuntimeError as error:
             raise DeviceError(f"the CPU could not compile {spec.name}: {first_line(error)}") from error
-        self._workers = DeviceThreads(_WAITING * self.max_streams, self.name)
+        self._workers = DeviceThreads(WAITING * self.max_streams, self.name)
         self._examined: Examined[tuple[str, BatchShape]] = Examined()
         if golden is not None:
             self._examine(golden)
@@ -156,6 +154,11 @@ class OpenVinoCpu:
     def ready(self) -> bool:
         """Whether it accepts batches: as long as it has a slot that takes any."""
         return any(not slot.full for slot in self._slots)
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the batch that is being computed longest began."""
+        return min((since for slot in self._slots if (since := slot.since) is not None), default=None)
 
     def takes(self, shape: BatchShape) -> bool:
         """Any shape."""
@@ -253,10 +256,13 @@ class OpenVinoCpu:
         vectors = np.full(self._spec.batch_layout.output(shape.bins, shape.positions, shape.segments), np.nan, np.float32)
         try:
             # Inputs and output are shared, not copied: the batch and the caller keep them alive until inference ends.
+            slot.since = time.monotonic()
             slot.infer_request.set_output_tensor(ov.Tensor(vectors, shared_memory=True))
             slot.infer_request.infer(dict(batch.inputs), share_inputs=True)
         except RuntimeError as error:
             raise BatchError(Failure.ERROR, f"the CPU failed: {first_line(error)}") from error
+        finally:
+            slot.since = None
         return vectors
 
     # -- slots and their examination -----------------------------------------------------------------------------

@@ -7,7 +7,6 @@ applied here. Families that graph/ does not build are served this way too; `npu-
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -19,13 +18,12 @@ import numpy.typing as npt
 import openvino as ov
 
 from npu_proxy.batch import Batch, BatchShape, Output, fill_pooling
-from npu_proxy.devices.base import DeviceReport, GoldenBatch, check_vectors
-from npu_proxy.devices.certify import LEAST_COSINE, compare
-from npu_proxy.devices.cpu import WAIT_SECONDS
+from npu_proxy.devices.base import DeviceReport, GoldenBatch
+from npu_proxy.devices.certify import LEAST_COSINE, KnownOutputs
 from npu_proxy.devices.failure import BatchError, Failure, first_line
 from npu_proxy.devices.openvino import open_core
 from npu_proxy.devices.shapes import dynamic_shapes
-from npu_proxy.devices.threads import DeviceThreads
+from npu_proxy.devices.threads import WAITING, DeviceThreads, Turn
 from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.graph import heads
 from npu_proxy.graph.nodes import op
@@ -40,8 +38,6 @@ PaddedInputs = Mapping[str, npt.NDArray[np.int64]]
 _OUTPUT_NAMES = ("last_hidden_state", "token_embeddings", "logits")
 """Names that exporters give to the output that is read."""
 _INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-_WAITING = 4
-"""Number of threads: one computes, the others wait for their turn."""
 
 
 class Runner(Protocol):
@@ -84,12 +80,15 @@ class ExportedDevice:
         self._layout = spec.batch_layout
         self._width = spec.dense[0].weight.shape[1] if spec.dense else spec.width
         self._first_position = first_position(spec.config)
-        self._golden = golden
-        self._first: Output | None = None
-        """What the golden batch gave first."""
-        self._busy = threading.Lock()
-        self._threads = DeviceThreads(_WAITING, device)
+        self._known = KnownOutputs(golden, LEAST_COSINE) if golden is not None else None
+        self._turn = Turn(device)
+        self._threads = DeviceThreads(WAITING, device)
         self.shapes: Sequence[BatchShape] = dynamic_shapes(spec.max_length, batch_tokens, packed=False)
+
+    @property
+    def busy_since(self) -> float | None:
+        """When its current batch began."""
+        return self._turn.since
 
     def takes(self, shape: BatchShape) -> bool:
         """Any shape, because the texts are laid out again."""
@@ -101,18 +100,13 @@ class ExportedDevice:
 
     def _infer(self, batch: Batch) -> Output:
         inputs = _pad(batch, self._first_position)
-        if not self._busy.acquire(timeout=WAIT_SECONDS):
-            raise BatchError(Failure.BUSY, f"{self.name} could not start a batch within {WAIT_SECONDS:g} seconds")
-        start = time.perf_counter()
-        try:
-            output = self._runner.run(self._output, {name: inputs[name] for name in self._runner.inputs})
+        with self._turn:
+            start = time.perf_counter()
+            try:
+                output = self._runner.run(self._output, {name: inputs[name] for name in self._runner.inputs})
+            except Exception as error:  # runtimes raise their own exception classes
+                raise BatchError(Failure.ERROR, f"{self.name} failed: {first_line(error)}") from error
             return Output(self._laid_out(batch, output), self.name, time.perf_counter() - start)
-        except BatchError:
-            raise
-        except Exception as error:  # runtimes raise their own exception classes
-            raise BatchError(Failure.ERROR, f"{self.name} failed: {first_line(error)}") from error
-        finally:
-            self._busy.release()
 
     def _laid_out(self, batch: Batch, output: Vectors) -> Vectors:
         """The output of the padded texts, after pooling and Dense modules, in the places that the batch has for it."""
@@ -135,12 +129,8 @@ class ExportedDevice:
 
     def probe(self) -> None:
         """Compute the smallest golden batch, and compare it with its first output. Raises DeviceError."""
-        if self._golden is not None:
-            batch = self._golden(min(self.shapes, key=lambda shape: shape.tokens))
-            output = self.submit(batch).result()
-            check_vectors(self.name, batch, output.vectors)
-            self._first = self._first or output
-            compare(self.name, batch, output, self._first, LEAST_COSINE)
+        if self._known is not None:
+            self._known.compare(self)
 
     def doubt(self, reason: str) -> None:
         """There is nothing to compare with."""

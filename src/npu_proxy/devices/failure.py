@@ -30,6 +30,10 @@ class Failure(StrEnum):
     """The device works, but had no capacity for the batch in time."""
 
 
+WRONG = (Failure.CANARY, Failure.NUMBERS)
+"""Failures after which earlier results of a device cannot be trusted either."""
+
+
 class BatchError(DeviceError):
     """A DeviceError with its kind of failure."""
 

@@ -52,8 +52,15 @@ class FakeDevice:
         self.doubts: list[str] = []
         self._seconds = seconds
         self._script = script
+        self._began: dict[int, float] = {}
+        """When the batches that are being computed began, by thread."""
         self._pause = threading.Event()  # never set; waiting for it pauses the thread
         self._threads = DeviceThreads(4 * streams, name)
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the batch that is being computed longest began."""
+        return min(list(self._began.values()), default=None)
 
     def takes(self, shape: BatchShape) -> bool:
         """Any shape."""
@@ -67,9 +74,13 @@ class FakeDevice:
         """Like ``submit``, but in the caller's thread."""
         start = time.perf_counter()
         self.batches.append(batch)
-        self._script(batch)
-        if self._seconds:
-            self._pause.wait(self._seconds)
+        self._began[threading.get_ident()] = time.monotonic()
+        try:
+            self._script(batch)
+            if self._seconds:
+                self._pause.wait(self._seconds)
+        finally:
+            del self._began[threading.get_ident()]
         vectors = np.zeros([batch.shape.bins, batch.shape.segments, self.width], np.float32)
         for slot in batch.slots:
             ids = batch.inputs["input_ids"][slot.bin][batch.inputs["segment_ids"][slot.bin] == slot.segment]

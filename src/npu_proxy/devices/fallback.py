@@ -12,37 +12,26 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, InvalidStateError, wait
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 
 from npu_proxy.batch import Batch, BatchShape, Output
 from npu_proxy.devices.base import Device, DeviceReport
 from npu_proxy.devices.canary import same_vectors
-from npu_proxy.devices.failure import BatchError, Failure
+from npu_proxy.devices.failure import WRONG, BatchError
+from npu_proxy.devices.futures import relay
+from npu_proxy.devices.probes import Probes, unready
 from npu_proxy.devices.threads import DeviceThreads
 from npu_proxy.errors import DeviceError, UnavailableError
 
-_WRONG = (Failure.CANARY, Failure.NUMBERS)
-"""Failures after which earlier results of a device cannot be trusted either."""
 _FIRST_PAUSE = 0.1
 """Seconds before a batch that failed on every device starts again; doubled each time."""
-_PROBE_SECONDS = 5.0
-"""How long a probe may take."""
 _LATE_FACTOR = 4
 """A batch is late if it takes this many times as long as usual."""
 _REMOTE_COST = 1e6
 """Cost factor for the shapes of later devices: only texts that need such a shape go there, and texts that fit beside them."""
 
 _log = logging.getLogger("npu_proxy.devices")
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """at: when a device was probed, in time.monotonic() seconds. error: what was wrong, "" if nothing."""
-
-    at: float
-    error: str
 
 
 class Fallback:
@@ -78,18 +67,15 @@ class Fallback:
         self._verify_every = verify_every
         self._agreement = agreement
         self._max_retries = max_retries
-        self._probes: dict[str, ProbeResult] = {}
         self._origins = {device.name: _new_origin() for device in devices}
         """Which start of each device computes now. A new one begins when the device was found to be wrong."""
         self.on_wrong: Callable[[int], None] = lambda _: None
         """Called with an origin when what it computed cannot be trusted."""
         self._unguarded = itertools.count(1)
         self._computed_at: dict[str, float] = {}
-        self._probers = DeviceThreads(2 * len(devices), "probe")
+        """When each device last computed a batch, by name."""
         self._stopping = threading.Event()
-        self._prober = threading.Thread(target=self._probe, args=(probe_every,), name="npu-proxy-probe", daemon=True)
-        if probe_every:
-            self._prober.start()
+        self.probes: Probes = Probes(devices, probe_every, computed_at=self._computed_at, found_wrong=self._found_wrong)
 
     # -- what the engine sees ------------------------------------------------------------------------------------
 
@@ -136,45 +122,8 @@ class Fallback:
         return [report for device in self._devices for report in device.reports()]
 
     def probe(self) -> None:
-        """Run a test inference on every device that is ready, each for at most five seconds, then raise the first error, if any."""
-        ready = [device for device in self._devices if device.ready]
-        repairs = [_repairs(device) for device in ready]
-        runs = [self._probers.submit(device.probe) for device in ready]
-        wait(runs, timeout=_PROBE_SECONDS)
-        errors: list[DeviceError] = []
-        for device, run in zip(ready, runs, strict=True):
-            error: DeviceError | None = None
-            if run.done() and not run.cancelled():
-                found = run.exception()
-                error = found if found is None or isinstance(found, DeviceError) else DeviceError(f"{device.name}: {found}")
-            elif time.monotonic() - self._computed_at.get(device.name, -math.inf) > _PROBE_SECONDS:  # else it is only busy
-                run.cancel()
-                error = DeviceError(f"{device.name} did not compute golden texts within {_PROBE_SECONDS:g} seconds")
-            if (isinstance(error, BatchError) and error.failure in _WRONG) or _repairs(device) > repairs[ready.index(device)]:
-                self._found_wrong(device)
-            self._probes[device.name] = ProbeResult(time.monotonic(), "" if error is None else str(error))
-            errors += [] if error is None else [error]
-        if errors:
-            raise errors[0]
-
-    def last_probe(self, name: str) -> ProbeResult | None:
-        """The result of a device's last probe; None if there was none."""
-        return self._probes.get(name)
-
-    @property
-    def trouble(self) -> str:
-        """Why no device can be trusted now, or "": none is ready, or the last probe of each that is ready has failed."""
-        reasons: list[str] = []
-        for device in self._devices:
-            probe = self._probes.get(device.name)
-            if not device.ready:
-                report = device.reports()[0]
-                reasons.append(f"{device.name} is {report.state}" + (f": {report.reason}" if report.reason else ""))
-            elif probe is None or not probe.error:
-                return ""
-            else:
-                reasons.append(f"{device.name}: {probe.error}")
-        return "; ".join(reasons)
+        """Run a test inference on every device that is ready, then raise the first error, if any."""
+        self.probes.probe()
 
     def doubt(self, reason: str) -> None:
         """Every device."""
@@ -187,35 +136,19 @@ class Fallback:
         for device in self._devices:
             device.close()
         self._threads.close()
-        self._probers.close()
-        if self._prober.is_alive():
-            self._prober.join(timeout=10)
+        self.probes.close()
 
     # -- internal ------------------------------------------------------------------------------------------------
 
     def _alone(self, batch: Batch) -> Future[Output]:
         """Compute a batch on the only device; a thread is needed only if that fails."""
-        device = self._devices[0]
-        run = self._submit(device, batch)
-        future: Future[Output] = Future()
 
-        def finish(run: Future[Output]) -> None:
-            error = DeviceError(f"{device.name} was closed before it computed a batch") if run.cancelled() else run.exception()
-            if future.cancelled() or (run.cancelled() and self._stopping.is_set()):
-                future.cancel()
-                future.set_running_or_notify_cancel()
-            elif isinstance(error, DeviceError) and self._may_retry(batch, 0):
-                again = self._threads.submit(self._persistently, batch, error)
-                again.add_done_callback(lambda again: _copy(again, future))
-            elif run.cancelled():
-                future.set_exception(error or DeviceError("closed"))
-            else:
-                self._computed_at[device.name] = time.monotonic()
-                _copy(run, future)
+        def failed(error: BaseException) -> Future[Output] | None:
+            if isinstance(error, DeviceError) and self._may_retry(batch, 0):
+                return self._threads.submit(self._persistently, batch, error)
+            return None
 
-        future.add_done_callback(lambda done: run.cancel() if done.cancelled() else None)
-        run.add_done_callback(finish)
-        return future
+        return relay(self._submit(self._devices[0], batch), failed=failed)
 
     def _persistently(self, batch: Batch, error: DeviceError | UnavailableError | None = None) -> Output:
         """Try the whole chain, with longer and longer pauses, as often as allowed and as the deadline permits.
@@ -252,51 +185,34 @@ class Fallback:
                 continue
             behind = devices[number + 1 :]
             run = self._submit(device, batch)
+            if behind and not wait([run], self._patience(device, batch)).done:
+                return self._hedged(run, device, behind, batch, reasons)  # it tries the devices behind, too
             try:
-                if behind and not wait([run], self._patience(device, batch)).done:
-                    return self._hedged(run, device, behind, batch, reasons)
                 output = run.result()
             except DeviceError as error:
                 reasons.append(str(error))
                 last = error
                 continue
-            except CancelledError:  # it was made anew while the batch waited for it
-                if self._stopping.is_set():
-                    raise
-                last = DeviceError(f"{device.name} was closed before it computed a batch")
-                reasons.append(str(last))
-                continue
-            self._computed_at[device.name] = time.monotonic()
-            usual = self._usual.get(device.name, output.seconds)
-            self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
             return replace(output, fallback="; ".join(reasons)) if reasons else output
         raise last or UnavailableError(f"no device is ready: {'; '.join(reasons)}")
 
     def _submit(self, device: Device, batch: Batch) -> Future[Output]:
         """Compute a batch on a device; the output carries its origin, even if the device is found to be wrong meanwhile."""
-        origin, future = self._origins[device.name], Future[Output]()
+        origin = self._origins[device.name]
 
-        def finish(run: Future[Output]) -> None:
-            if run.cancelled():
-                future.cancel()
-                future.set_running_or_notify_cancel()
-                return
-            error = run.exception()
-            if isinstance(error, BatchError) and error.failure in _WRONG:
+        def receive(output: Output) -> Output:
+            self._computed_at[device.name] = time.monotonic()
+            usual = self._usual.get(device.name, output.seconds)
+            self._usual[device.name] = output.seconds + 0.9 * (usual - output.seconds)
+            if output.repaired:
                 self._found_wrong(device)
-            with suppress(InvalidStateError):  # the future was cancelled
-                if error is not None:
-                    future.set_exception(error)
-                    return
-                output = run.result()
-                if output.repaired:
-                    self._found_wrong(device)
-                future.set_result(replace(output, origin=origin))
+            return replace(output, origin=origin)
 
-        run = device.submit(batch)
-        future.add_done_callback(lambda done: run.cancel() if done.cancelled() else None)
-        run.add_done_callback(finish)
-        return future
+        def failed(error: BaseException) -> None:
+            if isinstance(error, BatchError) and error.failure in WRONG:
+                self._found_wrong(device)
+
+        return relay(device.submit(batch), receive, failed)
 
     def _found_wrong(self, device: Device) -> None:
         """What the device computed since it was last examined as a whole cannot be trusted."""
@@ -342,7 +258,8 @@ class Fallback:
     def _hedged(self, late: Future[Output], device: Device, behind: Sequence[Device], batch: Batch, reasons: list[str]) -> Output:
         """The first output of two runs: the late batch continues, and also starts on ``behind``. Raises the last device's error.
 
-        A hedge keeps its place until both runs are over. If all places are taken, the late batch is only waited for.
+        A hedge keeps its place until its own run is over; the late one may never be. If all places are taken, the late batch is
+        only waited for.
         """
         if not self._hedges.acquire(blocking=False):
             try:
@@ -351,37 +268,24 @@ class Fallback:
                 return self._run(behind, batch, [*reasons, str(error)])
         reason = f"{device.name} did not finish a batch in time"
         other = self._threads.submit(self._run, behind, batch, [*reasons, reason])
-        over = itertools.count(1)
-        for run in (late, other):
-            run.add_done_callback(lambda _: self._hedges.release() if next(over) == 2 else None)
+        other.add_done_callback(lambda _: self._hedges.release())
         runs: set[Future[Output]] = {late, other}
         while runs:
             done, runs = wait(runs, return_when=FIRST_COMPLETED)
             for run in done:
                 if not run.cancelled() and run.exception() is None:
                     output = run.result()
-                    self._computed_at[output.device] = time.monotonic()
                     if run is other:
                         late.cancel()  # if it still waits for a free stream, it need not run
                     return replace(output, fallback="; ".join(reasons)) if run is late and reasons else output
         errors = (run.exception() for run in (other, late) if not run.cancelled())
         raise next((error for error in errors if isinstance(error, DeviceError)), DeviceError(reason))
 
-    def _probe(self, every: float) -> None:
-        """Run a test inference on each device every ``every`` seconds."""
-        while not self._stopping.wait(every):
-            try:
-                self.probe()
-            except DeviceError as error:
-                _log.warning("probe: %s", error)
-            except Exception:  # the thread must keep running
-                _log.exception("probe: unexpected error")
-
 
 def trouble(device: Device) -> str:
     """Why a device, or a chain of them, cannot be trusted to compute now; "" if it can."""
     if isinstance(device, Fallback):
-        return device.trouble
+        return device.probes.trouble()
     return "" if device.ready else f"{device.name} is not ready"
 
 
@@ -394,27 +298,10 @@ def _pause(attempt: int) -> float:
     return _FIRST_PAUSE * 2.0**attempt
 
 
-def _copy(run: Future[Output], future: Future[Output]) -> None:
-    """Pass the result of a run on to a future, which may have been cancelled."""
-    with suppress(InvalidStateError):
-        if run.cancelled():
-            future.cancel()
-        elif (error := run.exception()) is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(run.result())
-
-
-def _repairs(device: Device) -> int:
-    """How often parts of a device were found to be wrong and made anew."""
-    return sum(report.restarts for report in device.reports())
-
-
 def _why_not(device: Device, batch: Batch) -> str:
     """Why a device cannot compute a batch, or "" if it can."""
     if not device.ready:
-        report = device.reports()[0]
-        return f"{device.name} is {report.state}" + (f": {report.reason}" if report.reason else "")
+        return unready(device)
     if device.takes(batch.shape):
         return ""
     longest = max((shape.positions for shape in device.shapes), default=batch.shape.positions)

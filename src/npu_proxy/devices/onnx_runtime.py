@@ -6,9 +6,8 @@ OpenVINO cannot, and where its vectors differ, one of the two is wrong. It is sl
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -17,19 +16,15 @@ import numpy as np
 from npu_proxy.batch import NATIVE_STYLE, Batch, BatchShape, GraphShape, Output, output_for
 from npu_proxy.devices.base import DeviceReport, GoldenBatch
 from npu_proxy.devices.canary import Guard
-from npu_proxy.devices.certify import compare
-from npu_proxy.devices.cpu import WAIT_SECONDS
+from npu_proxy.devices.certify import KnownOutputs
 from npu_proxy.devices.failure import BatchError, Failure, first_line
 from npu_proxy.devices.graphs import Graphs
 from npu_proxy.devices.onnx_graph import to_onnx
 from npu_proxy.devices.shapes import dynamic_shapes
-from npu_proxy.devices.threads import DeviceThreads
+from npu_proxy.devices.threads import WAITING, DeviceThreads, Turn
 from npu_proxy.errors import DeviceError, SettingsError
 from npu_proxy.spec import ModelSpec
 from npu_proxy.targets import TARGETS
-
-_WAITING = 4
-"""Number of threads: one computes, the others wait for their turn."""
 
 
 class OnnxRuntime:
@@ -46,25 +41,16 @@ class OnnxRuntime:
         self.shapes: Sequence[BatchShape] = dynamic_shapes(spec.max_length, batch_tokens, packed=packed)
         self._session = _open(spec, threads)
         self._inputs = [port.name for port in self._session.get_inputs()]
-        self._busy = threading.Lock()
-        self._threads = DeviceThreads(_WAITING, self.name)
-        self._least_cosine = TARGETS["cpu"].kind.least_cosine["fp32"]
-        self._guard = Guard(self.name, self._least_cosine)
-        self._known: dict[BatchShape, Output] = {}
-        """What golden texts gave first, by shape."""
-        self.certified: float | None = None
+        self._turn = Turn(self.name)
+        self._threads = DeviceThreads(WAITING, self.name)
+        least = TARGETS["cpu"].kind.least_cosine["fp32"]
+        self._guard = Guard(self.name, least)
+        self._known = KnownOutputs(golden, least)
 
-    def certify(self, reference: Callable[[Batch], Output]) -> None:
-        """Compare golden texts in the smallest and the full shape with another runtime's. Raises DeviceError if they differ."""
-        for batch in self._examination():
-            expected, output = reference(batch), self._compute(batch)
-            cosine = compare(f"{self.name} (in ONNX Runtime)", batch, output, expected, self._least_cosine)
-            self.certified = min(cosine, self.certified or 1.0)
-
-    def _examination(self) -> list[Batch]:
-        """Golden texts in the smallest and in the full shape."""
-        shapes = {min(self.shapes, key=lambda shape: shape.tokens), max(self.shapes, key=lambda shape: shape.bins)}
-        return [self._golden(shape) for shape in shapes]
+    @property
+    def busy_since(self) -> float | None:
+        """When its current batch began."""
+        return self._turn.since
 
     def takes(self, shape: BatchShape) -> bool:
         """Any shape."""
@@ -88,18 +74,16 @@ class OnnxRuntime:
         self._guard.canaries = [output_for(batch, index, vectors) for index in range(len(batch.encodings))]
 
     def _compute(self, batch: Batch) -> Output:
-        if not self._busy.acquire(timeout=WAIT_SECONDS):
-            raise BatchError(Failure.BUSY, f"{self.name} could not start a batch within {WAIT_SECONDS:g} seconds")
-        start = time.perf_counter()
-        try:
-            (vectors,) = self._session.run(["output"], {name: batch.inputs[name] for name in self._inputs})
-        except Exception as error:  # the runtime raises its own exception classes
-            raise BatchError(Failure.ERROR, f"{self.name} failed: {first_line(error)}") from error
-        finally:
-            self._busy.release()
+        with self._turn:
+            start = time.perf_counter()
+            try:
+                (vectors,) = self._session.run(["output"], {name: batch.inputs[name] for name in self._inputs})
+            except Exception as error:  # the runtime raises its own exception classes
+                raise BatchError(Failure.ERROR, f"{self.name} failed: {first_line(error)}") from error
+            seconds = time.perf_counter() - start
         shape = batch.shape
         expected = self._spec.batch_layout.output(shape.bins, shape.positions, shape.segments)
-        return Output(np.asarray(vectors, np.float32).reshape(expected), self.name, time.perf_counter() - start)
+        return Output(np.asarray(vectors, np.float32).reshape(expected), self.name, seconds)
 
     def reports(self) -> Sequence[DeviceReport]:
         """One report."""
@@ -108,7 +92,6 @@ class OnnxRuntime:
                 name=self.name,
                 kind=self.kind,
                 state="serving",
-                certified=self.certified,
                 guarded=self._guard.passed,
                 canary_failures=self._guard.failures,
             )
@@ -116,10 +99,7 @@ class OnnxRuntime:
 
     def probe(self) -> None:
         """Compute golden texts, and compare them with what they gave first. Raises DeviceError."""
-        for batch in self._examination()[:1]:
-            output = self.submit(batch).result()
-            known = self._known.setdefault(batch.shape, output)
-            compare(self.name, batch, output, known, self._least_cosine)
+        self._known.compare(self)
 
     def doubt(self, reason: str) -> None:
         """Its batches carry their own proof; there is nothing else to examine."""

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import TracebackType
 from typing import Any, TypeVar
 
 from npu_proxy.devices.failure import BatchError, Failure
 
 T = TypeVar("T")
 _JOIN_SECONDS = 10.0
+WAIT_SECONDS = 60.0
+"""How long a batch waits for its turn: as long as a batch can take on a slow machine."""
+WAITING = 4
+"""Threads per batch that a device computes at once: one computes, and batches from devices that failed wait in the others."""
 
 
 class DeviceThreads:
@@ -35,7 +41,7 @@ class DeviceThreads:
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
-                future.set_exception(BatchError(Failure.BUSY, f"{self._name} is closed"))
+                future.set_exception(self._is_closed())
                 return future
             self._work.put((future, call, arguments))
             if len(self._threads) < self._count and not self._idle.acquire(blocking=False):
@@ -45,7 +51,7 @@ class DeviceThreads:
         return future
 
     def close(self) -> None:
-        """Cancel calls that have not started, and wait a limited time for the others."""
+        """Fail calls that have not started, and wait a limited time for the others."""
         with self._lock:
             if self._closed:
                 return
@@ -55,13 +61,16 @@ class DeviceThreads:
                     work = self._work.get_nowait()
                 except queue.Empty:
                     break
-                if work is not None and work[0].cancel():
-                    work[0].set_running_or_notify_cancel()  # wakes threads that wait for it
+                if work is not None and work[0].set_running_or_notify_cancel():
+                    work[0].set_exception(self._is_closed())
             for _ in self._threads:
                 self._work.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(_JOIN_SECONDS)
+
+    def _is_closed(self) -> BatchError:
+        return BatchError(Failure.BUSY, f"{self._name} is closed")
 
     def _run(self) -> None:
         while True:
@@ -78,3 +87,22 @@ class DeviceThreads:
                     future.set_result(result)
             del work, future, call, arguments  # an idle thread must not keep a batch alive
             self._idle.release()
+
+
+class Turn:
+    """Lets one batch at a time be computed. since: when the current one began, in time.monotonic() seconds, if there is one."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._busy = threading.Lock()
+        self.since: float | None = None
+
+    def __enter__(self) -> None:
+        """Wait for the turn. Raises BatchError (BUSY) if it does not come."""
+        if not self._busy.acquire(timeout=WAIT_SECONDS):
+            raise BatchError(Failure.BUSY, f"{self._device} could not start a batch within {WAIT_SECONDS:g} seconds")
+        self.since = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.since = None
+        self._busy.release()

@@ -7,22 +7,21 @@ computed at first.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from npu_proxy.batch import Batch, BatchShape, Output
 from npu_proxy.devices.accelerator.breaker import Breaker, BreakerPolicy, Circuit
-from npu_proxy.devices.base import Device, DeviceReport, GoldenBatch, check_finite
-from npu_proxy.devices.certify import compare
+from npu_proxy.devices.base import Device, DeviceReport, GoldenBatch, InProcessDevice, check_finite
+from npu_proxy.devices.certify import KnownOutputs
 from npu_proxy.devices.failure import BatchError, Failure
+from npu_proxy.devices.futures import relay
 from npu_proxy.errors import DeviceError
 
 _POLL_SECONDS = 0.25
@@ -32,13 +31,17 @@ _log = logging.getLogger("npu_proxy.devices")
 
 @dataclass(frozen=True, kw_only=True)
 class WatchPlan:
-    """How to watch a device. make: makes it. batch_seconds: how long a batch may take. least_cosine: to its own first outputs."""
+    """How to watch a device. make: makes it. batch_seconds: how long a batch may take.
 
-    make: Callable[[], Device]
+    least_cosine: of golden texts to what ``reference`` computes, or without one, to what the device computed at first.
+    """
+
+    make: Callable[[], InProcessDevice]
     golden: GoldenBatch
     policy: BreakerPolicy
     batch_seconds: float
     least_cosine: float
+    reference: Callable[[Batch], Output] | None = None
 
 
 class Watched:
@@ -55,14 +58,12 @@ class Watched:
         self._reason = ""
         self._restarts = 0
         self._canary_failures = 0
-        self._running: dict[int, tuple[float, Future[Output]]] = {}
-        """When batches in progress began, and their futures."""
-        self._numbers = itertools.count()
+        self._running: set[Future[Output]] = set()
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = threading.Event()
-        self._known: Output | None = None
-        """What golden texts gave at first."""
+        self._known = KnownOutputs(plan.golden, plan.least_cosine, plan.reference)
+        self._certified: float | None = None
         try:
             self._compare(inner)
         except BaseException:
@@ -94,34 +95,20 @@ class Watched:
 
     def submit(self, batch: Batch) -> Future[Output]:
         """Compute a batch. Fails with DeviceError, which counts as a failure of the device."""
-        future: Future[Output] = Future()
         inner = self._inner
         if not self.ready:
-            future.set_exception(BatchError(Failure.BUSY, f"{self.name} is not ready: {self._reason}"))
-            return future
-        number, running = next(self._numbers), self._running
-        running[number] = (time.monotonic(), future)
+            refused: Future[Output] = Future()
+            refused.set_exception(BatchError(Failure.BUSY, f"{self.name} is not ready: {self._reason}"))
+            return refused
 
-        def finish(run: Future[Output]) -> None:
-            running.pop(number, None)
-            if run.cancelled():
-                future.cancel()
-                future.set_running_or_notify_cancel()
-                return
-            try:
-                output = run.result()
-                check_finite(self.name, output.vectors)
-            except BaseException as error:  # passed on through the future
-                self._failed(inner, error)
-                with suppress(InvalidStateError):  # the future was cancelled, or the batch took too long
-                    future.set_exception(error)
-                return
-            with suppress(InvalidStateError):
-                future.set_result(output)
+        def check(output: Output) -> Output:
+            check_finite(self.name, output.vectors)
+            return output
 
-        run = inner.submit(batch)
-        future.add_done_callback(lambda done: run.cancel() if done.cancelled() else None)
-        run.add_done_callback(finish)
+        future = relay(inner.submit(batch), check, lambda error: self._failed(inner, error))
+        running = self._running
+        running.add(future)
+        future.add_done_callback(running.discard)
         return future
 
     def probe(self) -> None:
@@ -149,6 +136,7 @@ class Watched:
                 state=report.state if closed else "recovering",
                 reason=report.reason if closed else self._reason,
                 breaker=self._breaker.state,
+                certified=self._certified,
                 restarts=self._restarts + report.restarts,
                 canary_failures=self._canary_failures + report.canary_failures,
             )
@@ -194,15 +182,20 @@ class Watched:
             elif not self._inner.ready:
                 self._failed(self._inner, BatchError(Failure.NUMBERS, self._inner.reports()[0].reason or "it has no slots left"))
             else:
-                self._fail_late(time.monotonic())
+                self._check_hang()
 
-    def _fail_late(self, now: float) -> None:
-        late = [future for began, future in list(self._running.values()) if now - began > self._plan.batch_seconds]
-        if not late:
-            return
-        error = BatchError(Failure.HANG, f"{self.name} did not finish a batch within {self._plan.batch_seconds:g} seconds")
-        self._failed(self._inner, error)
-        for future in late:
+    def _check_hang(self) -> None:
+        """Open the breaker if a batch has been computed for too long; then whatever is in progress goes elsewhere."""
+        since, seconds = self._inner.busy_since, self._plan.batch_seconds
+        if since is not None and time.monotonic() - since > seconds:
+            error = BatchError(Failure.HANG, f"{self.name} did not finish a batch within {seconds:g} seconds")
+            self._failed(self._inner, error)
+            self._fail_running(error)
+
+    def _fail_running(self, error: BatchError) -> None:
+        """Fail all batches in progress; their threads may never end."""
+        left, self._running = self._running, set()
+        for future in list(left):
             with suppress(InvalidStateError):  # done in the meantime
                 future.set_exception(error)
 
@@ -210,13 +203,10 @@ class Watched:
         """Make the device anew, and compare it with what the first one computed."""
         with self._lock:
             self._breaker = self._breaker.probing()
-            left, self._running = self._running, {}
         old = self._inner
-        for _, future in left.values():  # their threads may never end
-            with suppress(InvalidStateError):  # done in the meantime
-                future.set_exception(BatchError(Failure.HANG, f"{self.name} was made anew before it finished a batch"))
+        self._fail_running(BatchError(Failure.HANG, f"{self.name} was made anew before it finished a batch"))
         _close_later(old)  # it may hang; until it is closed, its weights take memory
-        made: Device | None = None
+        made: InProcessDevice | None = None
         try:
             made = self._plan.make()
             self._compare(made)
@@ -246,15 +236,9 @@ class Watched:
         _log.warning("%s was made anew and serves again", self.name)
 
     def _compare(self, device: Device) -> None:
-        """Compare golden texts with what they gave at first. Raises DeviceError."""
-        batch = self._plan.golden(min(device.shapes, key=lambda shape: shape.tokens))
-        try:
-            output = device.submit(batch).result(self._plan.batch_seconds)
-        except FutureTimeoutError:
-            message = f"{self.name} did not compute golden texts within {self._plan.batch_seconds:g} seconds"
-            raise BatchError(Failure.HANG, message) from None
-        self._known = self._known or output
-        compare(self.name, batch, output, self._known, self._plan.least_cosine)
+        """Compare golden texts with what is known. Raises DeviceError."""
+        cosine = self._known.compare(device, self._plan.batch_seconds)
+        self._certified = cosine if self._plan.reference is not None else None
 
 
 def _close_later(device: Device) -> None:

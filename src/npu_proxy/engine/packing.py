@@ -37,7 +37,7 @@ def plan_batch(
     """Plan the next batch, trying every shape that can hold the first text.
 
     lengths: tokens of the waiting texts, oldest first. vectors: segments that each text takes; empty if each takes 1.
-    canary_tokens: room to leave for a canary in at least one bin, unless that costs more than LARGEST_LOSS of several bins.
+    canary_tokens: room to leave for a canary in at least one bin, unless that costs more than LARGEST_LOSS.
     Raises ValueError if no shape can hold the first text (the engine rejects such texts earlier).
     """
     needed = vectors[0] if vectors else 1
@@ -64,8 +64,7 @@ def _with_room(plan: BatchPlan, lengths: Sequence[int], vectors: Sequence[int], 
         return plan
     roomy = fill_bins(lengths, shape, vectors, canary_tokens)
     tokens, most = (sum(lengths[index] for index in each.indices) for each in (roomy, plan))
-    # A single short bin is for a short queue, whose texts the next batch takes at once.
-    return roomy if shape.bins == 1 or tokens >= (1 - LARGEST_LOSS) * most else plan
+    return roomy if tokens >= (1 - LARGEST_LOSS) * most else plan
 
 
 def fill_bins(lengths: Sequence[int], shape: BatchShape, vectors: Sequence[int] = (), spare: int = 0) -> BatchPlan:

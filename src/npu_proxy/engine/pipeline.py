@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -75,6 +76,10 @@ class _Computed:
     jobs: Sequence[Job]
     batch: Batch | None
     outcome: Output | NpuProxyError
+
+
+_Encoded = Sequence[tuple[_Slice, Sequence[Encoding | ChunkedText | NpuProxyError]]]
+"""Slices, and what became of each of their texts."""
 
 
 class Pipeline:
@@ -239,31 +244,52 @@ class Pipeline:
     # -- tokenize ------------------------------------------------------------------------------------------------
 
     def _tokenize(self) -> None:
+        """Encode the next texts, of one request or of several small ones, and queue them together."""
         with self._lock:
             self._slices_changed.wait_for(lambda: len(self._slices) or self._stopping.is_set(), timeout=HANDOFF_SECONDS)
             if not self._slices or self._stopping.is_set():
                 return
-            now = time.monotonic()
-            (part,) = self._slices.first(1, now)
-            self._slices.lead(part, now)
+            slices = self._next_slices(time.monotonic())
+            self._tokenizing += 1
+        encoded: _Encoded = []
+        try:
+            encoded = self._encode(slices)
+        finally:
+            self._enqueue(encoded)
+
+    def _next_slices(self, now: float) -> Sequence[_Slice]:
+        """Remove the slice whose turn it is, and others of its rank and with its options, up to ``_SLICE`` texts."""
+        lead, *others = self._slices.first(_SLICE, now)
+        self._slices.lead(lead, now)
+        slices, texts = [lead], len(lead.indices)
+        for part in others:
+            alike = part.request.rank == lead.request.rank and part.options == lead.options
+            if alike and texts + len(part.indices) <= _SLICE:
+                slices.append(part)
+                texts += len(part.indices)
+        for part in slices:
             self._slices.start(part)
             self._slices_of[part.request.number].discard(part)
-            self._tokenizing += 1
-        encodings: Sequence[Encoding | ChunkedText | NpuProxyError] = ()
+        return slices
+
+    def _encode(self, slices: Sequence[_Slice]) -> _Encoded:
+        """The slices, without the texts that are cached or that nobody waits for, and the encodings or errors of their texts."""
+        start = time.monotonic()
+        wanted = [part for part in slices if part.request.unfinished]
+        with self._lock:
+            self._jobs.abandoned += sum(len(part.indices) for part in slices) - sum(len(part.indices) for part in wanted)
         try:
-            request, start = part.request, time.monotonic()
-            if request.unfinished:
-                part = self._without_cached(part)
-                texts = [request.request.texts[index] for index in part.indices]
-                encodings = self._tokenizer.encode(texts, part.options)
-                request.tokenize_seconds += time.monotonic() - start
-            else:
-                with self._lock:
-                    self._jobs.abandoned += len(part.indices)
-        except BaseException as error:  # these texts fail; a Rust panic is not an Exception
-            encodings = [_wrapped(error, "tokenizing failed")] * len(part.indices)
-        finally:
-            self._enqueue(part, encodings)
+            parts = [self._without_cached(part) for part in wanted]
+            texts = [part.request.request.texts[index] for part in parts for index in part.indices]
+            encodings = iter(self._tokenizer.encode(texts, slices[0].options))
+        except BaseException as error:  # a Rust panic is not an Exception
+            if len(wanted) > 1:  # only one of them may be at fault
+                return [pair for part in wanted for pair in self._encode([part])]
+            return [(part, [_wrapped(error, "tokenizing failed")] * len(part.indices)) for part in wanted]
+        seconds = time.monotonic() - start
+        for part in parts:
+            part.request.tokenize_seconds += seconds * len(part.indices) / max(1, len(texts))
+        return [(part, list(islice(encodings, len(part.indices)))) for part in parts]
 
     def _without_cached(self, part: _Slice) -> _Slice:
         """Finish the texts whose vectors are on disk or on a server; return the slice without them."""
@@ -279,27 +305,33 @@ class Pipeline:
         counters = self._counters
         return counters.infer_seconds / counters.texts / self._device.streams if counters.texts else 0.0
 
-    def _enqueue(self, part: _Slice, encodings: Sequence[Encoding | ChunkedText | NpuProxyError]) -> None:
-        request, now = part.request, time.monotonic()
+    def _enqueue(self, encoded: _Encoded) -> None:
+        now = time.monotonic()
         with self._lock:
             self._tokenizing -= 1
-            tokens = 0
-            for index, encoding in zip(part.indices, encodings if request.unfinished else (), strict=False):
-                if isinstance(encoding, Encoding):
-                    request.encodings[index] = encoding
-                    self._jobs.add(encoding, request, index, now)
-                    tokens += encoding.tokens
-                elif isinstance(encoding, ChunkedText):
-                    chunks = self._chunk_request(request, index, encoding)
-                    for number, chunk in enumerate(encoding.encodings):
-                        self._jobs.add(chunk, chunks, number, now)
-                        tokens += chunk.tokens
-            if tokens:
-                self._tokens_per_estimate.add(tokens, part.tokens)
+            for part, encodings in encoded:
+                if part.request.unfinished:
+                    self._add_jobs(part, encodings, now)
             self._jobs_changed.notify_all()
-        for index, encoding in zip(part.indices, encodings, strict=False):
-            if isinstance(encoding, NpuProxyError):
-                request.fail(index, encoding)
+        for part, encodings in encoded:
+            for index, encoding in zip(part.indices, encodings, strict=True):
+                if isinstance(encoding, NpuProxyError):
+                    part.request.fail(index, encoding)
+
+    def _add_jobs(self, part: _Slice, encodings: Sequence[Encoding | ChunkedText | NpuProxyError], now: float) -> None:
+        request, tokens = part.request, 0
+        for index, encoding in zip(part.indices, encodings, strict=True):
+            if isinstance(encoding, Encoding):
+                request.encodings[index] = encoding
+                self._jobs.add(encoding, request, index, now)
+                tokens += encoding.tokens
+            elif isinstance(encoding, ChunkedText):
+                chunks = self._chunk_request(request, index, encoding)
+                for number, chunk in enumerate(encoding.encodings):
+                    self._jobs.add(chunk, chunks, number, now)
+                    tokens += chunk.tokens
+        if tokens:
+            self._tokens_per_estimate.add(tokens, part.tokens)
 
     def _chunk_request(self, request: PendingRequest, index: int, chunked: ChunkedText) -> PendingRequest:
         """Make a request for the chunks of one text; when it is done, the combined result is delivered for that text."""

@@ -14,8 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from npu_proxy.batch import Batch, BatchShape, Output
@@ -25,6 +24,7 @@ from npu_proxy.devices.base import DeviceReport, GoldenBatch, check_finite
 from npu_proxy.devices.canary import Guard
 from npu_proxy.devices.certify import LEAST_COSINE, Certificates
 from npu_proxy.devices.failure import BatchError, Failure
+from npu_proxy.devices.futures import relay
 from npu_proxy.devices.worker.faults import Fault
 from npu_proxy.devices.worker.process import WorkerLimits, WorkerProcess, WorkerTask
 from npu_proxy.devices.worker.shared_memory import MemoryLayout
@@ -97,34 +97,22 @@ class Accelerator:
 
     def submit(self, batch: Batch) -> Future[Output]:
         """Compute vectors [bins, segments, width] float32. Fails with BatchError, which counts as a failure of the device."""
-        future: Future[Output] = Future()
         worker = self._worker
         if worker is None or not self.ready:
+            future: Future[Output] = Future()
             future.set_exception(self._not_ready())
             return future
 
-        def finish(run: Future[Output]) -> None:
-            if run.cancelled():
-                future.cancel()
-                future.set_running_or_notify_cancel()
-                return
-            try:
-                output = run.result()
-                check_finite(self.name, output.vectors)
-                self._guard.check(batch, output.vectors)
-            except BaseException as error:  # passed on through the future
-                if isinstance(error, BatchError):
-                    self._failed(worker, error)
-                with suppress(InvalidStateError):  # the future was cancelled
-                    future.set_exception(error)
-                return
-            with suppress(InvalidStateError):
-                future.set_result(output)
+        def check(output: Output) -> Output:
+            check_finite(self.name, output.vectors)
+            self._guard.check(batch, output.vectors)
+            return output
 
-        run = worker.submit(batch, self._plan.limits.batch)
-        future.add_done_callback(lambda done: run.cancel() if done.cancelled() else None)
-        run.add_done_callback(finish)
-        return future
+        def failed(error: BaseException) -> None:
+            if isinstance(error, BatchError):
+                self._failed(worker, error)
+
+        return relay(worker.submit(batch, self._plan.limits.batch), check, failed)
 
     def probe(self) -> None:
         """Compute a golden batch, slots and shapes in turn, and compare it. Raises BatchError, which counts as a failure."""

@@ -175,7 +175,7 @@ def _health(models: LoadedModels) -> Health:
 
 
 def _seconds_since_probe(device: Device, name: str) -> float | None:
-    probe = device.last_probe(name) if isinstance(device, Fallback) else None
+    probe = device.probes.last(name) if isinstance(device, Fallback) else None
     return None if probe is None else round(time.monotonic() - probe.at, 3)
 
 
