@@ -116,10 +116,10 @@ example-models: weights  ## retrain the reranker and the classifier of examples/
 lock: $(VENV)/.python  ## regenerate requirements/*.txt from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	mkdir -p requirements
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 pyproject.toml -o requirements/run.txt
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group dev -o requirements/dev.txt
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
+	$(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11 pyproject.toml -o requirements/run.txt
+	$(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group dev -o requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
+	$(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
 
 clean:  ## remove the environments and the caches of tools
 	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis
