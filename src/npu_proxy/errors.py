@@ -27,6 +27,9 @@ happened, then what to do. Clients never see a path of the server or a stack tra
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class NpuProxyError(Exception):
     """Base class of all errors. ``str(error)`` is the message."""
@@ -152,3 +155,23 @@ class DeviceError(NpuProxyError):
     """A device failed or returned numbers that are not finite."""
 
     kind = "device"
+
+
+@contextmanager
+def model_errors(name: str) -> Generator[None]:
+    """Convert any error to a ModelError, around code that computes with values from the files of the model ``name``.
+
+    Those values may be anything: a negative size, a list in place of a number, a number that no float holds.
+    """
+    try:
+        yield
+    except NpuProxyError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{name}: a file cannot be read: {error.strerror or type(error).__name__}") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error)[:_LONGEST_CAUSE]}"
+        raise ModelError(f"{name}: its files contradict one another, or contain a value that is not possible ({what})") from error
+
+
+_LONGEST_CAUSE = 200

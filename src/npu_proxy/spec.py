@@ -28,11 +28,26 @@ PROMPT_NAMES: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DenseModule:
-    """A Dense module: weight [out, in] float32, bias [out] float32 or None, and the activation's stored (torch) name."""
+    """A Dense module: where its weight [out, in] and bias [out] are, and the activation's stored (torch) name.
 
-    weight: npt.NDArray[np.float32]
-    bias: npt.NDArray[np.float32] | None
+    tensors: reads a tensor from the module's files; ``{prefix}weight`` and ``{prefix}bias``. shape: of the weight.
+    """
+
+    tensors: Mapping[str, npt.NDArray[Any]] = field(repr=False)
+    prefix: str
+    shape: Sequence[int]
     activation: str
+
+    @property
+    def weight(self) -> npt.NDArray[np.float32]:
+        """The weight, read from its file. Raises ModelError."""
+        return np.asarray(self.tensors[f"{self.prefix}weight"], np.float32)
+
+    @property
+    def bias(self) -> npt.NDArray[np.float32] | None:
+        """The bias, read from its file; None if there is none. Raises ModelError."""
+        name = f"{self.prefix}bias"
+        return np.asarray(self.tensors[name], np.float32) if name in self.tensors else None
 
 
 @dataclass(frozen=True, kw_only=True)

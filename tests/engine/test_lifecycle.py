@@ -61,6 +61,14 @@ def until(condition: Any) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Python's own handler of SIGINT, which a shell that started the tests in the background has turned off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_main_thread() -> None:
     """Ctrl-C; a signal to the process might go to another thread, which does not wake the main thread."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -291,6 +299,7 @@ def test_cancelling_a_stream_whose_source_is_slow_raises_cancelled_error_at_once
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to itself")
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_leaves_nothing_in_the_queue() -> None:
     event = threading.Event()
     engine, _ = slow_engine(event)
@@ -301,10 +310,10 @@ def test_an_interrupt_leaves_nothing_in_the_queue() -> None:
             lambda: list(engine.stream(f"the cat {number}" for number in range(2000))),
         ):
             timer = threading.Timer(0.3, interrupt_main_thread)
-            timer.start()
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):  # around the start too, for the interrupt may come before the call
+                timer.start()
                 call()
-            timer.join()
+                timer.join()
             stats = engine.stats()
             assert (stats.open_texts, stats.depth.texts) == (0, 0)
         event.set()
@@ -312,6 +321,7 @@ def test_an_interrupt_leaves_nothing_in_the_queue() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to itself")
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_while_loading_closes_what_was_loaded_and_the_next_start_works() -> None:
     devices: list[FakeDevice] = []
     loading, go_on = threading.Event(), threading.Event()

@@ -78,7 +78,7 @@ class ExportedDevice:
         self._output = _find_output(self._runner, file.name, spec)
         self._head = _Head(spec)
         self._layout = spec.batch_layout
-        self._width = spec.dense[0].weight.shape[1] if spec.dense else spec.width
+        self._width = spec.dense[0].shape[1] if spec.dense else spec.width
         self._first_position = first_position(spec.config)
         self._known = KnownOutputs(golden, LEAST_COSINE) if golden is not None else None
         self._turn = Turn(device)
@@ -186,7 +186,7 @@ class _Head:
 
 def _compile_dense(modules: Sequence[DenseModule]) -> ov.CompiledModel:
     """The Dense modules as a separate graph, [n, in] -> [n, out], in float32."""
-    x: Any = op.parameter(ov.PartialShape([-1, modules[0].weight.shape[1]]), np.float32)
+    x: Any = op.parameter(ov.PartialShape([-1, modules[0].shape[1]]), np.float32)
     model_class: Any = ov.Model
     model = model_class([heads.apply_dense(x, modules)], [x])
     return open_core(TARGETS["cpu"]).compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1})

@@ -5,19 +5,21 @@ from __future__ import annotations
 import openvino as ov
 
 from npu_proxy.batch import GraphShape, GraphStyle
+from npu_proxy.devices.openvino import open_core
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.build import build, family
-from npu_proxy.models.weights import Tensors
+from npu_proxy.models.weights import KeptTensors
 from npu_proxy.spec import ModelSpec
+from npu_proxy.targets import TARGETS
 
 
 class Graphs:
-    """Call an instance to get a graph. All graphs share the memory-mapped weights; compiled models keep them alive."""
+    """Call an instance to get a graph. All graphs share the weights in memory until ``release``."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Open the weights without reading them. Raises ModelError."""
+        """Find the weights without reading them. Raises ModelError."""
         self._spec = spec
-        self._weights = None if spec.graph else Tensors(spec.weight_files, family(spec.family, spec.config).canonical_name)
+        self._weights = None if spec.graph else KeptTensors(spec.weight_files, family(spec.family, spec.config).canonical_name)
 
     def __call__(self, shape: GraphShape, style: GraphStyle) -> ov.Model:
         """The graph for batches of a shape. An int8 graph keeps the style it was created with. Raises ModelError."""
@@ -25,7 +27,7 @@ class Graphs:
             return build(self._spec, self._weights, shape, style)
         assert self._spec.graph is not None
         try:
-            model = ov.Core().read_model(self._spec.graph)
+            model = open_core(TARGETS["cpu"]).read_model(self._spec.graph)
             if min(shape.bins, shape.positions, shape.segments) > 0:
                 arrays = self._spec.batch_layout.inputs(shape.bins, shape.positions, shape.segments)
                 model.reshape({name: ov.PartialShape(list(dimensions)) for name, (dimensions, _) in arrays.items()})

@@ -16,9 +16,13 @@ _warming = threading.Lock()
 
 
 def open_core(target: Target) -> ov.Core:
-    """Create a Core with the target's plugin registered. Raises RuntimeError, as all of OpenVINO does."""
+    """Create a Core with the target's plugin registered. Raises RuntimeError, as all of OpenVINO does.
+
+    It reads graph files into memory of its own: a file that is cut short while it is mapped ends the process (SIGBUS).
+    """
     warm_bindings()
     core = ov.Core()
+    core.set_property({"ENABLE_MMAP": False})
     if target.plugin:
         core.register_plugin(target.plugin, target.openvino)
     return core

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from npu_proxy.batch import GraphShape, GraphStyle
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.graph import (
     bert,
     deberta,
@@ -73,7 +73,8 @@ def family(model_type: str, config: Config) -> Family:
             " convert` makes a graph file of it, which can be served with `device` ir"
         )
     selected = FAMILIES[model_type]
-    selected.check_config(config)
+    with model_errors("config.json"):
+        selected.check_config(config)
     return selected
 
 
@@ -82,7 +83,13 @@ def build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphStyl
 
     If every token has an output, its shape is [bins, positions, width].
     weights: tensors by the family's canonical names; they must outlive the model, which shares their memory.
+    Raises ModelError if the configuration and the weights do not make a graph.
     """
+    with model_errors(spec.name):
+        return _build(spec, weights, shape, style)
+
+
+def _build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphStyle) -> ov.Model:
     model_family = family(spec.family, spec.config)
     config = {**model_family.normalize_config(spec.config), "max_length": spec.max_length}
     inputs = batch_inputs(shape, spec.batch_layout)

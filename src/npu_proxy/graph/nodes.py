@@ -40,7 +40,7 @@ def parameter(name: str, dimensions: tuple[int, ...], element_type: type) -> Nod
 
 
 def constant(array: npt.ArrayLike) -> Node:
-    """A constant that shares the array's memory if it is contiguous (so that weights remain memory-mapped)."""
+    """A constant that shares the array's memory if it is contiguous."""
     return op.constant(np.ascontiguousarray(array), shared_memory=True)
 
 

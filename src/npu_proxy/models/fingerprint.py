@@ -6,11 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from npu_proxy.models.manifest import read_manifest
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import OutputType
-
-MANIFEST = ".manifest.json"
-"""Name of the store's list of a model's files, which models/store.py writes."""
 
 _SCHEME = 1
 """Increment this when the arithmetic changes by more than rounding errors."""
@@ -25,8 +23,8 @@ def fingerprint(spec: ModelSpec, *, precision: str = "fp32") -> str:
     for file in [*spec.weight_files, spec.tokenizer_file]:
         digest.update((_recorded_sha256(file, spec.folder) or file_sha256(file)).encode())
     for module in spec.dense:
-        digest.update(module.weight.tobytes())
-        digest.update(b"" if module.bias is None else module.bias.tobytes())
+        digest.update(module.weight.data)
+        digest.update(b"" if (bias := module.bias) is None else bias.data)
         digest.update(module.activation.encode())
     properties = {
         "scheme": _SCHEME,
@@ -71,9 +69,8 @@ def file_sha256(path: Path) -> str:
 
 def _recorded_sha256(file: Path, folder: Path) -> str | None:
     """The SHA-256 of a file in the store's manifest, if any, so that a start does not have to read all weights."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        entry = files[file.relative_to(folder).as_posix()]
-        return str(entry["sha256"]) if entry["size"] == file.stat().st_size else None
-    except (OSError, ValueError, KeyError):
+    manifest = read_manifest(folder)
+    if manifest is None or not file.is_relative_to(folder):
         return None
+    entry = manifest.files.get(file.relative_to(folder).as_posix())
+    return entry.sha256 if entry is not None and entry.size == file.stat().st_size else None

@@ -11,6 +11,9 @@ from npu_proxy.errors import ModelError
 
 Json = Mapping[str, Any]
 
+_LARGEST = 16 << 20
+"""Bytes of a configuration file; those of large label sets and indexes of shards have up to a few MB."""
+
 
 def short_path(file: Path) -> str:
     """A file's name and folder, without the rest of the path, for error messages."""
@@ -25,11 +28,16 @@ def existing(file: Path, hint: str = "") -> Path:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises ModelError if it is missing or malformed."""
+    """The content of a JSON file. Raises ModelError if it is missing, malformed or large."""
     try:
-        return json.loads(existing(file).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        size = existing(file).stat().st_size
+        if size > _LARGEST:
+            raise ModelError(f"{short_path(file)} has {size} bytes; at most {_LARGEST} are allowed")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, a number of many digits, or too deep
         raise ModelError(f"{short_path(file)} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ModelError(f"{short_path(file)} cannot be read: {error.strerror or error}") from error
 
 
 def read_object(file: Path, *, optional: bool = False) -> Json:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.graph.build import FAMILIES, Family
 from npu_proxy.models.catalog import INSTRUCTIONS
 from npu_proxy.models.fingerprint import fingerprint
@@ -24,6 +24,7 @@ from npu_proxy.models.weights import Tensors
 from npu_proxy.spec import Activation, ModelSpec
 from npu_proxy.types import OutputType, Pooling, Similarity
 
+_MOST_LABELS = 100_000
 _BGE_M3 = ("sparse_linear.pt", "colbert_linear.pt")
 
 
@@ -36,6 +37,11 @@ def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None 
     """
     if not folder.is_dir():
         raise ModelError(f"model folder `{folder}` does not exist")
+    with model_errors(name or folder.resolve().name):
+        return _read_spec(folder, name, pooling, max_length)
+
+
+def _read_spec(folder: Path, name: str | None, pooling: Pooling | None, max_length: int | None) -> ModelSpec:
     pooling = None if pooling is None else Pooling(pooling)
     files = read_files(folder)
     model_type = str(files.config.get("model_type") or missing(files.transformer / "config.json", "model_type"))
@@ -51,8 +57,9 @@ def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None 
 
 def output_type_of(folder: Path, pooling: Pooling | None) -> tuple[OutputType, Path, Json]:
     """A model's output type, and its transformer's folder and config.json, for any family. Raises ModelError."""
-    files = read_files(folder)
-    return _output_type(files, pooling), files.transformer, files.config
+    with model_errors(folder.resolve().name):
+        files = read_files(folder)
+        return _output_type(files, pooling), files.transformer, files.config
 
 
 def _transformer_spec(
@@ -144,7 +151,7 @@ def _read_stack(spec: ModelSpec, files: ModelFiles, hidden: int) -> tuple[Module
     tokens = spec.output_type is OutputType.TOKENS
     if (tokens and (spec.folder / "artifact.metadata").exists()) or files.architecture == "HF_ColBERT":
         stack.dense = [read_dense(Tensors(spec.weight_files), "linear.")]
-        stack.width = stack.dense[0].weight.shape[0]
+        stack.width = stack.dense[0].shape[0]
         return stack, read_stanford(spec.folder)
     if not files.modules:
         return stack, None
@@ -168,10 +175,8 @@ def _with_late_interaction(spec: ModelSpec, late: LateInteractionFiles) -> Model
 def _with_multi_output(spec: ModelSpec, hidden: int) -> ModelSpec:
     """The spec of bge-m3: dense, sparse and token vectors in one pass."""
     lexical, projection = (read_dense(Tensors([spec.folder / file]), "") for file in _BGE_M3)
-    if projection.weight.shape != (hidden, hidden) or lexical.weight.shape != (1, hidden):
-        raise ModelError(
-            f"{_BGE_M3[1]}: the projection has shape {projection.weight.shape}; only {hidden} to {hidden} is supported"
-        )
+    if projection.shape != (hidden, hidden) or lexical.shape != (1, hidden):
+        raise ModelError(f"{_BGE_M3[1]}: the projection has shape {projection.shape}; only {hidden} to {hidden} is supported")
     return replace(spec, output_type=OutputType.MULTI, dense=[lexical, projection], width=hidden)
 
 
@@ -196,6 +201,8 @@ def _with_classifier(spec: ModelSpec, config: Json, family: Family | None, files
     """Add the labels and the activation of a cross-encoder or classifier to the spec."""
     names = cast("Mapping[str, str]", config.get("id2label") or {})
     count = len(names) or int(config.get("num_labels") or 2)
+    if not 1 <= count <= _MOST_LABELS:
+        raise ModelError(f"config.json: a classifier has from 1 to {_MOST_LABELS} labels, not {count}")
     extra = cast("Json", config.get("sentence_transformers") or {})
     stored = files.about.get("activation_fn") or extra.get("activation_fn") or config.get("sbert_ce_default_activation_function")
     return replace(

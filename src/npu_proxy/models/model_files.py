@@ -16,6 +16,12 @@ _STATIC_LENGTH = 512
 """Maximum number of tokens per text for static models, as in their own code."""
 
 
+_LARGEST_NUMBER = 1 << 24
+"""Largest size in a configuration; vocabularies have up to about a million entries."""
+_MOST_TOKENS = 1 << 17
+"""Largest limit of tokens per text, whatever a model states: position tables of this length already have 100 MB."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """Contents of the files. transformer: the folder of the transformer.
@@ -62,13 +68,21 @@ def max_length(config: Json, files: ModelFiles) -> int:
     stated = files.limits.get("max_seq_length")
     if stated is None:
         stated = read_object(files.transformer / "tokenizer_config.json", optional=True).get("model_max_length", positions)
-    return max(1, min(int(stated), positions))
+    if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated >= 1:  # NaN is not, either
+        found = str(stated)[:40]
+        raise ModelError(f"{files.transformer.name}: the maximum number of tokens is `{found}`, not a number of at least 1")
+    return int(min(stated, positions, _MOST_TOKENS))
 
 
 def number(config: Json, key: str, folder: Path) -> int:
-    """An integer in config.json. Raises ModelError if it is missing."""
+    """A positive integer in config.json. Raises ModelError if it is missing, or anything else."""
     value = config.get(key)
-    return value if isinstance(value, int) else missing(folder / "config.json", key)
+    if value is None:
+        missing(folder / "config.json", key)
+    if type(value) is not int or not 1 <= value <= _LARGEST_NUMBER:
+        found = str(value)[:40]
+        raise ModelError(f"{short_path(folder / 'config.json')}: `{key}` is `{found}`, not a number from 1 to {_LARGEST_NUMBER}")
+    return value
 
 
 def missing(file: Path, key: str) -> NoReturn:
@@ -82,12 +96,12 @@ def _read_config(folder: Path, transformer: Path, modules: Sequence[Json]) -> Js
     config = read_object(transformer / "config.json", optional=static)
     if static or config.get("model_type") == "model2vec":
         tensors = Tensors(weight_files(transformer))
-        table = tensors["embedding.weight" if "embedding.weight" in tensors else "embeddings"]
-        vocabulary = len(tensors["mapping"]) if "mapping" in tensors else len(table)
+        rows, width = tensors.shape("embedding.weight" if "embedding.weight" in tensors else "embeddings")
+        vocabulary = tensors.shape("mapping")[0] if "mapping" in tensors else rows
         return {
             **config,
             "model_type": "model2vec",
-            "hidden_size": table.shape[1],
+            "hidden_size": width,
             "vocab_size": vocabulary,
             "max_position_embeddings": _STATIC_LENGTH,
         }

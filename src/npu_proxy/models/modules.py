@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from npu_proxy.errors import ModelError
@@ -91,12 +90,10 @@ class ModuleStack:
         if config.get("use_residual"):
             raise ModelError(f"{short_path(file)}: use_residual is not supported")
         module = read_dense(Tensors(weight_files(folder)), "linear.", activation)
-        if module.weight.shape != (config.get("out_features"), config.get("in_features")) or module.weight.shape[1] != self.width:
-            raise ModelError(
-                f"{short_path(file)}: the weight has shape {module.weight.shape}, unlike the config or the previous module"
-            )
+        if module.shape != (config.get("out_features"), config.get("in_features")) or module.shape[1] != self.width:
+            raise ModelError(f"{short_path(file)}: the weight has shape {module.shape}, unlike the config or the previous module")
         self.dense.append(module)
-        self.width = module.weight.shape[0]
+        self.width = module.shape[0]
 
     def add_normalize(self, folder: Path) -> None:
         self.normalizes = True
@@ -119,9 +116,11 @@ _MODULES: dict[str, Callable[[ModuleStack, Path], None]] = {
 
 def read_dense(tensors: Tensors, prefix: str, activation: str = "torch.nn.modules.linear.Identity") -> DenseModule:
     """The linear layer with the tensors ``{prefix}weight`` and ``{prefix}bias``, if any. Raises ModelError without a weight."""
-    weight = np.asarray(tensors[f"{prefix}weight"], np.float32)
-    bias = np.asarray(tensors[f"{prefix}bias"], np.float32) if f"{prefix}bias" in tensors else None
-    return DenseModule(weight=weight, bias=bias, activation=activation)
+    shape = tuple(tensors.shape(f"{prefix}weight"))
+    bias = tuple(tensors.shape(f"{prefix}bias")) if f"{prefix}bias" in tensors else shape[:1]
+    if len(shape) != 2 or 0 in shape or bias != shape[:1]:
+        raise ModelError(f"the linear layer `{prefix}weight` has shape {shape}, and its bias {bias}")
+    return DenseModule(tensors=tensors, prefix=prefix, shape=shape, activation=activation)
 
 
 def skipped_ids(mask: Json, side: str, tokenizer_file: Path) -> frozenset[int]:

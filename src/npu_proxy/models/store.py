@@ -8,7 +8,6 @@ store/partial/                        downloads in progress; resumed or deleted
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,13 +16,14 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from npu_proxy.errors import InputError, ModelNotFoundError, PullError
 from npu_proxy.models.catalog import canonical
-from npu_proxy.models.fingerprint import MANIFEST, file_sha256
+from npu_proxy.models.fingerprint import file_sha256
+from npu_proxy.models.json_files import inside
+from npu_proxy.models.manifest import Manifest, ManifestFile, read_manifest, write_manifest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _LONGEST_NAME = 200
@@ -56,11 +56,11 @@ class ModelStore:
     def find(self, name: str) -> StoredModel | None:
         """The stored model with this name or alias, or None."""
         folder = self._models / _file_name(canonical(name))
-        manifest = _manifest(folder)
-        if manifest is None:
+        manifest = read_manifest(folder)
+        if manifest is None or not is_name(manifest.name) or _file_name(manifest.name) != folder.name:
             return None
-        size = sum(int(entry["size"]) for entry in manifest["files"].values())
-        return StoredModel(name=manifest["name"], folder=folder, size=size, source=manifest["source"])
+        size = sum(entry.size for entry in manifest.files.values())
+        return StoredModel(name=manifest.name, folder=folder, size=size, source=manifest.source)
 
     def resolve(self, name: str) -> tuple[str, Path]:
         """Full name and folder of a model given by name, alias or path. Raises ModelNotFoundError if there is none."""
@@ -79,16 +79,17 @@ class ModelStore:
     def list(self) -> list[StoredModel]:
         """All stored models, sorted by name."""
         folders = sorted(self._models.iterdir()) if self._models.is_dir() else []
-        found = (self.find(folder.name.replace("--", "/", 1)) for folder in folders if not folder.name.startswith("."))
+        names = (folder.name.replace("--", "/", 1) for folder in folders)
+        found = (self.find(name) for name in names if is_name(name))
         return [model for model in found if model]
 
     def damaged(self, model: StoredModel) -> list[str]:
         """Paths of files that are missing or whose content has changed."""
-        manifest = _manifest(model.folder) or {"files": {}}
+        manifest = read_manifest(model.folder)
         return [
             path
-            for path, entry in manifest["files"].items()
-            if not (file := model.folder / path).is_file() or file_sha256(file) != entry["sha256"]
+            for path, entry in (manifest.files.items() if manifest else ())
+            if not (file := inside(model.folder, path, by="the manifest")).is_file() or file_sha256(file) != entry.sha256
         ]
 
     @contextmanager
@@ -109,12 +110,11 @@ class ModelStore:
         target = self._models / _file_name(name)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self._models))
         try:
-            entries: dict[str, dict[str, str | int]] = {}
+            entries: dict[str, ManifestFile] = {}
             for path, file in files.items():
                 on_file(path)
                 entries[path] = self._take(file, staging / path)
-            manifest = {"name": name, "source": source, "files": entries}
-            (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            write_manifest(staging, Manifest(name=name, source=source, files=entries))
             if target.exists():
                 retired = Path(tempfile.mkdtemp(prefix=".retired-", dir=self._models))
                 target.rename(retired / "old")
@@ -148,7 +148,7 @@ class ModelStore:
     def _is_stored(self, name: str) -> bool:
         return bool(_NAME.fullmatch(canonical(name))) and self.find(name) is not None
 
-    def _take(self, file: Path, destination: Path) -> dict[str, str | int]:
+    def _take(self, file: Path, destination: Path) -> ManifestFile:
         checksum = file_sha256(file)
         blob = self._blobs / checksum
         if not blob.exists() or file_sha256(blob) != checksum:
@@ -160,12 +160,12 @@ class ModelStore:
             os.link(blob, destination)
         except OSError:  # a file system without hard links
             shutil.copyfile(blob, destination)
-        return {"sha256": checksum, "size": destination.stat().st_size}
+        return ManifestFile(sha256=checksum, size=destination.stat().st_size)
 
     def _sweep(self) -> None:
         """Delete blobs that no manifest refers to."""
-        manifests = (_manifest(folder) for folder in self._models.iterdir() if folder.is_dir())
-        used = {entry["sha256"] for manifest in manifests if manifest for entry in manifest["files"].values()}
+        manifests = (read_manifest(folder) for folder in self._models.iterdir() if folder.is_dir())
+        used = {entry.sha256 for manifest in manifests if manifest for entry in manifest.files.values()}
         for blob in self._blobs.iterdir():
             if blob.name not in used:
                 blob.unlink(missing_ok=True)
@@ -185,10 +185,3 @@ def check_name(name: str) -> str:
 
 def _file_name(name: str) -> str:
     return check_name(name).replace("/", "--")
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -1,29 +1,25 @@
-"""Tensors of memory-mapped safetensors files: nothing is read before a graph needs it, and nothing is copied.
+"""The tensors of a model's weight files: found by their headers, and read when a graph needs them.
 
-Torch's .bin and .pt files are read completely (models/pickled.py). A safetensors file consists of eight bytes of header length,
-a JSON header, and raw little-endian tensors. The safetensors library validates it first (offsets within the file, no overlaps),
-because the map is passed to native code.
+A safetensors file consists of eight bytes of header length, a JSON header, and raw little-endian tensors; the safetensors library
+validates it first. Torch's .bin and .pt files are in models/pickled.py.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from npu_proxy.errors import ModelError
 from npu_proxy.models.json_files import inside, read_object, short_path
-from npu_proxy.models.pickled import read_pickled
+from npu_proxy.models.pickled import find_tensors
+from npu_proxy.models.stored_tensor import Array, StoredTensor
 
-Array = npt.NDArray[Any]
-
-_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
+_LARGEST_HEADER = 8 << 20
+"""Bytes of a safetensors header, of which a tensor takes about 100."""
 
 
 class NoWeightsError(ModelError):
@@ -38,68 +34,84 @@ class MissingTensorError(ModelError, KeyError):
 
 
 class Tensors(Mapping[str, Array]):
-    """A read-only mapping from tensor name to array, over one or several files.
+    """A read-only mapping from tensor name to array, over one or several files. Every access reads the tensor from its file.
 
     rename: maps a checkpoint's tensor name to the graph's (a family's ``canonical_name``). Half-precision tensors are
-    widened to float32, which is exact. Arrays are views of the file and must not be written to.
+    widened to float32, which is exact.
     """
 
     def __init__(self, files: Sequence[Path], rename: Callable[[str], str] = str) -> None:
-        self._maps: list[mmap.mmap] = []
-        self._places: dict[str, tuple[mmap.mmap, int, str, list[int]]] = {}
-        self._read: dict[str, Array] = {}
+        """Find the tensors without reading them. Raises ModelError."""
+        self._stored: dict[str, StoredTensor] = {}
         for file in files:
-            if file.suffix in (".bin", ".pt"):
-                self._read |= {rename(name): tensor for name, tensor in read_pickled(file).items()}
-                continue
-            try:
-                self._open(file, rename)
-            except (SafetensorError, OSError, ValueError) as error:
-                reason = (error.strerror or "file not found") if isinstance(error, OSError) else error  # without the path
-                raise ModelError(f"{file.name} cannot be read as safetensors: {reason}") from error
+            found = find_tensors(file) if file.suffix in (".bin", ".pt") else _find_safetensors(file)
+            self._stored |= {rename(name): tensor for name, tensor in found.items()}
 
-    def _open(self, file: Path, rename: Callable[[str], str]) -> None:
-        with safe_open(file, framework="numpy"):
-            pass
-        with file.open("rb") as opened:
-            # Private and copy-on-write, because OpenVINO needs writable memory; the file does not change.
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._maps.append(mapped)
-        size = int.from_bytes(mapped[:8], "little")
-        header: dict[str, Any] = json.loads(mapped[8 : 8 + size])
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            self._places[rename(name)] = (mapped, 8 + size + entry["data_offsets"][0], entry["dtype"], entry["shape"])
+    def shape(self, name: str) -> Sequence[int]:
+        """The shape of a tensor. Raises MissingTensorError."""
+        return self._find(name).shape
 
     def __getitem__(self, name: str) -> Array:
-        if name in self._read:
-            return self._read[name]
-        if name not in self._places:
-            raise MissingTensorError(f"the weights have no tensor `{name}`")
-        mapped, start, kind, shape = self._places[name]
-        if kind not in _KINDS:
-            raise ModelError(f"tensor `{name}` has the unsupported type {kind}; supported: {', '.join(_KINDS)}")
-        count = int(np.prod(shape, dtype=np.int64))
-        flat = np.frombuffer(mapped, _KINDS[kind], count, start).reshape(shape)
-        if kind == "BF16":
-            return (flat.astype(np.uint32) << 16).view(np.float32)
-        return flat.astype(np.float32) if kind in ("F64", "F16") else flat
+        return self._find(name).read(name)
 
-    def release(self) -> None:
-        """Return the pages read so far to the operating system; they are read from the file again when needed."""
-        for mapped in self._maps:
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+    def _find(self, name: str) -> StoredTensor:
+        if name not in self._stored:
+            raise MissingTensorError(f"the weights have no tensor `{name}`")
+        return self._stored[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places or name in self._read
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._places
-        yield from self._read
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._read)
+        return len(self._stored)
+
+
+class KeptTensors(Tensors):
+    """Tensors that are read once, so that all graphs share their memory, until ``release``."""
+
+    def __init__(self, files: Sequence[Path], rename: Callable[[str], str] = str) -> None:
+        super().__init__(files, rename)
+        self._kept: dict[str, Array] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._kept:
+            self._kept[name] = super().__getitem__(name)
+        return self._kept[name]
+
+    def release(self) -> None:
+        """Forget what was read; what a compiled graph needs stays in memory with it."""
+        self._kept.clear()
+
+
+def _find_safetensors(file: Path) -> Mapping[str, StoredTensor]:
+    """The tensors of a safetensors file by name. Raises ModelError."""
+    try:
+        file_size = file.stat().st_size
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            if size > _LARGEST_HEADER:
+                raise ModelError(f"{file.name} cannot be read as safetensors: its header has {size} bytes, which is too large")
+            header = opened.read(size)
+        with safe_open(file, framework="numpy"):  # checks that the tensors lie within the file and do not overlap
+            pass
+        entries: dict[str, Any] = json.loads(header)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        reason = (error.strerror or "file not found") if isinstance(error, OSError) else error  # without the path
+        raise ModelError(f"{file.name} cannot be read as safetensors: {reason}") from error
+    entries.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            file=file,
+            file_size=file_size,
+            start=8 + size + entry["data_offsets"][0],
+            kind=entry["dtype"],
+            shape=tuple(entry["shape"]),
+        )
+        for name, entry in entries.items()
+    }
 
 
 def weight_files(folder: Path) -> Sequence[Path]:
