@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +59,14 @@ def until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def interrupted(call: Callable[[], object]) -> None:
+    """Call something and interrupt it."""
+    timer = threading.Timer(0.3, interrupt_main_thread)
+    timer.start()
+    call()
+    timer.join()
 
 
 @pytest.fixture
@@ -309,11 +317,8 @@ def test_an_interrupt_leaves_nothing_in_the_queue() -> None:
             lambda: engine.embed([f"the cat {number}" for number in range(2000)]),
             lambda: list(engine.stream(f"the cat {number}" for number in range(2000))),
         ):
-            timer = threading.Timer(0.3, interrupt_main_thread)
-            with pytest.raises(KeyboardInterrupt):  # around the start too, for the interrupt may come before the call
-                timer.start()
-                call()
-                timer.join()
+            with pytest.raises(KeyboardInterrupt):
+                interrupted(call)
             stats = engine.stats()
             assert (stats.open_texts, stats.depth.texts) == (0, 0)
         event.set()

@@ -53,7 +53,7 @@ def test_a_plain_folder_needs_an_explicit_pooling(model: Path) -> None:
     [
         ("config.json", {"model_type": None}, "config.json: `model_type` is missing"),
         ("config.json", {"hidden_size": None}, "config.json: `hidden_size` is missing"),
-        ("config.json", {"max_position_embeddings": "many"}, "`max_position_embeddings` is missing"),
+        ("config.json", {"max_position_embeddings": "many"}, "`max_position_embeddings` is `many`, not a number"),
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "exactly one pooling mode is needed, found none"),
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "found cls and mean"),
         (

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from npu_proxy.batch import Encoding
 from npu_proxy.engine.chunking import ChunkedText, TokenizedText, complete_chunking, sentence_starts, split_text, word_starts
@@ -28,12 +27,12 @@ from npu_proxy.engine.validation import PLACEHOLDER, OnEmpty, empty_text_error, 
 from npu_proxy.errors import (
     EmptyInputError,
     InputError,
-    ModelError,
     NothingLeftError,
     NpuProxyError,
     TooLongError,
     UnsupportedError,
 )
+from npu_proxy.models.tokenizer_file import check_growth, open_tokenizer
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedRequest, OutputType, Pair, Pooling, TextInput, Truncate
 
@@ -46,7 +45,7 @@ _WORD_TOKENS = 100
 _COUNTED_CHARACTERS = 200_000
 """Texts up to this many characters are tokenized completely if an error must state their length."""
 _MAX_CHARACTERS = 4_000_000
-"""Maximum characters per text that are tokenized; a tokenizer needs some hundred bytes per character."""
+"""Maximum characters per text that are tokenized, after normalizing; a tokenizer needs some hundred bytes per character."""
 _SAMPLED = 16
 """Number of characters that are looked at first to see whether a text has letters."""
 _PART = 4096
@@ -72,12 +71,8 @@ class RequestTokenizer:
         self._spec = spec
         self._sanitize: Sanitize = sanitize
         self._on_empty: OnEmpty = on_empty
-        try:
-            self._tokenizer = Tokenizer.from_file(str(spec.tokenizer_file))
-        except Exception as error:  # the bindings raise a bare Exception for any error in the file
-            raise ModelError(f"{spec.name}: tokenizer.json cannot be read: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = open_tokenizer(spec.tokenizer_file)
+        self._max_characters = int(_MAX_CHARACTERS / check_growth(spec.tokenizer_file))
         self._special = find_special_tokens(self._tokenizer, spec) if spec.special_tokens else SpecialTokens([], [])
         self._pair = find_pair_special_tokens(self._tokenizer, spec) if spec.output_type is OutputType.SCORES else None
         self.vocabulary: int = spec.vocabulary
@@ -129,6 +124,17 @@ class RequestTokenizer:
 
     def encode(self, texts: Sequence[TextInput], options: EncodeOptions) -> list[Encoding | ChunkedText | NpuProxyError]:
         """Encode texts (str, token ids or pairs) in one call; a text that cannot be encoded is replaced by its error."""
+        try:
+            return self._encode(texts, options)
+        except BaseException as error:  # a Rust panic is not an Exception
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            if len(texts) > 1:
+                return [result for text in texts for result in self.encode([text], options)]
+            message = f"the model's tokenizer cannot process this text ({str(error)[:100]}); shorten or change it"
+            return [InputError(message, param="input")]
+
+    def _encode(self, texts: Sequence[TextInput], options: EncodeOptions) -> list[Encoding | ChunkedText | NpuProxyError]:
         prepared = [self._prepare(text, options.prompt) for text in texts]
         if options.truncate is Truncate.CHUNK:
             return [text if isinstance(text, NpuProxyError) else self._chunk(text, options) for text in prepared]
@@ -167,7 +173,7 @@ class RequestTokenizer:
         """Whether a text has no tokens but special ones. A letter or digit always gives one, so few texts are tokenized twice."""
         if any(map(str.isalnum, text[:_SAMPLED])):
             return False
-        visible = text.strip()[:_MAX_CHARACTERS] or text[:_SAMPLED]
+        visible = text.strip()[: self._max_characters] or text[:_SAMPLED]
         parts = (visible[start : start + _PART] for start in range(0, len(visible), _PART))
         return not any(self._tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
 
@@ -202,12 +208,12 @@ class RequestTokenizer:
             while len(part) < len(text) and isinstance(ids, list) and len(ids) <= limit + _WORD_TOKENS:
                 size *= 8
                 part = self._part(text, size, truncate)
-                if len(part) > _MAX_CHARACTERS:
-                    ids = _too_many_characters()
+                if len(part) > self._max_characters:
+                    ids = self._too_many_characters()
                 else:
                     ids = self._tokenizer.encode(part, add_special_tokens=self._spec.special_tokens).ids
-            if len(part) > _MAX_CHARACTERS:  # the tokenizer does not split at words
-                ids = _too_many_characters()
+            if len(part) > self._max_characters:  # the tokenizer does not split at words
+                ids = self._too_many_characters()
             elif truncate is Truncate.ERROR and len(part) < len(text) and isinstance(ids, list):
                 ids = TooLongError(limit=limit, tokens=len(ids), more=True)
             results[index] = ids
@@ -216,7 +222,7 @@ class RequestTokenizer:
     def _part(self, text: str, size: int, truncate: Truncate) -> str:
         """The start of a long text (its end if the start is cut off); the whole text if encoding a part would not be exact."""
         if not self._splits_words or len(text) <= size:
-            return text if len(text) <= _MAX_CHARACTERS or self._splits_words else text[: _MAX_CHARACTERS + 1]
+            return text if len(text) <= self._max_characters or self._splits_words else text[: self._max_characters + 1]
         return text[-size:] if truncate is Truncate.START else text[:size]
 
     def _fit(self, ids: list[int], options: EncodeOptions) -> Encoding | NpuProxyError:
@@ -309,8 +315,8 @@ class RequestTokenizer:
         if not isinstance(text, str):
             ids = self._special.strip(text)
             return TokenizedText(ids=ids, offsets=[(0, 0)] * len(ids))  # token ids have no characters
-        if len(text) > _MAX_CHARACTERS:
-            return _too_many_characters()
+        if len(text) > self._max_characters:
+            return self._too_many_characters()
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         lead_characters = len(options.prompt) if prompted else 0
         return TokenizedText(
@@ -321,6 +327,10 @@ class RequestTokenizer:
             lead=sum(1 for start, _ in encoding.offsets if start < lead_characters),
             lead_characters=lead_characters,
         )
+
+    def _too_many_characters(self) -> InputError:
+        message = f"the text exceeds the limit of {self._max_characters:,} characters; shorten or split it"
+        return InputError(message, param="input")
 
     # -- for token endpoints -------------------------------------------------------------------------------------
 
@@ -353,10 +363,6 @@ class RequestTokenizer:
         if any(not 0 <= number < self._spec.vocabulary for number in ids):
             raise InputError(f"token ids must be at least 0 and below {self._spec.vocabulary}, the vocabulary size", param="ids")
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
-
-
-def _too_many_characters() -> InputError:
-    return InputError(f"the text exceeds the limit of {_MAX_CHARACTERS:,} characters; shorten or split it", param="input")
 
 
 def _sanitized(text: str, how: Sanitize) -> str:

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Tokenizer
-
 from npu_proxy.errors import ModelError
 from npu_proxy.models.json_files import Json, read_object
+from npu_proxy.models.tokenizer_file import open_tokenizer
 from npu_proxy.spec import LateInteractionConfig
 
 _PYLATE_KEYS = (
@@ -97,7 +96,7 @@ def late_interaction_config(late: LateInteractionFiles, limit: int, tokenizer_fi
     """The config of queries and documents, with lengths up to ``limit``. Raises ModelError if the mask token is missing."""
     mask_id = 0
     if late.expanded_length:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        tokenizer = open_tokenizer(tokenizer_file)
         ids = [tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>")]
         first_id = next((token_id for token_id in ids if token_id is not None), None)
         if first_id is None:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.activations import TORCH_ACTIVATIONS
 from npu_proxy.models.json_files import Json, inside, read_object, short_path
+from npu_proxy.models.tokenizer_file import open_tokenizer
 from npu_proxy.models.weights import Tensors, weight_files
 from npu_proxy.spec import DenseModule
 from npu_proxy.types import Pooling
@@ -129,6 +128,6 @@ def skipped_ids(mask: Json, side: str, tokenizer_file: Path) -> frozenset[int]:
     if side not in ([tasks] if isinstance(tasks, str) else tasks):
         return frozenset()
     words: Any = mask.get("skiplist_words") or []
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = open_tokenizer(tokenizer_file)
     ids = (tokenizer.token_to_id(str(word)) for word in words)
     return frozenset(token_id for token_id in ids if token_id is not None)

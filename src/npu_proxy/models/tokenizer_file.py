@@ -1,0 +1,167 @@
+"""Open tokenizer.json: what would make a text grow is refused, and a tokenizer that is not known is first tried elsewhere.
+
+The tokenizers library ends the process when it runs out of memory, and nothing can catch that. So the parts of the file that
+multiply a text are read before it is opened, and a file that is not pinned in the catalog first encodes a few texts in a process
+of its own, whose memory is limited.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+from tokenizers import Tokenizer
+
+from npu_proxy.errors import ModelError
+from npu_proxy.models.catalog import CATALOG
+from npu_proxy.models.fingerprint import file_sha256
+from npu_proxy.models.json_files import existing
+from npu_proxy.system import run_python
+
+MOST_GROWTH = 64
+"""How many times as many characters normalizing may make of a text."""
+_MOST_SPECIAL = 1000
+"""Special tokens around a text or a pair."""
+_LONGEST_WORD = 10_000
+"""Characters of a word that WordPiece searches for pieces, in quadratic time."""
+_LARGEST = 256 << 20
+_TRIAL_SECONDS = 60.0
+_TRIAL_BYTES, _BYTES_PER_BYTE = 1 << 30, 60
+"""Memory for the trial: some, and more for each byte of the file."""
+_TRIAL = """
+import os, sys
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+file, limit = sys.stdin.read().split("\\n")
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except ImportError:  # Windows
+    pass
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(file)
+tokenizer.no_truncation()
+tokenizer.no_padding()
+for text in ("a" * 10_000, "The cat sat. " * 500, "".join(map(chr, range(32, 3000))), " \\t\\n" * 1000, "\\u6771\\u4eac" * 1000):
+    for pair in (None, text[:100]):
+        ids = tokenizer.encode(text, pair).ids
+        tokenizer.decode(ids[:1000])
+print("ok")
+"""
+_PINNED = frozenset(checksum for entry in CATALOG for path, checksum in entry.sha256.items() if path.endswith("tokenizer.json"))
+_tried: set[tuple[Path, int, int, int]] = set()
+"""Files that were tried in this process: path, inode, size and time."""
+
+
+class _Parts(msgspec.Struct):
+    """The parts of tokenizer.json that can multiply a text; the rest is not decoded."""
+
+    normalizer: Any = None
+    decoder: Any = None
+    post_processor: Any = None
+    model: _Model | None = None
+
+
+class _Model(msgspec.Struct):
+    max_input_chars_per_word: Any = None
+
+
+_DECODER = msgspec.json.Decoder(_Parts)
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer in a file, without truncation and padding. Raises ModelError naming what it must not contain."""
+    check_growth(file)
+    _try(file)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the bindings raise a bare Exception for any error in the file
+        raise ModelError(f"{file.name} cannot be read: {str(error)[:200]}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def check_growth(file: Path) -> float:
+    """How many times as many characters the normalizer may make of a text. Raises ModelError if a part makes too many."""
+    name = file.name
+    try:
+        size = existing(file).stat().st_size
+        if size > _LARGEST:
+            raise ModelError(f"{name} has {size} bytes; at most {_LARGEST} are allowed")
+        parts = _DECODER.decode(file.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"{name} cannot be read: {str(error)[:200]}") from error
+    try:
+        growth = _growth(parts.normalizer, "normalizers")
+        decoded = _growth(parts.decoder, "decoders")
+        special = _special_tokens(parts.post_processor)
+        word = int((parts.model and parts.model.max_input_chars_per_word) or 0)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        cause = f"{type(error).__name__}: {str(error)[:100]}"
+        raise ModelError(f"{name} is not what the tokenizers library writes ({cause})") from error
+    most = max(growth, decoded)
+    if most > MOST_GROWTH:
+        raise ModelError(f"{name}: replacing makes up to {most:.3g} characters of one; at most {MOST_GROWTH} are allowed")
+    if special > _MOST_SPECIAL:
+        raise ModelError(f"{name}: the template adds {special} tokens to every text; at most {_MOST_SPECIAL} are allowed")
+    if word > _LONGEST_WORD:
+        raise ModelError(f"{name}: max_input_chars_per_word is {word}; at most {_LONGEST_WORD} is allowed")
+    return growth
+
+
+def _growth(part: Any, children: str) -> float:
+    """The product of what each replacement, one after the other, makes of a character at most."""
+    if part is None:
+        return 1.0
+    kind = part["type"]
+    if kind == "Sequence":
+        growth = 1.0
+        for child in part[children]:
+            growth = min(growth * _growth(child, children), 1e30)
+        return growth
+    if kind == "Prepend":
+        return 1.0 + len(part["prepend"])
+    if kind != "Replace":
+        return 1.0  # what Unicode's own forms and byte-level alphabets make of a character is bounded
+    content, pattern = len(part["content"]), part["pattern"]
+    text = pattern.get("String")
+    # An expression may match between any two characters, and puts its replacement there.
+    return max(1.0, content / len(text)) if text else 1.0 + content
+
+
+def _special_tokens(part: Any) -> int:
+    """How many special tokens a post-processor adds at most. Raises ValueError if it repeats the text itself."""
+    if part is None:
+        return 0
+    if part["type"] == "Sequence":
+        return sum(map(_special_tokens, part["processors"]))
+    if part["type"] != "TemplateProcessing":
+        return 4  # the fixed templates of BERT and RoBERTa
+    sizes = {name: len(token["ids"]) for name, token in part["special_tokens"].items()}
+    most = 0
+    for template in (part["single"], part["pair"]):
+        pieces = cast("list[dict[str, Any]]", template)
+        texts = [piece["Sequence"]["id"] for piece in pieces if "Sequence" in piece]
+        if len(texts) > len(set(texts)):
+            raise ValueError("a template repeats the text")
+        most = max(most, sum(sizes[piece["SpecialToken"]["id"]] for piece in pieces if "SpecialToken" in piece))
+    return most
+
+
+def _try(file: Path) -> None:
+    """Let a process of its own encode a few texts, unless the file is pinned or was tried. Raises ModelError if that ends badly."""
+    status = file.stat()
+    tried = (file.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
+    if tried in _tried or file_sha256(file) in _PINNED:
+        return
+    limit = _TRIAL_BYTES + _BYTES_PER_BYTE * status.st_size
+    code, printed = run_python(_TRIAL, f"{file.absolute()}\n{limit}".encode(), _TRIAL_SECONDS)
+    if code is None:
+        raise ModelError(f"{file.name}: encoding a few texts took over {_TRIAL_SECONDS:g} seconds")
+    if "ok" not in printed:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        memory = f"{limit >> 20} MB of memory"
+        raise ModelError(f"{file.name}: encoding a few texts within {memory} failed ({how}); is the file damaged?")
+    _tried.add(tried)
