@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from npu_proxy.errors import SettingsError
 
 _END_SECONDS = 5.0
 
@@ -38,6 +41,28 @@ def run_python(code: str, content: bytes, seconds: float) -> tuple[int | None, s
             process.communicate(timeout=_END_SECONDS)
         return None, ""
     return process.returncode, printed.decode(errors="replace")
+
+
+def private_folder(folder: Path) -> Path:
+    """Create a folder, and those above it that are missing, for this user only. Raises SettingsError if every user may write to it.
+
+    Raises OSError if it cannot be created.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+        path.chmod(0o700)  # whatever the umask
+    if not missing:
+        check_not_public(folder)
+    return folder
+
+
+def check_not_public(path: Path) -> None:
+    """Raise SettingsError if every user of this machine may change a file, or replace the files in a folder."""
+    mode = path.stat().st_mode
+    if sys.platform != "win32" and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        what, cure = ("folder", " or use a folder inside it") if stat.S_ISDIR(mode) else ("file", "")
+        raise SettingsError(f"{what} {path} can be written by every user of this machine; run `chmod o-w {path}`{cure}")
 
 
 def available_threads() -> int:

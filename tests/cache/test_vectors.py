@@ -12,6 +12,7 @@ import pytest
 from conftest import SMALL_SHAPES, fake_engine, golden
 from npu_proxy import EmbedRequest, Engine, Settings, SettingsError
 from npu_proxy.cache.disk import DiskTier
+from npu_proxy.cache.entry import to_bytes
 from npu_proxy.cache.tier import VOID_KEY, TierError, TierStats
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.fake import FakeDevice
@@ -88,6 +89,28 @@ def test_a_disk_is_shared_by_engines_one_after_another(tmp_path: Path) -> None:
     with Engine(settings=other) as third:
         third.embed(TEXTS)
         assert third.stats().counters.texts == len(set(TEXTS))
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(31), np.zeros(64), np.zeros((1, 32)), np.full(32, np.nan), np.full(32, np.inf), np.zeros(0)])
+def test_an_entry_that_cannot_be_the_models_is_computed_again_and_replaced(tmp_path: Path, wrong: np.ndarray) -> None:
+    """Its checksum is right: another program, or a fault of this one, wrote it."""
+    settings = Settings(model=(str(FOLDER),), device="cpu", cache_disk_mb=10, cache_folder=tmp_path)
+    with Engine(settings=settings) as first:
+        expected = first.embed(TEXTS[:3])
+    disk = DiskTier(tmp_path, 10_000_000)
+    disk.open()
+    with disk._env.begin() as read:
+        keys = [key for name in disk._databases.values() for key in read.cursor(name).iternext(keys=True, values=False)]
+    disk.put_many([(key, to_bytes(TextResult(wrong.astype(np.float32), 4, truncated=False, device="cpu"))) for key in keys])
+    disk.close()
+    for computed in (len(set(TEXTS[:3])), 0):
+        with Engine(settings=settings) as second:
+            assert second.cache is not None
+            cache, disk = second.cache, disk_of(second)
+            until(lambda: cache.fetch([b"?" * 48], 0.0) is not None and disk._env is not None)
+            np.testing.assert_allclose(second.embed(TEXTS[:3]), expected, atol=1e-6)
+            assert second.stats().counters.texts == computed
+            assert second.cache.counts().errors == computed
 
 
 class Broken:

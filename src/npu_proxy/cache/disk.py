@@ -18,6 +18,7 @@ import lmdb
 
 from npu_proxy.cache.entry import FINGERPRINT_BYTES, fingerprint_bytes
 from npu_proxy.cache.tier import VOID_KEY, TierError, TierStats
+from npu_proxy.system import private_folder
 
 _log = logging.getLogger("npu_proxy.cache")
 
@@ -47,7 +48,7 @@ class DiskTier:
         with self._open, _errors(self._folder):
             if self._env is not None:
                 return
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(self._folder)
             file = self._folder / "data.mdb"
             file_size = file.stat().st_size if file.exists() else 0  # the limit may have been larger before
             size = max(_MIN_MAP_SIZE, 1 << (2 * max(self._limit, file_size)).bit_length())

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -116,8 +116,13 @@ class VectorCache:
             if entry is not None:
                 self._queue_write(key, entry, "")
 
-    def fetch(self, keys: Sequence[bytes], compute_seconds: float) -> list[TextResult | None]:
-        """The vectors in the tiers behind memory, None if missing. compute_seconds: device time per text; 0 if unknown."""
+    def fetch(
+        self, keys: Sequence[bytes], compute_seconds: float, fits: Callable[[TextResult], bool] = lambda _: True
+    ) -> list[TextResult | None]:
+        """The vectors in the tiers behind memory, None if missing. compute_seconds: device time per text; 0 if unknown.
+
+        fits: whether an entry can be the model's; any other counts as missing, whoever wrote it.
+        """
         found: list[TextResult | None] = [None] * len(keys)
         for tier in self._tiers:
             missing = [index for index, entry in enumerate(found) if entry is None]
@@ -128,12 +133,20 @@ class VectorCache:
                 entry = from_bytes(value) if value is not None else None
                 if entry is not None and self._is_void(entry):
                     continue
+                if entry is not None and not fits(entry):
+                    self._misfit(tier)
+                    continue
                 if entry is not None:
                     found[index] = entry
                     self._remember(keys[index], entry, tier.name)
         with self._lock:
             self._counts.misses += found.count(None)
         return found
+
+    def _misfit(self, tier: Tier) -> None:
+        _log.warning("cache tier %s has a vector that cannot be this model's; it is computed again", tier.name)
+        with self._lock:
+            self._counts.errors += 1
 
     def keep(self, key: bytes, entry: TextResult) -> None:
         """Store a new vector; never blocks."""

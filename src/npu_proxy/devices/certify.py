@@ -20,6 +20,7 @@ from npu_proxy.batch import Batch, BatchShape, Output, text_outputs
 from npu_proxy.devices.base import Device, GoldenBatch, check_vectors
 from npu_proxy.devices.canary import least_similarity
 from npu_proxy.devices.failure import BatchError, Failure
+from npu_proxy.system import private_folder
 
 LEAST_COSINE = 0.999
 """The minimum cosine of golden texts to what the device computed of them before; below it, the numbers are wrong."""
@@ -80,7 +81,7 @@ class Certificates:
         self.found.append(verdict)
         path = self._folder / f"{verdict.subject.key}.json"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            private_folder(self._folder)
             partial = path.with_suffix(f".{os.getpid()}.partial")
             partial.write_bytes(msgspec.json.encode(verdict))
             partial.replace(path)

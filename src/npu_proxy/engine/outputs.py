@@ -1,9 +1,11 @@
 """The part of a device's output that is kept (and cached) for a text, and the part of it that a request asks for.
 
-To add an output type, add a case to ``kept_output``, to graph.build.build, to finish.py and to chunking.combine_chunks.
+To add an output type, add a case to ``kept_output`` and a row to ``_KEPT_SHAPES``, to graph.build.build, to finish.py and to chunking.combine_chunks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,22 @@ def kept_output(spec: ModelSpec, encoding: Encoding, raw: npt.NDArray[np.float32
         case OutputType.MULTI:
             weights = np.where(np.isin(encoding.ids, list(special_ids)), 0, raw[:, 0])
             return np.concatenate([encoding.ids[:, None], weights[:, None], raw[:, 1:]], axis=1, dtype=np.float32)
+
+
+def is_kept_output(spec: ModelSpec, vector: Vector) -> bool:
+    """Whether a vector from a cache can be what ``kept_output`` made of a text: its dimensions, width and finite numbers."""
+    dimensions, width = _KEPT_SHAPES[spec.output_type](spec)
+    return vector.ndim == dimensions and vector.shape[-1] == width and bool(np.isfinite(vector).all())
+
+
+_KEPT_SHAPES: Mapping[OutputType, Callable[[ModelSpec], tuple[int, int]]] = {
+    OutputType.DENSE: lambda spec: (1, spec.width),
+    OutputType.SCORES: lambda spec: (1, spec.width),
+    OutputType.SPARSE: lambda _: (2, 2),
+    OutputType.TOKENS: lambda spec: (2, spec.width),
+    OutputType.MULTI: lambda spec: (2, spec.width + 2),
+}
+"""Number of dimensions and width of what is kept of a text."""
 
 
 def requested_output(requested: OutputType, computed: OutputType, vector: Vector) -> Vector:

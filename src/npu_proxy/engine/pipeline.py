@@ -30,7 +30,7 @@ from npu_proxy.engine.counters import Counters, Stats
 from npu_proxy.engine.encode_options import EncodeOptions
 from npu_proxy.engine.fair_queue import FairQueue, rank_of
 from npu_proxy.engine.notices import Notices
-from npu_proxy.engine.outputs import kept_output
+from npu_proxy.engine.outputs import is_kept_output, kept_output
 from npu_proxy.engine.packing import aligned, full_shape, pack
 from npu_proxy.engine.pending import Job, PendingRequest, PendingRequests
 from npu_proxy.engine.queue import JobQueue
@@ -295,7 +295,8 @@ class Pipeline:
         """Finish the texts whose vectors are on disk or on a server; return the slice without them."""
         if self._cache is None or not self._cache.has_tiers or not part.request.cache_keys:
             return part
-        entries = self._cache.fetch([part.request.cache_keys[index] for index in part.indices], self._seconds_per_text())
+        keys = [part.request.cache_keys[index] for index in part.indices]
+        entries = self._cache.fetch(keys, self._seconds_per_text(), lambda entry: is_kept_output(self._spec, entry.vector))
         part.request.resolve_cached(zip(part.indices, entries, strict=True))
         missing = [index for index, entry in zip(part.indices, entries, strict=True) if entry is None]
         return replace(part, indices=missing)

@@ -40,4 +40,6 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest into a model's folder. Raises OSError."""
-    (folder / _NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    file = folder / _NAME
+    file.touch(0o600)
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))

@@ -17,6 +17,7 @@ from npu_proxy.errors import ModelError, PullError
 from npu_proxy.models.catalog import CatalogModel, canonical, find
 from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.store import ModelStore, StoredModel, check_name
+from npu_proxy.system import private_folder
 
 WANTED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*/config.json", "*/*.safetensors")
 """Files that a model needs; others, such as images, are not copied."""
@@ -81,7 +82,7 @@ def pull(
         report(f"{name} is damaged ({', '.join(damaged)}); downloading it again")
     with store.lock(name):
         partial = store.partial(name)
-        partial.mkdir(parents=True, exist_ok=True)
+        private_folder(partial)
         job = Pull(
             name=name,
             entry=find(name) or CatalogModel(name=name),

@@ -22,6 +22,7 @@ import msgspec
 from npu_proxy.errors import ModelError, PullError
 from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.spec import ModelSpec
+from npu_proxy.system import private_folder
 
 _GRAPH, _REPORT = "graph.xml", "report.json"
 _FILES = (_GRAPH, "graph.bin")
@@ -60,7 +61,7 @@ def stage(store: Path, spec: ModelSpec, model: Any) -> ModelSpec:
 
     folder = None
     try:
-        (store / "quantized").mkdir(parents=True, exist_ok=True)
+        private_folder(store / "quantized")
         folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=store / "quantized"))
         ov.save_model(model, folder / _GRAPH, compress_to_fp16=False)
     except (OSError, RuntimeError) as error:

@@ -24,6 +24,7 @@ from npu_proxy.models.catalog import canonical
 from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.json_files import inside
 from npu_proxy.models.manifest import Manifest, ManifestFile, read_manifest, write_manifest
+from npu_proxy.system import check_not_public, private_folder
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _LONGEST_NAME = 200
@@ -63,9 +64,13 @@ class ModelStore:
         return StoredModel(name=manifest.name, folder=folder, size=size, source=manifest.source)
 
     def resolve(self, name: str) -> tuple[str, Path]:
-        """Full name and folder of a model given by name, alias or path. Raises ModelNotFoundError if there is none."""
+        """Full name and folder of a model given by name, alias or path. Raises ModelNotFoundError if there is none.
+
+        Raises SettingsError if every user may write to its folder.
+        """
         path = Path(name).expanduser()
         if path.is_dir() and (path.is_absolute() or name.startswith(".") or not self._is_stored(name)):
+            check_not_public(path)
             return path.resolve().name, path
         stored = self.find(name) if _NAME.fullmatch(canonical(name)) else None
         if stored is None:
@@ -74,6 +79,7 @@ class ModelStore:
             else:
                 message = f"model `{name}` is neither in the local store nor a folder; download it with `npu-proxy pull {name}`"
             raise ModelNotFoundError(message, param="model")
+        check_not_public(stored.folder)
         return stored.name, stored.folder
 
     def list(self) -> list[StoredModel]:
@@ -96,7 +102,7 @@ class ModelStore:
     def lock(self, name: str) -> Generator[None]:
         """Allow only one process at a time to change a model. Raises PullError after waiting for ten minutes."""
         folder = self._root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         try:
             with FileLock(folder / f"{_file_name(name)}.lock", timeout=LOCK_SECONDS):
                 yield
@@ -105,8 +111,8 @@ class ModelStore:
 
     def publish(self, name: str, source: str, files: Mapping[str, Path], *, on_file: Callable[[str], None]) -> StoredModel:
         """Copy files (path in the model -> file on disk) into the store, then publish the model atomically."""
-        self._models.mkdir(parents=True, exist_ok=True)
-        self._blobs.mkdir(parents=True, exist_ok=True)
+        private_folder(self._models)
+        private_folder(self._blobs)
         target = self._models / _file_name(name)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self._models))
         try:
@@ -154,12 +160,14 @@ class ModelStore:
         if not blob.exists() or file_sha256(blob) != checksum:
             partial = blob.with_suffix(f".{os.getpid()}")
             shutil.copyfile(file, partial)
+            partial.chmod(0o600)
             partial.replace(blob)
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(destination.parent)
         try:
             os.link(blob, destination)
         except OSError:  # a file system without hard links
             shutil.copyfile(blob, destination)
+            destination.chmod(0o600)
         return ManifestFile(sha256=checksum, size=destination.stat().st_size)
 
     def _sweep(self) -> None:

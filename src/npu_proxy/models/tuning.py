@@ -14,7 +14,7 @@ import msgspec
 from npu_proxy.models.graph_files import available_devices
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
-from npu_proxy.system import available_threads
+from npu_proxy.system import available_threads, private_folder
 from npu_proxy.targets import device_chain
 
 
@@ -82,7 +82,7 @@ def machine() -> str:
 def save_profile(store: Path, profile: TuningProfile) -> Path:
     """Store a profile, replacing any older one, and return its path. Raises OSError if it cannot be written."""
     path = _path(store, profile.fingerprint)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(profile)))
     partial.replace(path)

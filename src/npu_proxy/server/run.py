@@ -27,6 +27,7 @@ from npu_proxy.server.ops import logs, systemd
 from npu_proxy.server.ops.readiness import is_live
 from npu_proxy.server.reload import reload
 from npu_proxy.settings import Settings
+from npu_proxy.system import check_not_public
 
 _AFTER_DRAIN = 3
 """Seconds after the drain for sending the last responses."""
@@ -160,6 +161,8 @@ def _checked(config: uvicorn.Config) -> uvicorn.Config:
     if config.ssl_keyfile and not config.ssl_certfile:
         raise SettingsError("`ssl_keyfile` is set without `ssl_certfile`; set both", param="ssl_certfile")
     try:
+        if config.ssl_keyfile:
+            check_not_public(Path(config.ssl_keyfile))
         config.load()
     except OSError as error:  # includes ssl.SSLError
         message = f"`ssl_certfile` or `ssl_keyfile` cannot be read: {error.strerror or error}"

@@ -20,7 +20,7 @@ from npu_proxy.devices.worker.blobs import file_name, folder_name, write_blob
 from npu_proxy.devices.worker.compile import compile_static
 from npu_proxy.errors import DeviceError, PullError
 from npu_proxy.spec import ModelSpec
-from npu_proxy.system import run_python
+from npu_proxy.system import private_folder, run_python
 from npu_proxy.targets import ANY_PLATFORM, Target
 
 _NO_COMPILER = (
@@ -69,7 +69,7 @@ def compile_ahead(
     """
     final = store / "compiled" / folder_name(target, spec, platform)
     with _disk_errors():
-        final.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(final.parent)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=final.parent))
     job = CompileJob(target=target, spec=spec, shapes=shapes, properties=properties, platform=platform, folder=staging)
     try:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from npu_proxy.system import private_folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileCache:
@@ -20,7 +22,7 @@ class CompileCache:
         """The folder of blobs for these versions (OpenVINO, device, driver), or None if it cannot be written."""
         folder = self.root / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(folder)
             probe = folder / f".writable-{os.getpid()}"
             probe.write_bytes(b"0" * 4096)
             probe.unlink()

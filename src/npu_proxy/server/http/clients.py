@@ -16,6 +16,7 @@ from npu_proxy.errors import InputError, SettingsError
 from npu_proxy.server.errors import UnauthorizedError
 from npu_proxy.server.http.auth import is_exposed
 from npu_proxy.settings import Settings
+from npu_proxy.system import check_not_public
 from npu_proxy.types import Client, Lane
 
 _LONGEST_AGENT = 100
@@ -73,6 +74,7 @@ def read_keys(settings: Settings) -> Sequence[ApiKey]:
 
 def _read(path: Path, setting: str) -> str:
     try:
+        check_not_public(path)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"`{setting}` {path} cannot be read: {error}", param=setting) from error
