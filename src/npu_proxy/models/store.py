@@ -104,7 +104,7 @@ class ModelStore:
         folder = self._root / "locks"
         private_folder(folder)
         try:
-            with FileLock(folder / f"{_file_name(name)}.lock", timeout=LOCK_SECONDS):
+            with FileLock(folder / f"{_file_name(name)}.lock", timeout=LOCK_SECONDS, mode=0o600):
                 yield
         except Timeout as error:
             raise PullError(f"another process has held `{name}` for {LOCK_SECONDS} seconds; is a pull stuck?") from error

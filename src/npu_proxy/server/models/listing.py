@@ -72,7 +72,14 @@ class ServerListing:
 
         wanted, mirrors = canonical(name.removesuffix(":latest")), self.settings.mirrors
         try:
-            return pull(self._index.store, wanted, mirrors=mirrors, report=lambda line: report(without_paths(line)), folders=False)
+            return pull(
+                self._index.store,
+                wanted,
+                mirrors=mirrors,
+                report=lambda line: report(without_paths(line)),
+                folders=False,
+                most_bytes=int(self.settings.max_pull_gb * 1e9),
+            )
         except PullError as error:
             raise PullError(without_paths(str(error))) from error
 
