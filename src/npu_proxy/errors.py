@@ -6,6 +6,7 @@ NpuProxyError
 │   ├── TooLongError           a text is longer than the model's limit and truncation is off
 │   ├── NothingLeftError       the token limit leaves no room for the text
 │   ├── ModelNotFoundError     no model of that name is served or stored
+│   ├── AnswerTooLargeError    the result would have more numbers than allowed
 │   ├── UnsupportedError       the model does not support what was requested
 │   └── FingerprintError       the model is not the one that the request expects
 ├── SettingsError              a setting is unknown, malformed or contradicts another
@@ -79,6 +80,17 @@ class NothingLeftError(InputError):
     """The token limit is so small that nothing is left of a text after adding the special tokens."""
 
     kind = "nothing_left"
+
+
+class AnswerTooLargeError(InputError):
+    """The result would have more numbers than allowed (``EmbedRequest.most_numbers``)."""
+
+    kind = "too_large"
+
+    def __init__(self, most: int) -> None:
+        """most: how many numbers are allowed."""
+        message = f"the answer would have more than the {most} numbers that are allowed (`max_answer_mb`)"
+        super().__init__(f"{message}; send fewer or shorter texts at once")
 
 
 class ModelNotFoundError(InputError):

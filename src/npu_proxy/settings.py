@@ -282,11 +282,15 @@ class Settings:
     url_prefix: str = _setting("Server", "")
     """Path prefix of all routes, such as /embeddings-server, for a reverse proxy that does not remove it."""
 
-    max_body_mb: int = _setting("Server", 64, 1)
+    max_body_mb: int = _setting("Server", 20, 1)
     """Maximum megabytes of a request's body; larger ones get status 413."""
 
+    max_answer_mb: int = _setting("Server", 256, 1)
+    """Maximum megabytes of an answer, at 21 bytes per number; requests for larger ones get status 413."""
+
     max_bodies_mb: int = _setting("Server", 512, 1)
-    """Maximum megabytes of the bodies of all requests held at once; above it, requests are refused."""
+    """Maximum megabytes of the bodies of all requests held at once, and as much again for their answers; above it, and for one
+    client above half of it, requests are refused."""
 
     max_connections: int = _setting("Server", 8192, 1)
     """Maximum number of open connections; further ones are closed with status 503."""

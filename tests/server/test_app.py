@@ -72,7 +72,7 @@ BAD: list[tuple[object, int, str]] = [
     (b"", 400, "no body"),
     (b"{", 400, "not valid JSON"),
     (b"\xff\xfe", 400, "JSON"),
-    (b"[" * 100_000, 400, "Expected `object`, got `array`"),
+    (b"[" * 100_000, 400, "more than 9192 lists and objects"),
     (b'{"input":"\\ud800"}', 400, "JSON"),
     ([], 400, "Expected `object`"),
     ({}, 400, "missing required field `input`"),

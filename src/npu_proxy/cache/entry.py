@@ -47,20 +47,31 @@ class CacheKeys:
             base.update(json.dumps(options).encode())
             self._last = (options, base)
         keys: list[bytes] = []
+        first: tuple[str, Any] = ("", None)
         for text in texts:
-            digest = base.copy()
-            digest.update(_content(text))
+            if isinstance(text, Pair):  # the first text of pairs, such as a query, is usually the same, and is hashed once
+                if first[1] is None or text.first is not first[0]:
+                    first = (text.first, base.copy())
+                    first[1].update(_first_content(text.first))
+                digest = first[1].copy()
+                digest.update(text.second.encode("utf-8", "surrogatepass"))
+            else:
+                digest = base.copy()
+                digest.update(_content(text))
             keys.append(self._prefix + digest.digest())
         return keys
 
 
-def _content(text: TextInput) -> bytes:
-    """Convert a text, pair or token ids to bytes that differ for each kind of input."""
+def _first_content(text: str) -> bytes:
+    """Convert the first text of a pair to bytes; those of the second text follow."""
+    content = text.encode("utf-8", "surrogatepass")
+    return b"p%d " % len(content) + content
+
+
+def _content(text: str | Sequence[int]) -> bytes:
+    """Convert a text or token ids to bytes that differ for each kind of input."""
     if isinstance(text, str):
         return b"t" + text.encode("utf-8", "surrogatepass")
-    if isinstance(text, Pair):
-        first = text.first.encode("utf-8", "surrogatepass")
-        return b"p%d " % len(first) + first + text.second.encode("utf-8", "surrogatepass")
     try:
         return b"i" + np.asarray(text, "<i8").tobytes()
     except OverflowError:  # no model has such an id; it is rejected later

@@ -55,7 +55,7 @@ from npu_proxy.engine.similarity import similarity
 from npu_proxy.engine.stream import batches, stream_results
 from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.engine.uninterrupted import interruptible, uninterrupted
-from npu_proxy.engine.validation import check_output, check_texts, cuts_untrained
+from npu_proxy.engine.validation import check_numbers, check_output, check_texts, cuts_untrained
 from npu_proxy.errors import DeadlineError, InputError, StoppedError
 from npu_proxy.models.per_model import settings_of
 from npu_proxy.settings import Settings, general_value
@@ -405,6 +405,7 @@ class Engine:
         spec = components.spec
         check_texts(request.texts)
         check_output(request, spec)
+        check_numbers(request, spec)
         options = components.tokenizer.options(request)
         if options.late_chunking and all(shape.segments == 1 for shape in components.device.shapes):
             message = "late chunking needs several vectors per text; turn on `packing` and set `device` to one without a graph file"

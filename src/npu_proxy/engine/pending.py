@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from npu_proxy.batch import Encoding
 from npu_proxy.engine.fair_queue import Rank
-from npu_proxy.errors import NpuProxyError
-from npu_proxy.types import Client, EmbedRequest, TextResult
+from npu_proxy.errors import AnswerTooLargeError, NpuProxyError
+from npu_proxy.types import Client, EmbedRequest, OutputType, TextResult
 
 
 @dataclass(slots=True)
@@ -33,6 +33,10 @@ class PendingRequest:
     results: list[TextResult | None] = field(init=False)
     errors: list[NpuProxyError | None] = field(init=False)
     encodings: list[Encoding | None] = field(init=False)
+    tokens: int = 0
+    """Tokens of its texts so far."""
+    numbers: int = 0
+    """Numbers in the results so far."""
     cached: int = 0
     """Number of texts whose vectors came from the cache."""
     fallbacks: set[str] = field(init=False, default_factory=set[str])
@@ -77,6 +81,22 @@ class PendingRequest:
         for index, entry in hits:
             self._deliver(index, entry, None)
 
+    def _count(self, result: TextResult) -> AnswerTooLargeError | None:
+        """Count the numbers of a result whose size was not known before (see check_output for the others)."""
+        match self.request.output_type:
+            case OutputType.TOKENS:
+                self.numbers += result.vector.size
+            case OutputType.SPARSE:
+                self.numbers += 2 * len(result.vector)
+            case _:
+                return None
+        return self.too_large(self.numbers)
+
+    def too_large(self, numbers: int) -> AnswerTooLargeError | None:
+        """The error of a result with so many numbers; None if it may have as many."""
+        most = self.request.most_numbers
+        return AnswerTooLargeError(most) if most is not None and numbers > most else None
+
     def fail(self, index: int, error: NpuProxyError) -> None:
         """Deliver an error for text ``index``."""
         self._deliver(index, None, error)
@@ -90,11 +110,14 @@ class PendingRequest:
         with self._lock:
             if self.results[index] is not None or self.errors[index] is not None:
                 return
-            self.results[index], self.errors[index] = result, error
+            exceeded = result is not None and (error := self._count(result)) is not None
+            self.results[index], self.errors[index] = None if exceeded else result, error
             self._unfinished -= 1
             last = self._unfinished == 0
         if last:
             self.on_done(self)
+        elif exceeded and error is not None:  # the other texts are not needed
+            self.fail_all(error)
 
 
 class PendingRequests:

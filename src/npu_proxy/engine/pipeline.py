@@ -37,7 +37,7 @@ from npu_proxy.engine.queue import JobQueue
 from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.errors import DeadlineError, DeviceError, NpuProxyError, OverloadedError, StoppedError
 from npu_proxy.spec import ModelSpec
-from npu_proxy.types import Lane, Pair, TextResult
+from npu_proxy.types import Lane, OutputType, Pair, TextResult
 
 _log = logging.getLogger("npu_proxy.engine")
 
@@ -318,6 +318,10 @@ class Pipeline:
             for index, encoding in zip(part.indices, encodings, strict=True):
                 if isinstance(encoding, NpuProxyError):
                     part.request.fail(index, encoding)
+            if part.request.request.output_type is OutputType.TOKENS:
+                error = part.request.too_large(part.request.tokens * self._spec.width)
+                if error is not None:
+                    part.request.fail_all(error)
 
     def _add_jobs(self, part: _Slice, encodings: Sequence[Encoding | ChunkedText | NpuProxyError], now: float) -> None:
         request, tokens = part.request, 0
@@ -333,6 +337,7 @@ class Pipeline:
                     tokens += chunk.tokens
         if tokens:
             self._tokens_per_estimate.add(tokens, part.tokens)
+        request.tokens += tokens
 
     def _chunk_request(self, request: PendingRequest, index: int, chunked: ChunkedText) -> PendingRequest:
         """Make a request for the chunks of one text; when it is done, the combined result is delivered for that text."""

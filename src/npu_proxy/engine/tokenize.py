@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -64,8 +64,19 @@ class TextToken(NamedTuple):
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class _FirstText:
+    """The first text of pairs, such as a query, tokenized once for all of them.
+
+    ids: without special tokens, only those that may be kept. count: number of all ids.
+    """
+
+    ids: Sequence[int]
+    count: int
+
+
 class RequestTokenizer:
-    """Turns the texts of requests into encodings, with a model's tokenizer and prompts. Thread-safe: it is never modified."""
+    """Turns the texts of requests into encodings, with a model's tokenizer and prompts. Thread-safe."""
 
     def __init__(self, spec: ModelSpec, *, sanitize: Sanitize = "none", on_empty: OnEmpty = "error") -> None:
         self._spec = spec
@@ -87,6 +98,7 @@ class RequestTokenizer:
         scored_at_end = spec.output_type is OutputType.SCORES and spec.pooling is Pooling.LAST_TOKEN
         padding = spec.config.get("pad_token_id") if scored_at_end else None
         self._padding_id = padding if isinstance(padding, int) else None
+        self._first: tuple[tuple[str, EncodeOptions], _FirstText | NpuProxyError] | None = None
         # BertPreTokenizer splits texts into words that are tokenized independently, so a cut changes only one word.
         self._splits_words = type(self._tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer"
 
@@ -138,7 +150,8 @@ class RequestTokenizer:
         prepared = [self._prepare(text, options.prompt) for text in texts]
         if options.truncate is Truncate.CHUNK:
             return [text if isinstance(text, NpuProxyError) else self._chunk(text, options) for text in prepared]
-        strings = [side for text in prepared for side in (text if isinstance(text, Pair) else (text,)) if isinstance(side, str)]
+        sides = (text.second if isinstance(text, Pair) else text for text in prepared)
+        strings = [side for side in sides if isinstance(side, str)]
         encoded = iter(self._encode_strings(strings, options.truncate, options.limit))
         return [self._fit_prepared(text, encoded, options) for text in prepared]
 
@@ -152,9 +165,8 @@ class RequestTokenizer:
         if isinstance(text, Pair):
             if self._pair is None:
                 return UnsupportedError(f"{self._spec.name} takes single texts, not pairs", param="input")
-            sides = (self._prepare(text.first, prompt), self._prepare(text.second, ""))
-            error = next((side for side in sides if isinstance(side, NpuProxyError)), None)
-            return error or Pair(*sides)  # type: ignore[arg-type]
+            second = self._prepare(text.second, "")
+            return second if isinstance(second, NpuProxyError) else Pair(text.first, second)  # type: ignore[arg-type]
         if not isinstance(text, str):
             return token_ids_error(text, self._spec.vocabulary) or self._special.add(text)
         if self._sanitize != "none":
@@ -183,12 +195,12 @@ class RequestTokenizer:
         if isinstance(text, NpuProxyError):
             return text
         if isinstance(text, Pair):
-            first, second = next(encoded), next(encoded)
+            first, second = self._first_text(text.first, options), next(encoded)
             if isinstance(first, NpuProxyError):
                 return first
             if isinstance(second, NpuProxyError):
                 return second
-            return self._fit_pair(self._special.strip(first), self._special.strip(second), options)
+            return self._fit_pair(first, self._special.strip(second), options)
         ids = next(encoded) if isinstance(text, str) else text
         return ids if isinstance(ids, NpuProxyError) else self._fit(ids, options)
 
@@ -240,17 +252,35 @@ class RequestTokenizer:
         inner = inner[:keep] if options.truncate is Truncate.END else inner[len(inner) - keep :]
         return self._encoding(self._special.add(inner), options, truncated=True)
 
-    def _fit_pair(self, first: list[int], second: list[int], options: EncodeOptions) -> Encoding | NpuProxyError:
+    def _first_text(self, text: str, options: EncodeOptions) -> _FirstText | NpuProxyError:
+        """The first text of a pair, with the prompt; that of the previous pair is usually the same, and is not tokenized again."""
+        key, known = (text, options), self._first
+        if known is not None and known[0] == key:
+            return known[1]
+        prepared = self._prepare(text, options.prompt)
+        if isinstance(prepared, str):
+            (prepared,) = self._encode_strings([prepared], options.truncate, options.limit)
+        first: _FirstText | NpuProxyError
+        if isinstance(prepared, list):
+            ids, limit = self._special.strip(prepared), options.limit
+            first = _FirstText(ids[-limit:] if options.truncate is Truncate.START else ids[:limit], len(ids))
+        else:
+            first = prepared if isinstance(prepared, NpuProxyError) else InputError("expected text", param="input")
+        self._first = (key, first)
+        return first
+
+    def _fit_pair(self, given: _FirstText, second: list[int], options: EncodeOptions) -> Encoding | NpuProxyError:
         """Encode two texts together, cut to the limit like the `longest_first` truncation of tokenizers."""
         assert self._pair is not None
         room = options.limit - len(self._pair)
-        truncated = len(first) + len(second) > room
+        first, tokens = list(given.ids), given.count + len(second)
+        truncated = tokens > room
         if truncated:
             if options.truncate is Truncate.ERROR:
-                return TooLongError(limit=options.limit, tokens=len(first) + len(second) + len(self._pair))
+                return TooLongError(limit=options.limit, tokens=tokens + len(self._pair))
             if room < 2:
                 return NothingLeftError(f"a limit of {options.limit} tokens leaves no room for a pair of texts", param="max_tokens")
-            counts = longest_first(len(first), len(second), room)
+            counts = longest_first(given.count, len(second), room)
             if options.truncate is Truncate.START:
                 first, second = first[len(first) - counts[0] :], second[len(second) - counts[1] :]
             else:
@@ -299,9 +329,11 @@ class RequestTokenizer:
         if isinstance(tokenized, NpuProxyError):
             return tokenized
         room = options.limit - len(pair)
-        first = self._tokenizer.encode(text.first, add_special_tokens=False).ids
-        truncated = len(first) > room // 2
-        first = first[: room // 2]
+        given = self._first_text(text.first, replace(options, truncate=Truncate.END))
+        if isinstance(given, NpuProxyError):
+            return given
+        truncated = given.count > room // 2
+        first = list(given.ids[: room // 2])
         return split_text(
             tokenized,
             options,

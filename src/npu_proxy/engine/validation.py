@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from npu_proxy.engine.inputs import as_text
-from npu_proxy.errors import EmptyInputError, FingerprintError, InputError, UnsupportedError
+from npu_proxy.errors import AnswerTooLargeError, EmptyInputError, FingerprintError, InputError, UnsupportedError
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import DType, EmbedRequest, OutputType, TextInput
 
@@ -99,6 +99,13 @@ def check_output(request: EmbedRequest, spec: ModelSpec) -> None:
         raise InputError(f"{request.dtype} needs a width divisible by 8, not {bits}", param="dimensions")
     if request.dtype in (DType.INT8, DType.UINT8) and not request.normalize:
         raise InputError(f"{request.dtype} has a fixed scale for unit vectors; it needs normalize=true", param="normalize")
+
+
+def check_numbers(request: EmbedRequest, spec: ModelSpec) -> None:
+    """Raise AnswerTooLargeError if one vector per text is more than the request allows; other results are counted as they come."""
+    most, known = request.most_numbers, request.output_type in (OutputType.DENSE, OutputType.SCORES)
+    if most is not None and known and len(request.texts) * (request.dimensions or spec.width) > most:
+        raise AnswerTooLargeError(most)
 
 
 def cuts_untrained(spec: ModelSpec, request: EmbedRequest) -> bool:

@@ -85,9 +85,11 @@ def serve(settings: Settings, read: Callable[[], Settings] | None = None) -> int
             reloads = _on_hangup(app.state.npu_proxy, read, config)
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloads)
         watchdog = asyncio.create_task(systemd.keep_watchdog(lambda: is_live(registry)))
+        lag = asyncio.create_task(app.state.npu_proxy.metrics.loop_lag.watch())
         yield
         systemd.notify("STOPPING=1")
         watchdog.cancel()
+        lag.cancel()
         if not task.done():
             task.cancel()
             with suppress(asyncio.CancelledError):

@@ -18,6 +18,7 @@ from npu_proxy.models.layout import read_spec
 from npu_proxy.models.store import StoredModel
 from npu_proxy.server.apis.contract import BodyFields, Dialect, InferenceRoute, ModelInfo, ServedModel
 from npu_proxy.server.errors import UnknownModelError
+from npu_proxy.server.http.exchange import to_json
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedResult, Pooling, Timings
 
@@ -76,7 +77,7 @@ def body(kind: type[msgspec.Struct], **fields: object) -> Any:
 
 def json(reply: object) -> Any:
     """A reply as clients read it."""
-    return msgspec.json.decode(msgspec.json.encode(reply))
+    return msgspec.json.decode(to_json(reply))
 
 
 def inference(dialect: Dialect, path: str) -> InferenceRoute[Any, Any]:

@@ -158,7 +158,7 @@ def test_only_a_classifier_predicts_and_only_a_ranker_ranks() -> None:
 
 
 def test_one_text_has_a_list_of_one_vector() -> None:
-    assert tei.to_reply([result([[0.5, 1.0]])], body(EmbedBody, inputs="a"), served()) == [[0.5, 1.0]]
+    assert json(tei.to_reply([result([[0.5, 1.0]])], body(EmbedBody, inputs="a"), served())) == [[0.5, 1.0]]
 
 
 def test_ranks_have_a_text_only_where_it_is_asked_for() -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from npu_proxy.engine.finish import cast
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
-from npu_proxy.server.apis.common import float_vectors, tokens_used
+from npu_proxy.server.apis.common import float_rows, float_vectors, tokens_used
 from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ServedModel
 from npu_proxy.server.apis.scoring import ApiVersion, rerank_route
 from npu_proxy.types import DType, EmbedRequest, EmbedResult, Truncate
@@ -133,7 +133,7 @@ def to_v1(results: Sequence[EmbedResult], body: BodyV1, _: ServedModel) -> Reply
     (result,) = results
     common = _common(results, body, "1")
     if body.embedding_types is None:
-        return ReplyV1(response_type="embeddings_floats", embeddings=float_vectors(result).tolist(), **common)
+        return ReplyV1(response_type="embeddings_floats", embeddings=float_rows(result), **common)
     return ReplyV1(response_type="embeddings_by_type", embeddings=_by_type(result, body.embedding_types), **common)
 
 
@@ -162,7 +162,7 @@ def _texts(body: BodyV1) -> list[Any]:
 def _by_type(result: EmbedResult, types: list[EmbeddingType]) -> ByType:
     floats = float_vectors(result)
     cast_to = {name: cast(floats, DType.FLOAT32 if name == "float" else DType(name)) for name in dict.fromkeys(types)}
-    lists: dict[str, Any] = {name: vectors if isinstance(vectors, list) else vectors.tolist() for name, vectors in cast_to.items()}
+    lists: dict[str, Any] = {name: list(vectors) for name, vectors in cast_to.items()}
     return ByType(floats=lists.pop("float", None), **lists)
 
 

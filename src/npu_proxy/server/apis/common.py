@@ -63,8 +63,13 @@ def float_vectors(result: EmbedResult) -> npt.NDArray[np.float32]:
 
 
 def json_vectors(result: EmbedResult) -> list[Any]:
-    """Return the vectors as JSON values: lists of numbers, or base64 strings."""
-    return result.embeddings if isinstance(result.embeddings, list) else result.embeddings.tolist()
+    """Return the vectors as JSON values: arrays, which are encoded one by one, or base64 strings."""
+    return list(result.embeddings)
+
+
+def float_rows(result: EmbedResult) -> list[Any]:
+    """Return the vectors of a request for float32 as JSON values: arrays, which are encoded one by one."""
+    return list(float_vectors(result))
 
 
 def header_text(text: str) -> str:

@@ -144,7 +144,8 @@ class InferenceRoute(Generic[Body, Reply]):
     body, reply: their types, from which the OpenAPI document is built. to_requests: may return several requests, or none if
     the body has no input. to_reply: receives the results in the order of the requests. suits: whether a model can serve the
     request; if the body names no model, the first that can is used. texts_per_item: texts per item of the request, two if
-    pairs are compared. keep_alive: seconds to keep the model loaded afterwards, None if the body does not specify it.
+    pairs are compared. bytes_per_number: memory per number of a result; about 21 as JSON, 4 in an array. keep_alive: seconds to
+    keep the model loaded afterwards, None if the body does not specify it.
     """
 
     path: str
@@ -157,6 +158,7 @@ class InferenceRoute(Generic[Body, Reply]):
     keep_alive: Callable[[Body], float | None] = lambda _: None
     suits: Callable[[ModelSpec], bool] = is_dense
     texts_per_item: int = 1
+    bytes_per_number: int = 21
     method: Literal["POST"] = "POST"
 
 

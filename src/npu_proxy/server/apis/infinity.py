@@ -130,6 +130,7 @@ DIALECT = Dialect(
             path="/rerank",
             summary="Rank documents (needs a reranker)",
             suits=can_rerank,
+            bytes_per_number=4,
             body=RerankBody,
             reply=Ranks,
             to_requests=rerank_requests,

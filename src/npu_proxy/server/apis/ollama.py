@@ -17,7 +17,7 @@ import msgspec
 
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
 from npu_proxy.models.catalog import alias
-from npu_proxy.server.apis.common import float_vectors, tokens_used
+from npu_proxy.server.apis.common import float_rows, float_vectors, tokens_used
 from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ModelCommand, ModelInfo, ModelListing, ModelQuery, ServedModel
 from npu_proxy.server.errors import NoBodyError, UnknownModelError
 from npu_proxy.types import EmbedRequest, EmbedResult, Truncate
@@ -183,7 +183,7 @@ def to_reply(results: Sequence[EmbedResult], _: EmbedBody, served: ServedModel) 
     (result,) = results
     return Embeddings(
         model=served.requested_name,
-        embeddings=float_vectors(result).tolist(),
+        embeddings=float_rows(result),
         total_duration=round(1e9 * (result.timings.total + served.load_seconds)),
         load_duration=round(1e9 * served.load_seconds),
         prompt_eval_count=tokens_used(results),

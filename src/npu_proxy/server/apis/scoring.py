@@ -119,6 +119,7 @@ def rerank_route(path: str) -> InferenceRoute[RerankBody, Reranking]:
         path=path,
         summary="Rank documents (needs a reranker)",
         suits=can_rerank,
+        bytes_per_number=4,
         body=RerankBody,
         reply=Reranking,
         to_requests=_to_requests,

@@ -8,7 +8,7 @@ Longer than most files here, to keep one API in one file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -16,7 +16,7 @@ from npu_proxy.engine.encode_options import find_prompt
 from npu_proxy.engine.scoring import sparse_vectors, token_vectors
 from npu_proxy.engine.validation import can_classify, can_rerank
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
-from npu_proxy.server.apis.common import float_vectors, header_text
+from npu_proxy.server.apis.common import float_rows, float_vectors, header_text
 from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ModelListing, ModelQuery, ServedModel, TokenizerRoute
 from npu_proxy.server.apis.scoring import classified, reranked, to_classify, to_rerank
 from npu_proxy.spec import ModelSpec
@@ -227,7 +227,7 @@ def _inputs(given: str | list[str | int | list[int]], served: ServedModel) -> li
 
 def to_reply(results: Sequence[EmbedResult], _: EmbedBody, __: ServedModel) -> Vectors:
     """Return a list of vectors, even for one input."""
-    return float_vectors(results[0]).tolist()
+    return float_rows(results[0])
 
 
 def similarity_requests(body: SimilarityBody, _: ServedModel) -> list[EmbedRequest]:
@@ -341,7 +341,8 @@ def all_requests(body: AllBody, served: ServedModel) -> list[EmbedRequest]:
 
 def all_reply(results: Sequence[EmbedResult], _: AllBody, __: ServedModel) -> list[Vectors]:
     """Return the token vectors of each text."""
-    return [vectors.tolist() for vectors in token_vectors(results[0])]
+    vectors: list[Any] = list(token_vectors(results[0]))
+    return vectors
 
 
 def _all(body: AllBody, served: ServedModel, output_type: OutputType) -> list[EmbedRequest]:
@@ -501,6 +502,7 @@ DIALECT = Dialect(
             path="/rerank",
             summary="Rank texts (needs a reranker)",
             suits=can_rerank,
+            bytes_per_number=4,
             body=RerankBody,
             reply=list[Rank],
             to_requests=rerank_requests,

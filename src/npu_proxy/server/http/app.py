@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import msgspec
+import numpy as np
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -44,12 +45,14 @@ from npu_proxy.server.http.exchange import (
     decode,
     fields_of,
     headers_of,
+    off_loop,
     request_id,
     retry_headers,
     timeout_of,
     unless_disconnected,
 )
 from npu_proxy.server.http.host_guard import ExactRouter, HostGuard
+from npu_proxy.server.http.json_scan import check_values
 from npu_proxy.server.models.listing import ServerListing
 from npu_proxy.server.models.loaded import LoadedModels
 from npu_proxy.server.ops import health
@@ -165,7 +168,8 @@ def _dispatching(state: AppState, shared: Sequence[tuple[Dialect, Route]]) -> Ha
         return handlers[0]
 
     async def handle(exchange: Exchange) -> Response:
-        fields = fields_of(await state.bodies.read(exchange))
+        content = await state.bodies.read(exchange)
+        fields = await off_loop(len(content), lambda: fields_of(content))
         applicable = (
             number
             for number, (_, route) in enumerate(shared)
@@ -190,22 +194,42 @@ def _handler(state: AppState, dialect: Dialect, route: Route) -> Handler:
             return _command(state, route)
 
 
+def _numbers(result: EmbedResult) -> int:
+    """How many numbers a result has; a string counts as one per four bytes of it."""
+    if isinstance(result.embeddings, np.ndarray):
+        return int(result.embeddings.size)
+    sizes = ((len(item) // 4 if isinstance(item, str) else sum(map(np.size, item))) for item in result.embeddings)
+    return sum(sizes)
+
+
 def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any]) -> Handler:
     decoder = msgspec.json.Decoder(route.body)
+
+    def checked(content: bytes) -> Any:
+        check_values(content, state.settings.max_client_batch)
+        return decode(decoder, content)
 
     async def handle(exchange: Exchange) -> Response:
         start, settings = time.monotonic(), state.settings
         content = await state.bodies.read(exchange)
-        lane = lane_of(exchange.request, content, exchange.key)
-        body = decode(decoder, content)
+        size = len(content)
+        lane, body = await off_loop(size, lambda: (lane_of(exchange.request, content, exchange.key), checked(content)))
         with await state.models.acquire(model_of(body), exchange.seconds, route.suits) as use:
             use.keep_alive = route.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
-            requests = [_completed(request, exchange, lane, served.role) for request in route.to_requests(body, served)]
-            _check_size(requests, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
             futures: list[Future[EmbedResult]] = []
+
+            def submit() -> Sequence[EmbedRequest]:
+                made = [_completed(request, exchange, lane, served.role) for request in route.to_requests(body, served)]
+                _check_size(made, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
+                most = int(settings.max_answer_mb * 1e6 / route.bytes_per_number)
+                futures.extend(
+                    use.model.engine.submit(replace(request, most_numbers=most), start + exchange.seconds) for request in made
+                )
+                return made
+
             try:
-                futures.extend(use.model.engine.submit(request, start + exchange.seconds) for request in requests)
+                requests = await off_loop(size, submit)
                 # Cached results are done at once.
                 results = [
                     future.result() if future.done() else await unless_disconnected(exchange.request, asyncio.wrap_future(future))
@@ -222,8 +246,13 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
                 headers = {**dialect.headers(results[-1], requests[-1]), **headers_of(results[-1], requests[-1], served.spec)}
             for result in results:
                 result.raise_first()
-            reply = route.to_reply(results, body, served)
-        return JsonResponse(reply, headers=headers, seconds=settings.header_timeout, bodies=state.bodies)
+            numbers = sum(map(_numbers, results))
+
+            def respond() -> JsonResponse:
+                return JsonResponse(route.to_reply(results, body, served), headers=headers, seconds=settings.header_timeout)
+
+            response = await off_loop(max(size, route.bytes_per_number * numbers), respond)
+        return response.hold(state.bodies.answers, exchange.owner)
 
     return handle
 
@@ -257,14 +286,16 @@ def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
         if len(content) > _TOKENIZER_BODY_BYTES:
             message = f"the body has {len(content)} bytes; this route accepts up to {_TOKENIZER_BODY_BYTES}; send less at once"
             raise InputError(message)
+        check_values(content, state.settings.max_client_batch)
         body = decode(decoder, content)
         with await state.models.acquire(model_of(body), exchange.seconds) as use:
             exchange.model = use.served.spec.name
             try:
                 async with asyncio.timeout(exchange.seconds), state.tokenizing:
-                    return await asyncio.to_thread(lambda: JsonResponse(route.answer(body, use.served)))
+                    response = await asyncio.to_thread(lambda: JsonResponse(route.answer(body, use.served)))
             except TimeoutError:
                 raise DeadlineError(f"not done within {exchange.seconds:g} seconds; send less at once") from None
+        return response.hold(state.bodies.answers, exchange.owner)
 
     return handle
 
@@ -282,7 +313,9 @@ def _command(state: AppState, route: ModelCommand[Any, Any]) -> Handler:
     decoder = msgspec.json.Decoder(route.body)
 
     async def handle(exchange: Exchange) -> Response:
-        body = decode(decoder, await state.bodies.read(exchange))
+        content = await state.bodies.read(exchange)
+        check_values(content, state.settings.max_client_batch)
+        body = decode(decoder, content)
         listing = ServerListing(state.models, asyncio.get_running_loop())
         answer = await state.models.in_thread(route.answer, body, listing)
         if isinstance(answer, Iterator):

@@ -6,11 +6,13 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import msgspec
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,14 +23,17 @@ from npu_proxy.errors import DeadlineError, DeviceError, InputError, NpuProxyErr
 from npu_proxy.server.apis.common import header_text
 from npu_proxy.server.apis.contract import BodyFields, Dialect
 from npu_proxy.server.errors import BodyTooLargeError, ClientGoneError, NoBodyError, UnauthorizedError
+from npu_proxy.server.http.budgets import MemoryBudget
 from npu_proxy.server.http.clients import ApiKey
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import NO_CLIENT, Client, EmbedRequest, EmbedResult
 
+Made = TypeVar("Made")
+
 _HEADER = "x-npu-proxy-"
 _SMALL = 64 * 1024
-"""Bytes up to which a body counts as small (see ``RequestBodies``)."""
+"""Bytes up to which a body or an answer is small: it is handled in the event loop, and has a reserve of memory."""
 _PIECE = 256 * 1024
 """Bytes of a response sent at once; the next piece is sent when the client has read most of the previous one."""
 ABORT = "npu_proxy.abort"
@@ -67,18 +72,32 @@ class Exchange:
         """Note who sent the request."""
         self.client, self.key = (sender.client, sender) if isinstance(sender, ApiKey) else (sender, None)
 
+    @property
+    def owner(self) -> str:
+        """Who holds the memory of its body and its answer: a key, or an address, since a user agent can be changed at will."""
+        if self.key is not None:
+            return self.client.name
+        return self.request.client.host if self.request.client else ""
+
 
 class RequestBodies:
     """Reads request bodies and limits the memory they take together, however slowly clients send them."""
 
     def __init__(self, settings: Settings) -> None:
-        self.held: int = 0
+        self._budget = MemoryBudget("requests", "max_bodies_mb", 0)
+        self.answers: MemoryBudget = MemoryBudget("answers", "max_bodies_mb", 0)
+        """The answers, which have as much again, so that those that nobody reads leave room for bodies."""
         self.limit(settings)
+
+    @property
+    def held(self) -> int:
+        """Bytes of all bodies."""
+        return self._budget.held
 
     def limit(self, settings: Settings) -> None:
         """Use the limits of these settings from now on."""
         self._each = settings.max_body_mb * 1_000_000
-        self._all = settings.max_bodies_mb * 1_000_000
+        self._budget.limit = self.answers.limit = settings.max_bodies_mb * 1_000_000
         self._seconds = settings.timeout
 
     async def read(self, exchange: Exchange) -> bytes:
@@ -97,19 +116,18 @@ class RequestBodies:
 
     def release(self, exchange: Exchange) -> None:
         """Free the body after its request has been handled."""
-        self.held -= exchange.held
+        self._budget.release(exchange.owner, exchange.held)
         exchange.held, exchange.body = 0, None
 
     async def _read(self, exchange: Exchange) -> bytes:
         chunks: list[bytes] = []
         async for chunk in exchange.request.stream():
-            exchange.held += len(chunk)
-            self.held += len(chunk)
-            if exchange.held > self._each:
+            if exchange.held + len(chunk) > self._each:
                 raise self._too_large()
             # Small bodies have a reserve, so that a few slow senders do not lock out everyone.
-            if self.held > (self._all if exchange.held > _SMALL else 2 * self._all):
-                raise OverloadedError("too many large requests at once (`max_bodies_mb`); try again later")
+            small = exchange.held + len(chunk) <= _SMALL
+            self._budget.hold(exchange.owner, len(chunk), reserve=2.0 if small else 1.0)
+            exchange.held += len(chunk)
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
@@ -130,6 +148,11 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         raise InputError(f"{problem} (at `{path.rstrip('`')}`)" if path else problem, param=path.rstrip("`") or None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"the body is not valid JSON: {error}") from error
+
+
+async def off_loop(size: int, call: Callable[[], Made]) -> Made:
+    """Return what ``call`` returns. If it handles more than a few bytes (``size``), it runs in a thread, not in the event loop."""
+    return call() if size <= _SMALL else await asyncio.to_thread(call)
 
 
 def fields_of(body: bytes) -> BodyFields:
@@ -175,10 +198,26 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def to_json(content: object) -> bytes:
+    """Encode a reply. Its arrays, and the items of a list, are encoded one by one, so that other threads get their turn."""
+    if isinstance(content, list):
+        return b"[" + b",".join(map(_ENCODER.encode, cast("list[object]", content))) + b"]"
+    return _ENCODER.encode(content)
+
+
+def _array_json(value: object) -> object:
+    if not isinstance(value, np.ndarray):
+        raise NotImplementedError  # msgspec reports the type
+    return msgspec.Raw(msgspec.json.encode(value.tolist())) if value.ndim == 1 else list(value)
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_array_json)
+
+
 class JsonResponse(Response):
     """A JSON response. Large content is sent in pieces, so that only one piece is buffered for a client that does not read.
 
-    seconds: time limit per piece; a client that is too slow is disconnected. bodies: counts large content until it is sent.
+    seconds: time limit per piece; a client that is too slow is disconnected.
     """
 
     media_type = "application/json"
@@ -190,19 +229,23 @@ class JsonResponse(Response):
         *,
         headers: dict[str, str] | None = None,
         seconds: float = 30.0,
-        bodies: RequestBodies | None = None,
     ) -> None:
-        super().__init__(msgspec.json.encode(content), status, headers)
+        super().__init__(to_json(content), status, headers)
         self._seconds = seconds
-        self._bodies = bodies
+        self._release: Callable[[], None] = lambda: None
+
+    def hold(self, answers: MemoryBudget, owner: str) -> JsonResponse:
+        """Let large content count towards the budget until it is sent. Raises OverloadedError, ClientLimitError."""
+        if len(self.body) > _SMALL:
+            answers.hold(owner, len(self.body))
+            self._release = partial(answers.release, owner, len(self.body))
+        return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
-        if len(self.body) <= _PIECE:
+        if len(self.body) <= _SMALL:
             await super().__call__(scope, receive, send)
             return
-        if self._bodies is not None:
-            self._bodies.held += len(self.body)
         try:
             async with asyncio.timeout(self._seconds + len(self.body) / _LEAST_RATE):
                 await self._in_pieces(send)
@@ -210,8 +253,7 @@ class JsonResponse(Response):
             scope.get(ABORT, lambda: None)()
             await asyncio.sleep(0)  # let the connection notice
         finally:
-            if self._bodies is not None:
-                self._bodies.held -= len(self.body)
+            self._release()
 
     async def _in_pieces(self, send: Send) -> None:
         body = bytes(self.body)

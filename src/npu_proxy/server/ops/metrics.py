@@ -15,6 +15,7 @@ from npu_proxy.engine.counters import Stats
 from npu_proxy.errors import OverloadedError
 from npu_proxy.server.http.exchange import Exchange
 from npu_proxy.server.models.loaded import LoadedModel, LoadedModels
+from npu_proxy.server.ops.loop_lag import LoopLag
 from npu_proxy.server.ops.readiness import why_unready
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -30,6 +31,8 @@ class Metrics:
         self.lengths: Counts[int] = Counts()
         """Number of texts by their tokens; sorted into buckets only when metrics are collected."""
         self.registry.register(_Models(models, self.lengths))
+        self.loop_lag: LoopLag = LoopLag()
+        self.registry.register(self.loop_lag)
         self._requests = Counter("npu_proxy_request_count", "Requests answered", ["path", "status"], registry=self.registry)
         self._successes = Counter("npu_proxy_request_success", "Requests answered with vectors", ["path"], registry=self.registry)
         self._failures = Counter("npu_proxy_request_failure", "Requests answered with an error", ["err"], registry=self.registry)
