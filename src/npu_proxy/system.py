@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from npu_proxy.errors import SettingsError
@@ -88,6 +91,22 @@ def available_memory() -> int:
     limit = cgroup("memory.max")
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8_000_000_000
     return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+def give_back_memory() -> None:
+    """Collect garbage, and give memory that is free but held by the C library back to the operating system (glibc)."""
+    gc.collect()
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no such library; Windows
+        return None
 
 
 def pci(kind: str) -> list[str]:

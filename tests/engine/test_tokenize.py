@@ -139,6 +139,10 @@ def test_however_long_a_text_is_little_of_it_is_tokenized(text: str, truncate: T
             sizes.append(len(part))
             return self.inner.encode(part, **options)
 
+        def encode_batch(self, parts: list[str], **options: bool) -> object:
+            sizes.extend(map(len, parts))
+            return self.inner.encode_batch(parts, **options)
+
         def encode_batch_fast(self, parts: list[str], **options: bool) -> object:
             sizes.extend(map(len, parts))
             return self.inner.encode_batch_fast(parts, **options)

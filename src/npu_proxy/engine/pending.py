@@ -115,9 +115,14 @@ class PendingRequest:
             self._unfinished -= 1
             last = self._unfinished == 0
         if last:
-            self.on_done(self)
+            on_done, self.on_done = self.on_done, _done  # what it refers to refers to this request and its texts
+            on_done(self)
         elif exceeded and error is not None:  # the other texts are not needed
             self.fail_all(error)
+
+
+def _done(_: PendingRequest) -> None:
+    pass
 
 
 class PendingRequests:

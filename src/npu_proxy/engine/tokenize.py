@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
+from tokenizers import Encoding as Tokens
 
 from npu_proxy.batch import Encoding
 from npu_proxy.engine.chunking import ChunkedText, TokenizedText, complete_chunking, sentence_starts, split_text, word_starts
@@ -46,6 +47,8 @@ _COUNTED_CHARACTERS = 200_000
 """Texts up to this many characters are tokenized completely if an error must state their length."""
 _MAX_CHARACTERS = 4_000_000
 """Maximum characters per text that are tokenized, after normalizing; a tokenizer needs some hundred bytes per character."""
+_MAX_CHUNKED = 1_000_000
+"""Maximum characters of a text that is chunked; each of its tokens becomes several Python objects."""
 _SAMPLED = 16
 """Number of characters that are looked at first to see whether a text has letters."""
 _PART = 4096
@@ -102,6 +105,10 @@ class RequestTokenizer:
         # BertPreTokenizer splits texts into words that are tokenized independently, so a cut changes only one word.
         self._splits_words = type(self._tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer"
 
+    def _tokens(self, text: str, *, special: bool) -> Tokens:
+        """The tokens of a text of any length. A batch, even of one text, is tokenized without holding Python's lock."""
+        return self._tokenizer.encode_batch([text], add_special_tokens=special)[0]
+
     # -- options -------------------------------------------------------------------------------------------------
 
     def options(self, request: EmbedRequest) -> EncodeOptions:
@@ -147,13 +154,22 @@ class RequestTokenizer:
             return [InputError(message, param="input")]
 
     def _encode(self, texts: Sequence[TextInput], options: EncodeOptions) -> list[Encoding | ChunkedText | NpuProxyError]:
-        prepared = [self._prepare(text, options.prompt) for text in texts]
+        prepared = [self._prepare(self._bounded(text, options.truncate), options.prompt) for text in texts]
         if options.truncate is Truncate.CHUNK:
             return [text if isinstance(text, NpuProxyError) else self._chunk(text, options) for text in prepared]
         sides = (text.second if isinstance(text, Pair) else text for text in prepared)
         strings = [side for side in sides if isinstance(side, str)]
         encoded = iter(self._encode_strings(strings, options.truncate, options.limit))
         return [self._fit_prepared(text, encoded, options) for text in prepared]
+
+    def _bounded(self, text: TextInput, truncate: Truncate) -> TextInput:
+        """The part of an endless text that shows that it is too long, and that can be tokenized if its words are split."""
+        if isinstance(text, Pair):
+            return Pair(text.first, str(self._bounded(text.second, truncate)))
+        if not isinstance(text, str) or len(text) <= self._max_characters:
+            return text
+        most = self._max_characters + 1
+        return text[-most:] if truncate is Truncate.START else text[:most]
 
     def plain(self, texts: Sequence[TextInput]) -> list[Encoding]:
         """Encode texts without a prompt, cut to the model's limit; texts that cannot be encoded are left out."""
@@ -223,7 +239,7 @@ class RequestTokenizer:
                 if len(part) > self._max_characters:
                     ids = self._too_many_characters()
                 else:
-                    ids = self._tokenizer.encode(part, add_special_tokens=self._spec.special_tokens).ids
+                    ids = self._tokens(part, special=self._spec.special_tokens).ids
             if len(part) > self._max_characters:  # the tokenizer does not split at words
                 ids = self._too_many_characters()
             elif truncate is Truncate.ERROR and len(part) < len(text) and isinstance(ids, list):
@@ -257,7 +273,7 @@ class RequestTokenizer:
         key, known = (text, options), self._first
         if known is not None and known[0] == key:
             return known[1]
-        prepared = self._prepare(text, options.prompt)
+        prepared = self._prepare(self._bounded(text, options.truncate), options.prompt)
         if isinstance(prepared, str):
             (prepared,) = self._encode_strings([prepared], options.truncate, options.limit)
         first: _FirstText | NpuProxyError
@@ -347,9 +363,10 @@ class RequestTokenizer:
         if not isinstance(text, str):
             ids = self._special.strip(text)
             return TokenizedText(ids=ids, offsets=[(0, 0)] * len(ids))  # token ids have no characters
-        if len(text) > self._max_characters:
-            return self._too_many_characters()
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        most = min(self._max_characters, _MAX_CHUNKED)
+        if len(text) > most:
+            return InputError(f"a text to be chunked may have up to {most:,} characters; split it", param="input")
+        encoding = self._tokens(text, special=False)
         lead_characters = len(options.prompt) if prompted else 0
         return TokenizedText(
             ids=encoding.ids,
@@ -374,7 +391,7 @@ class RequestTokenizer:
         for text in prepared:
             if not isinstance(text, str):
                 raise text if isinstance(text, NpuProxyError) else InputError("expected text", param="inputs")
-            encoding = self._tokenizer.encode(text, add_special_tokens=special)
+            encoding = self._tokens(text, special=special)
             parts = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True)
             results.append([TextToken(number, piece, bool(mask), *span) for number, piece, mask, span in parts])
         return results
@@ -388,7 +405,7 @@ class RequestTokenizer:
             return not ids
         sample = list(ids[:_COMPARED_IDS])
         text = self._tokenizer.decode(sample, skip_special_tokens=False)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids == sample
+        return self._tokens(text, special=False).ids == sample
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """Decode token ids to text. Raises InputError if an id is outside the vocabulary."""

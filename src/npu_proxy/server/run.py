@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -240,6 +241,8 @@ async def _load(registry: LoadedModels, server: _Server, outcome: dict[str, int]
         outcome["code"] = 1
         server.should_exit = True
         raise
+    gc.collect()
+    gc.freeze()  # what was loaded stays; collecting garbage later looks at requests alone, and takes a few milliseconds
     systemd.notify("READY=1")
     for model in registry.loaded():
         spec = model.engine.spec

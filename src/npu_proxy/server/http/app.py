@@ -252,7 +252,7 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
                 return JsonResponse(route.to_reply(results, body, served), headers=headers, seconds=settings.header_timeout)
 
             response = await off_loop(max(size, route.bytes_per_number * numbers), respond)
-        return response.hold(state.bodies.answers, exchange.owner)
+        return state.bodies.hold_answer(response, exchange.owner)
 
     return handle
 
@@ -295,7 +295,7 @@ def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
                     response = await asyncio.to_thread(lambda: JsonResponse(route.answer(body, use.served)))
             except TimeoutError:
                 raise DeadlineError(f"not done within {exchange.seconds:g} seconds; send less at once") from None
-        return response.hold(state.bodies.answers, exchange.owner)
+        return state.bodies.hold_answer(response, exchange.owner)
 
     return handle
 

@@ -27,6 +27,7 @@ from npu_proxy.server.http.budgets import MemoryBudget
 from npu_proxy.server.http.clients import ApiKey
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
+from npu_proxy.system import give_back_memory
 from npu_proxy.types import NO_CLIENT, Client, EmbedRequest, EmbedResult
 
 Made = TypeVar("Made")
@@ -34,6 +35,8 @@ Made = TypeVar("Made")
 _HEADER = "x-npu-proxy-"
 _SMALL = 64 * 1024
 """Bytes up to which a body or an answer is small: it is handled in the event loop, and has a reserve of memory."""
+_LARGE, _GIVE_BACK_SECONDS = 256 * 1024, 1.0
+"""Bytes of a body or an answer after which memory is given back, and how much later."""
 _PIECE = 256 * 1024
 """Bytes of a response sent at once; the next piece is sent when the client has read most of the previous one."""
 ABORT = "npu_proxy.abort"
@@ -87,6 +90,7 @@ class RequestBodies:
         self._budget = MemoryBudget("requests", "max_bodies_mb", 0)
         self.answers: MemoryBudget = MemoryBudget("answers", "max_bodies_mb", 0)
         """The answers, which have as much again, so that those that nobody reads leave room for bodies."""
+        self._giving_back: asyncio.TimerHandle | None = None
         self.limit(settings)
 
     @property
@@ -115,9 +119,32 @@ class RequestBodies:
         return exchange.body
 
     def release(self, exchange: Exchange) -> None:
-        """Free the body after its request has been handled."""
+        """Free the body after its request has been handled; a while later, give the memory of large ones back."""
+        self._give_back_soon(exchange.held)
         self._budget.release(exchange.owner, exchange.held)
         exchange.held, exchange.body = 0, None
+
+    def hold_answer(self, response: JsonResponse, owner: str) -> JsonResponse:
+        """Let a large answer count towards the budget until it is sent. Raises OverloadedError, ClientLimitError."""
+        size = len(response.body)
+        if size > _SMALL:
+            self.answers.hold(owner, size)
+            response.on_sent = partial(self._answered, owner, size)
+        return response
+
+    def _answered(self, owner: str, size: int) -> None:
+        self._give_back_soon(size)
+        self.answers.release(owner, size)
+
+    def _give_back_soon(self, size: int) -> None:
+        """Give memory back a while after something large was released."""
+        if size > _LARGE and self._giving_back is None:
+            loop = asyncio.get_running_loop()
+            self._giving_back = loop.call_later(_GIVE_BACK_SECONDS, lambda: loop.run_in_executor(None, self._give_back))
+
+    def _give_back(self) -> None:
+        self._giving_back = None
+        give_back_memory()
 
     async def _read(self, exchange: Exchange) -> bytes:
         chunks: list[bytes] = []
@@ -152,7 +179,11 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
 
 async def off_loop(size: int, call: Callable[[], Made]) -> Made:
     """Return what ``call`` returns. If it handles more than a few bytes (``size``), it runs in a thread, not in the event loop."""
-    return call() if size <= _SMALL else await asyncio.to_thread(call)
+    if size <= _SMALL:
+        return call()
+    made: list[Made] = []  # not the future's result: futures refer to themselves, and would keep it for a while
+    await asyncio.to_thread(lambda: made.append(call()))
+    return made.pop()
 
 
 def fields_of(body: bytes) -> BodyFields:
@@ -199,15 +230,15 @@ async def _disconnected(request: Request) -> None:
 
 
 def to_json(content: object) -> bytes:
-    """Encode a reply. Its arrays, and the items of a list, are encoded one by one, so that other threads get their turn."""
+    """Encode a reply. Its arrays, and the items of lists, are encoded one by one, so that other threads get their turn."""
     if isinstance(content, list):
-        return b"[" + b",".join(map(_ENCODER.encode, cast("list[object]", content))) + b"]"
+        return b"[" + b",".join(map(to_json, cast("list[object]", content))) + b"]"
     return _ENCODER.encode(content)
 
 
 def _array_json(value: object) -> object:
     if not isinstance(value, np.ndarray):
-        raise NotImplementedError  # msgspec reports the type
+        raise TypeError(f"a reply contains a {type(value).__name__}, which is no JSON value")
     return msgspec.Raw(msgspec.json.encode(value.tolist())) if value.ndim == 1 else list(value)
 
 
@@ -232,14 +263,8 @@ class JsonResponse(Response):
     ) -> None:
         super().__init__(to_json(content), status, headers)
         self._seconds = seconds
-        self._release: Callable[[], None] = lambda: None
-
-    def hold(self, answers: MemoryBudget, owner: str) -> JsonResponse:
-        """Let large content count towards the budget until it is sent. Raises OverloadedError, ClientLimitError."""
-        if len(self.body) > _SMALL:
-            answers.hold(owner, len(self.body))
-            self._release = partial(answers.release, owner, len(self.body))
-        return self
+        self.on_sent: Callable[[], None] = lambda: None
+        """Called when large content was sent, or the client is gone."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -253,7 +278,7 @@ class JsonResponse(Response):
             scope.get(ABORT, lambda: None)()
             await asyncio.sleep(0)  # let the connection notice
         finally:
-            self._release()
+            self.on_sent()
 
     async def _in_pieces(self, send: Send) -> None:
         body = bytes(self.body)
