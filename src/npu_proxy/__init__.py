@@ -1,7 +1,5 @@
 """npu-proxy: embeds text on Intel NPUs, GPUs and CPUs, as a Python library and as a server."""
 
-import sys
-
 from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.vector_quantization import calibrate, dequantize, quantize_embeddings, rescore
@@ -24,6 +22,7 @@ from npu_proxy.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from npu_proxy.quiet import keep_quiet
 from npu_proxy.settings import Settings
 from npu_proxy.types import (
     Chunking,
@@ -42,9 +41,7 @@ from npu_proxy.types import (
 )
 from npu_proxy.version import __version__
 
-# `import openvino` reports to its maker through this package, from a process that it forks while other threads run. That process
-# can stop for ever in a lock that one of them held; it then outlives its parent, with all its open files. There is a stub instead.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+keep_quiet()
 
 __all__ = [
     "AsyncEngine",

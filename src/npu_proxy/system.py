@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from npu_proxy import quiet
 from npu_proxy.errors import SettingsError
 
 _END_SECONDS = 5.0
@@ -20,7 +21,7 @@ _END_SECONDS = 5.0
 
 def python_command(code: str) -> Sequence[str]:
     """The command that runs Python code in this environment, without importing from the current folder."""
-    return [sys.executable, "-P", "-c", code]
+    return [sys.executable, "-P", "-c", quiet.CODE + code]
 
 
 def child_environment() -> Mapping[str, str]:

@@ -214,6 +214,8 @@ class _Onnx:
     def __init__(self, file: Path, threads: int) -> None:
         try:
             import onnxruntime
+
+            onnxruntime.disable_telemetry_events()
         except ImportError:
             raise SettingsError("device `onnx` needs ONNX Runtime: pip install 'npu-proxy[onnx]'", param="device") from None
         options: Any = onnxruntime.SessionOptions()

@@ -113,6 +113,8 @@ def _open(spec: ModelSpec, threads: int) -> Any:
     try:
         import onnxruntime
 
+        onnxruntime.disable_telemetry_events()
+
         content = to_onnx(Graphs(spec)(GraphShape(), NATIVE_STYLE))
     except ImportError as error:
         message = f"device `onnx` needs {error.name}: pip install 'npu-proxy[onnx]'"

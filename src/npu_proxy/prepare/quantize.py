@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +165,6 @@ def calibration_batches(spec: ModelSpec, tokenizer: RequestTokenizer, texts: Seq
 
 def _quantized(spec: ModelSpec, batches: Sequence[Batch]) -> tuple[ov.Model, str]:
     """The quantized graph and the versions of the tools. In the native style, whose operations plugins have in int8."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it reports to Google Analytics
     try:
         import nncf
     except ImportError:
