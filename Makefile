@@ -10,21 +10,25 @@ MODEL := sentence-transformers/all-MiniLM-L6-v2
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-$(VENV)/.python:
+PIP := -m pip install --quiet --disable-pip-version-check
+HASHED := $(PIP) --require-hashes -r requirements
+
+$(VENV)/.python: requirements/build.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(HASHED)/build.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.python requirements/run.txt pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/run.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python $(HASHED)/run.txt
+	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python $(HASHED)/dev.txt
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.installed requirements/bench.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bench.txt
+	$(BIN)/python $(HASHED)/bench.txt
 	touch $@
 
 install: $(VENV)/.installed  ## install the command as .venv/bin/npu-proxy
@@ -60,8 +64,9 @@ format: $(VENV)/.dev  ## format, and apply the linter's automatic fixes
 
 .venv-clients/.done: requirements/clients.txt pyproject.toml tests/clients/npm/package-lock.json
 	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/clients.txt
-	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv-clients/bin/python $(HASHED)/build.txt
+	.venv-clients/bin/python $(HASHED)/clients.txt
+	.venv-clients/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	cd tests/clients/npm && npm ci --silent --no-audit --no-fund
 	touch $@
 
@@ -113,13 +118,16 @@ example-models: weights  ## retrain the reranker and the classifier of examples/
 	PYTHONPATH=bench .venv-train/bin/python tools/train/reranker.py --data $(DATA) --output examples/models/scifact-reranker
 	PYTHONPATH=bench .venv-train/bin/python tools/train/classifier.py --data $(DATA) --output examples/models/banking77-classifier
 
+LOCK := $(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11
+
 lock: $(VENV)/.python  ## regenerate requirements/*.txt from pyproject.toml
-	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python $(PIP) uv
 	mkdir -p requirements
-	$(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11 pyproject.toml -o requirements/run.txt
-	$(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group dev -o requirements/dev.txt
-	$(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
-	$(BIN)/uv pip compile --quiet --no-strip-extras --universal --generate-hashes --python-version 3.11 -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
+	$(LOCK) --group build -o requirements/build.txt
+	$(LOCK) pyproject.toml -o requirements/run.txt
+	$(LOCK) -c requirements/run.txt --group dev -o requirements/dev.txt
+	$(LOCK) -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
+	$(LOCK) -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
 
 clean:  ## remove the environments and the caches of tools
 	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis

@@ -264,6 +264,11 @@ class Settings:
     """URL of a Valkey or Redis server through which machines share vectors, such as redis://host:6379/0; needs
     `npu-proxy[shared-cache]`."""
 
+    cache_scope: Literal["server", "key"] = _setting("Cache", "server")
+    """Who shares cached vectors: all clients (server), or only the requests of one API key (key; without keys, of one address and
+    user agent). A client can tell from the time or the header of an answer whether a text was embedded before by those it shares
+    with."""
+
     cache_prefix: tuple[str, ...] = _setting("Cache", ())
     """Prefix that separates this instance's vectors from those of other instances in the same folder or server; MODEL=PREFIX for
     one model."""

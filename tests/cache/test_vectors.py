@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import SMALL_SHAPES, fake_engine, golden
-from npu_proxy import EmbedRequest, Engine, Settings, SettingsError
+from npu_proxy import Client, EmbedRequest, Engine, Settings, SettingsError
 from npu_proxy.cache.disk import DiskTier
 from npu_proxy.cache.entry import to_bytes
 from npu_proxy.cache.tier import VOID_KEY, TierError, TierStats
@@ -280,3 +280,13 @@ def test_texts_that_the_disk_knows_are_not_refused_for_a_long_queue(tmp_path: Pa
             second.submit(EmbedRequest(texts=texts[start : start + 500], deadline=deadline)) for start in range(0, 3000, 500)
         ]
         assert [future.result(30).cached for future in futures] == [500] * 6
+
+
+def test_clients_share_vectors_unless_the_scope_is_the_key() -> None:
+    """From a hit, or from its time, a client learns that another embedded the same text."""
+    mine, other = Client(name="key mine"), Client(name="key other")
+    for scope, expected in (("server", [0, 3, 3]), ("key", [0, 0, 3])):
+        settings = Settings(model=(str(FOLDER),), device="cpu", cache_scope=scope)  # type: ignore[arg-type]
+        with Engine(settings=settings) as engine:
+            found = [engine.submit(EmbedRequest(texts=["a", "b", "c"], client=client)).result() for client in (mine, other, mine)]
+        assert [result.cached for result in found] == expected

@@ -287,7 +287,8 @@ class Engine:
             deadline = now + self.settings.timeout if request.deadline is None else request.deadline
         pending = PendingRequest(request, deadline, now, on_done)
         if self._cache is not None and self._cache_keys is not None and not request.chunking.spans:
-            pending.cache_keys = self._cache_keys.make(request.texts, options.key)
+            scope = (f"client {request.client.name}",) if self.settings.cache_scope == "key" else ()
+            pending.cache_keys = self._cache_keys.make(request.texts, (*options.key, *scope))
             pending.resolve_cached(enumerate(self._cache.recall(pending.cache_keys)))
             if not pending.unfinished:
                 return future
