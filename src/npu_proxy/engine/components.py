@@ -11,6 +11,7 @@ from npu_proxy.batch import Encoding
 from npu_proxy.devices.base import Device
 from npu_proxy.engine.golden import GoldenBatches
 from npu_proxy.engine.tokenize import RequestTokenizer
+from npu_proxy.errors import model_errors
 from npu_proxy.models.resolve import resolve
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
@@ -42,8 +43,9 @@ def load_components(settings: Settings, stopping: threading.Event) -> EngineComp
     settings, spec = resolve(settings)
     if spec.refused:
         _log.info("%s is served from its own graph file with padding (device %s): %s", spec.name, settings.device, spec.refused)
-    tokenizer = RequestTokenizer(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
-    golden = GoldenBatches(tokenizer, spec)
-    device = open_devices(settings, spec, golden, stopping)
+    with model_errors(spec.name):
+        tokenizer = RequestTokenizer(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
+        golden = GoldenBatches(tokenizer, spec)
+        device = open_devices(settings, spec, golden, stopping)
     canaries = golden.canaries if settings.canaries else None
     return EngineComponents(spec=spec, tokenizer=tokenizer, device=device, canaries=canaries)

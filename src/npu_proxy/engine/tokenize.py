@@ -28,6 +28,7 @@ from npu_proxy.engine.validation import PLACEHOLDER, OnEmpty, empty_text_error, 
 from npu_proxy.errors import (
     EmptyInputError,
     InputError,
+    ModelError,
     NothingLeftError,
     NpuProxyError,
     TooLongError,
@@ -88,6 +89,8 @@ class RequestTokenizer:
         self._tokenizer = open_tokenizer(spec.tokenizer_file)
         self._max_characters = int(_MAX_CHARACTERS / check_growth(spec.tokenizer_file))
         self._special = find_special_tokens(self._tokenizer, spec) if spec.special_tokens else SpecialTokens([], [])
+        if spec.max_length <= len(self._special):
+            raise ModelError(f"{spec.name}: a limit of {spec.max_length} tokens leaves no room for text (`max_length`)")
         self._pair = find_pair_special_tokens(self._tokenizer, spec) if spec.output_type is OutputType.SCORES else None
         self.vocabulary: int = spec.vocabulary
         """Number of token ids."""
