@@ -29,12 +29,26 @@ def integer(number: int) -> bytes:
     return b"\x8a" + bytes([size]) + number.to_bytes(size, "little", signed=True)
 
 
-def tensor(name: str, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
-    """A name and a tensor of float32 numbers in storage `0`, written as opcodes, because torch writes no such files."""
+def tensor(
+    name: str, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, *, key: int = 0, storage: bytes = b""
+) -> bytes:
+    """A name and a tensor of float32 numbers, written as opcodes, because torch writes no such files.
+
+    key: the member of the archive that is its storage; storage: opcodes that push something else in its place.
+    """
+    own = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX"
+        + struct.pack("<I", len(str(key)))
+        + str(key).encode()
+        + b"X\x03\x00\x00\x00cpuK\x04tQ"
+    )
     sides = b"".join(b"(" + b"".join(map(integer, side)) + b"t" for side in (size, stride))
     return (
-        b"X" + struct.pack("<I", len(name)) + name.encode() + b"ctorch._utils\n_rebuild_tensor_v2\n(("
-        b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+        b"X"
+        + struct.pack("<I", len(name))
+        + name.encode()
+        + b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + (storage or own)
         + integer(offset)
         + sides
         + b"\x89}tR"

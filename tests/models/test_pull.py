@@ -16,13 +16,16 @@ from typing import Any, ClassVar
 import pytest
 
 from conftest import GOLDEN
-from npu_proxy.errors import PullError
+from npu_proxy import Settings
+from npu_proxy.errors import PullError, SettingsError
 from npu_proxy.models import catalog, hub
 from npu_proxy.models import pull as pull_module
 from npu_proxy.models.catalog import CatalogModel
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.pull import pull
 from npu_proxy.models.store import ModelStore
+from npu_proxy.server.http.clients import read_keys
+from npu_proxy.system import private_folder
 
 COMMIT = "c" * 40
 
@@ -247,3 +250,21 @@ def test_the_store_is_private_whatever_the_umask(tmp_path: Path, model: Path) ->
         os.umask(before)
     for path in [tmp_path / "a", *(tmp_path / "a").rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_what_every_user_may_write_to_is_refused(tmp_path: Path, model: Path) -> None:
+    for folder in (model, tmp_path / "store"):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o777)
+    with pytest.raises(SettingsError, match=r"tiny can be written by every user of this machine; run `chmod o-w"):
+        ModelStore(tmp_path / "other").resolve(str(model))
+    with pytest.raises(SettingsError, match=r"store can be written by every user"):
+        private_folder(tmp_path / "store")
+    keys = tmp_path / "keys"
+    keys.write_text("secret-key")
+    keys.chmod(0o666)
+    with pytest.raises(SettingsError, match=r"file .*keys can be written by every user"):
+        read_keys(Settings(api_key_file=keys))
+    keys.chmod(0o600)
+    assert len(read_keys(Settings(api_key_file=keys))) == 1

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_hostile_folders_of_models import SPOILED
 from test_pickled import listing, tensor
 from test_tokenizer_file import MARK, PLAIN, TEXT, replacing, sequence, template
@@ -33,6 +34,28 @@ def torch_weights(folder: Path, content: bytes, numbers: bytes, kind: int = zipf
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w", kind) as made:
         made.writestr("model/data.pkl", content)
         made.writestr("model/data/0", numbers)
+
+
+def leak(folder: Path, offset: int) -> None:
+    """The model's own weights, but the word table's storage is a tensor of no bytes and 10^12 rows, which passed for a storage.
+
+    Its numbers were those of the server's memory, and token ids chose which.
+    """
+    tensors = {
+        name: tensor_of for name, tensor_of in load_file(folder / "model.safetensors").items() if tensor_of.dtype == np.float32
+    }
+    (folder / "model.safetensors").unlink()
+    entries: list[bytes] = []
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as made:
+        for key, (name, values) in enumerate(tensors.items()):
+            made.writestr(f"model/data/{key}", values.tobytes())
+            strides = tuple(stride // 4 for stride in values.strides)
+            entry = tensor(name, values.shape, strides, key=key)
+            if name == TABLE:
+                inner = tensor(name, (10**12, 0), (1, 1), key=key)[5 + len(name) :]
+                entry = tensor(name, values.shape, strides, offset, storage=inner)
+            entries.append(entry)
+        made.writestr("model/data.pkl", listing(*entries))
 
 
 TABLE = "embeddings.word_embeddings.weight"
@@ -70,6 +93,8 @@ def write_folders(root: Path) -> list[str]:
     for number, parts in enumerate(TOKENIZERS.values()):
         content = json.dumps({**PLAIN, **parts})
         makers[f"tokenizer-{number}"] = lambda folder, content=content: (folder / "tokenizer.json").write_text(content)
+    for offset in (0, 1000, 100_000, 10_000_000):
+        makers[f"leak-{offset}"] = lambda folder, offset=offset: leak(folder, offset)
     makers["link"] = lambda folder: (folder / "tokenizer_config.json").symlink_to("/etc/passwd")
     for cut in (0, 7, 8, 100, 5000):
         makers[f"cut-{cut}"] = lambda folder, cut=cut: (folder / "model.safetensors").write_bytes(
