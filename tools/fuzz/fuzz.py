@@ -44,7 +44,7 @@ def session(name: str, seconds: int) -> None:
 
     for number, seed in enumerate(targets.seeds(name)):
         (folder / f"seed-{number}").write_bytes(seed)
-        target(seed)
+        test(seed)
     options = [f"-max_total_time={seconds}", f"-max_len={LARGEST}", "-rss_limit_mb=0", "-timeout=10", "-len_control=20"]
     options += [f"-artifact_prefix={ROOT / '.fuzz' / name}-", "-print_final_stats=1", "-verbosity=0"]
     atheris.Setup([sys.argv[0], *options, str(folder), str(ROOT / "tests" / "fuzz" / "corpus" / name)], test)
