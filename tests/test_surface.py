@@ -15,7 +15,8 @@ from npu_proxy import errors
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "npu_proxy"
 ORDER = (
-    ("errors", "version", "system"),
+    ("errors", "version", "quiet"),
+    ("system",),
     ("types",),
     ("batch",),
     ("spec", "targets"),

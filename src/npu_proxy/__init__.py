@@ -4,6 +4,7 @@ from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.vector_quantization import calibrate, dequantize, quantize_embeddings, rescore
 from npu_proxy.errors import (
+    AnswerTooLargeError,
     ClientLimitError,
     DeadlineError,
     DeviceError,
@@ -44,6 +45,7 @@ from npu_proxy.version import __version__
 keep_quiet()
 
 __all__ = [
+    "AnswerTooLargeError",
     "AsyncEngine",
     "Chunking",
     "Client",

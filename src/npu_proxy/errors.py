@@ -28,8 +28,11 @@ happened, then what to do. Clients never see a path of the server or a stack tra
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
 class NpuProxyError(Exception):

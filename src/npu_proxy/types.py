@@ -177,7 +177,7 @@ class EmbedRequest:
     """The fingerprint that the model must have; with any other, the request is refused."""
     deadline: float | None = None
     most_numbers: int | None = None
-    """Maximum count of numbers in the result; a larger one is an error, as soon as it is known."""
+    """Maximum count of numbers in the result, without those of chunks; a larger one is an error, as soon as it is known."""
 
     def __post_init__(self) -> None:
         for name, enum in _ENUMS.items():

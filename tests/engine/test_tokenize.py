@@ -43,6 +43,16 @@ def encoded(
     return encoding
 
 
+def test_a_text_is_bounded_only_after_it_was_sanitized() -> None:
+    tokenizer = RequestTokenizer(SPEC, sanitize="basic")
+    for truncate, text in (
+        (Truncate.ERROR, "\0" * 3_999_990 + "hello world and more text"),
+        (Truncate.START, "hello world and " + "\0" * 3_999_998 + "hi"),
+    ):
+        expected = encoded(text.replace("\0", ""))
+        assert encoded(text, truncate, tokenizer).ids.tolist() == expected.ids.tolist()
+
+
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300), st.integers(1, 40))
 def test_ids_are_the_tokenizers_own_cut_to_the_limit(text: str, times: int) -> None:

@@ -148,7 +148,10 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 def _torch_lists() -> Sequence[bytes]:
     with zipfile.ZipFile(GOLDEN / "bge_m3" / "colbert_linear.pt") as archive:
         main = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        return [archive.read(main), listing(tensor("a", (4, 5), (5, 1)), tensor("b", (2,), (1,), 3))]
+        stored = archive.read(main)
+    small = listing(tensor("a", (4, 5), (5, 1)), tensor("b", (2,), (1,), 3))
+    newer = small.replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"X\x0c\0\0\0torch._utilsX\x12\0\0\0_rebuild_tensor_v2\x93")
+    return [stored, small, newer]
 
 
 def _safetensors() -> Sequence[bytes]:

@@ -129,6 +129,33 @@ def test_a_tensor_is_no_storage_of_another_tensor(tmp_path: Path) -> None:
         find_tensors(archive(tmp_path / "nested.bin", content, bytes(16)))
 
 
+def pushed(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04" + pushed("torch") + b")" + b"\x85" * 1_000_000 + b"\x93.",  # deeper than any recursion
+        b"\x80\x04" + pushed("torch") + b")" + b"2\x86" * 60 + b"\x93.",  # small, and endless when it is hashed or shown
+        b"\x80\x04)" + b"2\x86" * 60 + pushed("FloatStorage") + b"\x93.",
+        b"\x80\x02c" + b"a" * 1_000_000 + b"\nb\n.",
+        b"\x80\x02}()" + b"2\x86" * 60 + b"K\x01u.",
+        b"\x80\x02(" + b")" + b"2\x86" * 60 + b"tQ.",
+    ],
+)
+def test_a_name_is_a_text_and_a_message_is_short(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(ModelError) as caught:
+        find_tensors(archive(tmp_path / "names.bin", content))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_tensor_without_dimensions_has_none(tmp_path: Path) -> None:
+    found = Tensors([archive(tmp_path / "scalar.bin", listing(tensor("a", (), (), 1)), np.arange(3, dtype=np.float32).tobytes())])
+    assert found["a"].shape == ()
+    assert found["a"] == 1
+
+
 def test_packed_members_are_refused(tmp_path: Path) -> None:
     """They may unpack to any size, and torch packs none."""
     content = listing(tensor("a", (4,), (1,)))

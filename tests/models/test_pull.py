@@ -58,6 +58,7 @@ class Hub(SimpleHTTPRequestHandler):
             if asked := self.headers.get("range"):
                 start = int(asked.removeprefix("bytes=").rstrip("-"))
                 status = 206
+                headers["Content-Range"] = self.lies.get(name, {}).get("range") or f"bytes {start}-{len(body) - 1}/{len(body)}"
         else:
             status, body = 404, b""
         self.send_response(status)
@@ -127,6 +128,26 @@ def test_an_interrupted_download_continues(tmp_path: Path, served: type[Hub]) ->
     assert files["model.safetensors"] == "bytes=1000-"
     assert "config.json" not in files
     assert store.damaged(store.list()[0]) == []
+
+
+def test_another_part_than_was_asked_for_is_not_taken(tmp_path: Path, served: type[Hub]) -> None:
+    store = ModelStore(tmp_path / "store")
+    served.lies["model.safetensors"] = {"body": b"x"}
+    with pytest.raises(PullError):
+        pull_it(store, "org/tiny", "hub")
+    folder = next((store.partial("org/tiny") / "hub").iterdir())
+    (folder / "model.safetensors.partial").write_bytes(b"012")
+    served.lies["model.safetensors"] = {"range": "bytes 0-9/10"}
+    with pytest.raises(PullError, match="another part of a file"):
+        pull_it(store, "org/tiny", "hub")
+
+
+NAMES = ["../a.json", "/a.json", "a//b.json", "a\0.json", "CON.json", "aux/x.json", "a<b.json", "x.json./a.json", "a\nb.json"]
+
+
+@pytest.mark.parametrize("path", [*NAMES, "b" * 300 + ".json"])
+def test_a_path_that_is_no_file_name_everywhere_is_left_out(path: str) -> None:
+    assert pull_module.model_files(["config.json", path, "1_Pooling/config.json"]) == ["1_Pooling/config.json", "config.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A tokenizer that would take all memory is refused before it is opened, or ends a process that is not ours."""
 
+import base64
 import json
 import shutil
 from collections.abc import Mapping
@@ -44,6 +45,14 @@ def written(folder: Path, **parts: Any) -> Path:
     return file
 
 
+def charsmap(text: str) -> Mapping[str, Any]:
+    """Sentencepiece's table with an empty trie and this replacement."""
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + text.encode() + b"\0").decode()}
+
+
+LONG = "z" * 1001
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -58,6 +67,13 @@ def written(folder: Path, **parts: Any) -> Path:
         ({"post_processor": template([*[MARK] * 50, TEXT], [2] * 50)}, "adds 2500 tokens"),
         ({"post_processor": template([TEXT] * 100, [2])}, "a template repeats the text"),
         ({"model": {**PLAIN["model"], "max_input_chars_per_word": 10**9}}, "max_input_chars_per_word is 1000000000"),
+        ({"model": {**PLAIN["model"], "max_input_chars_per_word": 201}}, "max_input_chars_per_word is 201"),
+        ({"normalizer": charsmap("b" * 100)}, "replacing makes up to 100 characters of one"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}}, "the table of characters is cut"),
+        ({"model": {**PLAIN["model"], "unk_token": LONG}}, "length <= 1000"),
+        ({"model": {**PLAIN["model"], "vocab": {LONG: 1}}}, "length <= 1000"),
+        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [[LONG, 0.0]]}}, "length <= 1000"),
+        ({"added_tokens": [{"id": 1, "content": LONG}]}, "length <= 1000"),
         ({"normalizer": 7}, "is not what the tokenizers library writes"),
         ({"normalizer": {"type": "Replace"}}, "is not what the tokenizers library writes"),
         ({"post_processor": {"type": "TemplateProcessing", "single": 7}}, "is not what the tokenizers library writes"),
@@ -71,7 +87,8 @@ def test_what_multiplies_a_text_is_refused(tmp_path: Path, parts: dict[str, Any]
 def test_usual_normalizers_are_not_growth(tmp_path: Path) -> None:
     spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
     quotes = {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}
-    assert check_growth(written(tmp_path, normalizer=sequence(quotes, {"type": "NFKD"}, spaces))) == 2
+    parts = sequence(quotes, {"type": "NFKD"}, charsmap("صلى الله عليه وسلم"), spaces)
+    assert check_growth(written(tmp_path, normalizer=parts)) == 2
 
 
 def test_the_limit_of_characters_counts_what_a_normalizer_makes_of_them(tmp_path: Path) -> None:

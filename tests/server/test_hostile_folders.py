@@ -68,6 +68,8 @@ TORCH = {
     "a memo of 2^31": b"\x80\x02}r\xff\xff\xff\x7f.",
     "a thousand tensors on one storage": listing(*(tensor(f"t{number}", (4000,), (1,)) for number in range(1000))),
     "no tensors": listing(),
+    "a name deeper than any recursion": b"\x80\x04X\x05\x00\x00\x00torch)" + b"\x85" * 3_000_000 + b"\x93.",
+    "a name that is endless when it is shown": b"\x80\x04)" + b"2\x86" * 60 + b"X\x01\x00\x00\x00a\x93.",
     "code": b"\x80\x02cos\nsystem\n(X\x04\x00\x00\x00truetR.",
 }
 TOKENIZERS = {

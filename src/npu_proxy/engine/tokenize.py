@@ -34,7 +34,7 @@ from npu_proxy.errors import (
     TooLongError,
     UnsupportedError,
 )
-from npu_proxy.models.tokenizer_file import check_growth, open_tokenizer
+from npu_proxy.models.tokenizer_file import LONGEST_WORD, open_tokenizer
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedRequest, OutputType, Pair, Pooling, TextInput, Truncate
 
@@ -42,7 +42,7 @@ Sanitize = Literal["none", "basic", "nfkc"]
 
 _CHARACTERS_PER_TOKEN = 16
 """Characters of a long text that are tokenized at first per token that may be kept; more if that is not enough."""
-_WORD_TOKENS = 100
+_WORD_TOKENS = LONGEST_WORD
 """A word with more characters than this is one unknown token."""
 _COUNTED_CHARACTERS = 200_000
 """Texts up to this many characters are tokenized completely if an error must state their length."""
@@ -54,6 +54,8 @@ _SAMPLED = 16
 """Number of characters that are looked at first to see whether a text has letters."""
 _PART = 4096
 """Number of characters that are tokenized at once to see whether a text has tokens."""
+_DECODED_AT_ONCE = 1000
+"""Token ids that are decoded without looking at how long their tokens are."""
 _COMPARED_IDS = 256
 """Number of token ids that are compared to tell whether they belong to this model."""
 
@@ -79,6 +81,18 @@ class _FirstText:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class _PreparedPair:
+    """A pair whose second text is prepared; the first one is prepared once for all pairs that have it."""
+
+    first: str
+    second: _Prepared
+
+
+_Prepared = str | list[int] | _PreparedPair | NpuProxyError
+"""A text that is ready for the tokenizer, token ids with special tokens, a pair, or what is wrong with it."""
+
+
 class RequestTokenizer:
     """Turns the texts of requests into encodings, with a model's tokenizer and prompts. Thread-safe."""
 
@@ -86,8 +100,8 @@ class RequestTokenizer:
         self._spec = spec
         self._sanitize: Sanitize = sanitize
         self._on_empty: OnEmpty = on_empty
-        self._tokenizer = open_tokenizer(spec.tokenizer_file)
-        self._max_characters = int(_MAX_CHARACTERS / check_growth(spec.tokenizer_file))
+        self._tokenizer, growth = open_tokenizer(spec.tokenizer_file)
+        self._max_characters = int(_MAX_CHARACTERS / growth)
         self._special = find_special_tokens(self._tokenizer, spec) if spec.special_tokens else SpecialTokens([], [])
         if spec.max_length <= len(self._special):
             raise ModelError(f"{spec.name}: a limit of {spec.max_length} tokens leaves no room for text (`max_length`)")
@@ -157,22 +171,18 @@ class RequestTokenizer:
             return [InputError(message, param="input")]
 
     def _encode(self, texts: Sequence[TextInput], options: EncodeOptions) -> list[Encoding | ChunkedText | NpuProxyError]:
-        prepared = [self._prepare(self._bounded(text, options.truncate), options.prompt) for text in texts]
+        prepared = [self._prepare(text, options.prompt, options.truncate) for text in texts]
         if options.truncate is Truncate.CHUNK:
             return [text if isinstance(text, NpuProxyError) else self._chunk(text, options) for text in prepared]
-        sides = (text.second if isinstance(text, Pair) else text for text in prepared)
+        sides = (text.second if isinstance(text, _PreparedPair) else text for text in prepared)
         strings = [side for side in sides if isinstance(side, str)]
         encoded = iter(self._encode_strings(strings, options.truncate, options.limit))
         return [self._fit_prepared(text, encoded, options) for text in prepared]
 
-    def _bounded(self, text: TextInput, truncate: Truncate) -> TextInput:
+    def _bounded(self, text: str, truncate: Truncate) -> str:
         """The part of an endless text that shows that it is too long, and that can be tokenized if its words are split."""
-        if isinstance(text, Pair):
-            return Pair(text.first, str(self._bounded(text.second, truncate)))
-        if not isinstance(text, str) or len(text) <= self._max_characters:
-            return text
         most = self._max_characters + 1
-        return text[-most:] if truncate is Truncate.START else text[:most]
+        return text if len(text) <= most else text[-most:] if truncate is Truncate.START else text[:most]
 
     def plain(self, texts: Sequence[TextInput]) -> list[Encoding]:
         """Encode texts without a prompt, cut to the model's limit; texts that cannot be encoded are left out."""
@@ -180,18 +190,18 @@ class RequestTokenizer:
         encodings = self.encode(texts, EncodeOptions(limit=self._spec.max_length, document=document))
         return [encoding for encoding in encodings if isinstance(encoding, Encoding)]
 
-    def _prepare(self, text: TextInput, prompt: str) -> str | list[int] | Pair | NpuProxyError:
+    def _prepare(self, text: TextInput, prompt: str, truncate: Truncate) -> _Prepared:
         if isinstance(text, Pair):
             if self._pair is None:
                 return UnsupportedError(f"{self._spec.name} takes single texts, not pairs", param="input")
-            second = self._prepare(text.second, "")
-            return second if isinstance(second, NpuProxyError) else Pair(text.first, second)  # type: ignore[arg-type]
+            return _PreparedPair(text.first, self._prepare(text.second, "", truncate))
         if not isinstance(text, str):
             return token_ids_error(text, self._spec.vocabulary) or self._special.add(text)
         if self._sanitize != "none":
             text = _sanitized(text, self._sanitize)
         if (error := text_error(text)) is not None:
             return error
+        text = self._bounded(text, truncate)
         if self._on_empty != "embed" and self._is_empty(text):
             if self._on_empty == "error":
                 return empty_text_error(text)
@@ -209,16 +219,17 @@ class RequestTokenizer:
         return not any(self._tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
 
     def _fit_prepared(
-        self, text: str | list[int] | Pair | NpuProxyError, encoded: Iterator[list[int] | NpuProxyError], options: EncodeOptions
+        self, text: _Prepared, encoded: Iterator[list[int] | NpuProxyError], options: EncodeOptions
     ) -> Encoding | NpuProxyError:
         if isinstance(text, NpuProxyError):
             return text
-        if isinstance(text, Pair):
-            first, second = self._first_text(text.first, options), next(encoded)
+        if isinstance(text, _PreparedPair):
+            first, second = self._first_text(text.first, options), text.second
+            second = next(encoded) if isinstance(second, str) else second
             if isinstance(first, NpuProxyError):
                 return first
-            if isinstance(second, NpuProxyError):
-                return second
+            if not isinstance(second, list):
+                return second if isinstance(second, NpuProxyError) else InputError("expected text", param="input")
             return self._fit_pair(first, self._special.strip(second), options)
         ids = next(encoded) if isinstance(text, str) else text
         return ids if isinstance(ids, NpuProxyError) else self._fit(ids, options)
@@ -276,7 +287,7 @@ class RequestTokenizer:
         key, known = (text, options), self._first
         if known is not None and known[0] == key:
             return known[1]
-        prepared = self._prepare(self._bounded(text, options.truncate), options.prompt)
+        prepared = self._prepare(text, options.prompt, options.truncate)
         if isinstance(prepared, str):
             (prepared,) = self._encode_strings([prepared], options.truncate, options.limit)
         first: _FirstText | NpuProxyError
@@ -325,9 +336,9 @@ class RequestTokenizer:
         last = int(np.nonzero(ids != self._padding_id)[0][-1]) + 1
         return replace(encoding, ids=ids[:last], type_ids=None if encoding.type_ids is None else encoding.type_ids[:last])
 
-    def _chunk(self, text: str | list[int] | Pair, options: EncodeOptions) -> ChunkedText | NpuProxyError:
+    def _chunk(self, text: str | list[int] | _PreparedPair, options: EncodeOptions) -> ChunkedText | NpuProxyError:
         """Split a text into chunks; each chunk of a pair begins with the pair's first text."""
-        if isinstance(text, Pair):
+        if isinstance(text, _PreparedPair):
             return self._chunk_pair(text, options)
         tokenized = self._tokenize(text, options, prompted=isinstance(text, str))
         if isinstance(tokenized, NpuProxyError):
@@ -341,16 +352,18 @@ class RequestTokenizer:
             lambda ids: self._encoding(special.add(ids), options, truncated=False),
         )
 
-    def _chunk_pair(self, text: Pair, options: EncodeOptions) -> ChunkedText | NpuProxyError:
+    def _chunk_pair(self, text: _PreparedPair, options: EncodeOptions) -> ChunkedText | NpuProxyError:
         assert self._pair is not None
         pair, typed = self._pair, self._spec.type_ids
+        given = self._first_text(text.first, replace(options, truncate=Truncate.END))
+        if isinstance(given, NpuProxyError):
+            return given
+        if not isinstance(text.second, str):
+            return text.second if isinstance(text.second, NpuProxyError) else InputError("expected text", param="input")
         tokenized = self._tokenize(text.second, options, prompted=False)
         if isinstance(tokenized, NpuProxyError):
             return tokenized
         room = options.limit - len(pair)
-        given = self._first_text(text.first, replace(options, truncate=Truncate.END))
-        if isinstance(given, NpuProxyError):
-            return given
         truncated = given.count > room // 2
         first = list(given.ids[: room // 2])
         return split_text(
@@ -388,7 +401,7 @@ class RequestTokenizer:
 
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[TextToken]]:
         """The tokens of whole texts, without truncation. Raises InputError if a text cannot be encoded."""
-        prepared = [self._prepare(text, prompt) for text in texts]
+        prepared = [self._prepare(text, prompt, Truncate.END) for text in texts]
         special = special and self._spec.special_tokens
         results: list[list[TextToken]] = []
         for text in prepared:
@@ -414,6 +427,10 @@ class RequestTokenizer:
         """Decode token ids to text. Raises InputError if an id is outside the vocabulary."""
         if any(not 0 <= number < self._spec.vocabulary for number in ids):
             raise InputError(f"token ids must be at least 0 and below {self._spec.vocabulary}, the vocabulary size", param="ids")
+        if len(ids) > _DECODED_AT_ONCE:
+            characters = sum(len(self._tokenizer.id_to_token(number) or "") for number in ids)
+            if characters > self._max_characters:
+                raise self._too_many_characters()
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
 

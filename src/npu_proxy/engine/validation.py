@@ -12,6 +12,8 @@ from npu_proxy.types import DType, EmbedRequest, OutputType, TextInput
 
 OnEmpty = Literal["error", "placeholder", "embed"]
 
+_PART = 1_000_000
+"""Characters that are checked at once."""
 PLACEHOLDER = "[EMPTY]"
 """The text embedded in place of an empty one if ``on_empty`` is `placeholder`."""
 
@@ -31,7 +33,8 @@ def check_texts(texts: Sequence[TextInput]) -> None:
 def text_error(text: str) -> InputError | None:
     """The error of a single text that is no valid Unicode; None if it is valid."""
     try:
-        text.encode()
+        for start in range(0, len(text), _PART):  # in parts, so that other threads get their turn
+            text[start : start + _PART].encode()
     except UnicodeEncodeError:
         message = "the text contains a lone surrogate, which is not a Unicode character; sanitize=`basic` removes it"
         return InputError(message, param="input")

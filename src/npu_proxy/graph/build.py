@@ -82,7 +82,7 @@ def build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphStyl
     """The graph that turns a batch into [bins, segments, width] float32, neither truncated nor normalized.
 
     If every token has an output, its shape is [bins, positions, width].
-    weights: tensors by the family's canonical names; they must outlive the model, which shares their memory.
+    weights: tensors by the family's canonical names; the model keeps those that it uses.
     Raises ModelError if the configuration and the weights do not make a graph.
     """
     with model_errors(spec.name):

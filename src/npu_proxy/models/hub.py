@@ -92,7 +92,10 @@ def download(
         url = f"{constants.ENDPOINT}/{quote(name)}/resolve/{quote(listing.sha, safe='')}/{quote(file.rfilename)}"
         target = folder / hashlib.sha256(listing.sha.encode()).hexdigest()[:16] / file.rfilename
         most = min(left, _LARGEST_PLAIN if file.size is None else file.size)
-        _fetch(url, file, target, most, lambda received, file=file: on_bytes(file.rfilename, received, file.size))
+        try:
+            _fetch(url, file, target, most, lambda received, file=file: on_bytes(file.rfilename, received, file.size))
+        except OSError as error:
+            raise PullError(f"{file.rfilename} cannot be written: {error.strerror or error}") from error
         found[file.rfilename] = target
         left -= target.stat().st_size
     return found
@@ -147,18 +150,20 @@ def _read(url: str, start: int, most_bytes: int) -> Generator[Any]:
                 continue
             if response.status_code not in (200, 206):
                 raise HubUnavailableError(f"the hub answers {response.status_code} for {urlsplit(url).path}")
-            if start and response.status_code == 200:
+            if start and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
+                if response.status_code == 206:
+                    raise HubUnavailableError("the hub sends another part of a file than was asked for")
                 start = 0
                 yield None
             began, received = time.monotonic(), start
-            for block in response.iter_raw(_BLOCK):
+            for block in response.iter_raw():
                 received += len(block)
-                seconds = time.monotonic() - began
                 if received > most_bytes:
                     raise PullError(f"{urlsplit(url).path} has more than the {most_bytes} bytes that were stated")
-                if seconds > _GRACE_SECONDS and received - start < _LEAST_RATE * seconds:
-                    raise HubUnavailableError(f"the hub sends less than {_LEAST_RATE} bytes per second; pull again to continue")
                 yield block
+                seconds = time.monotonic() - began
+                if received < most_bytes and seconds > _GRACE_SECONDS and received - start < _LEAST_RATE * seconds:
+                    raise HubUnavailableError(f"the hub sends less than {_LEAST_RATE} bytes per second; pull again to continue")
             return
     raise HubUnavailableError("the hub redirects too often")
 

@@ -96,7 +96,7 @@ def late_interaction_config(late: LateInteractionFiles, limit: int, tokenizer_fi
     """The config of queries and documents, with lengths up to ``limit``. Raises ModelError if the mask token is missing."""
     mask_id = 0
     if late.expanded_length:
-        tokenizer = open_tokenizer(tokenizer_file)
+        tokenizer, _ = open_tokenizer(tokenizer_file)
         ids = [tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>")]
         first_id = next((token_id for token_id in ids if token_id is not None), None)
         if first_id is None:

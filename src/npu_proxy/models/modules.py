@@ -128,6 +128,6 @@ def skipped_ids(mask: Json, side: str, tokenizer_file: Path) -> frozenset[int]:
     if side not in ([tasks] if isinstance(tasks, str) else tasks):
         return frozenset()
     words: Any = mask.get("skiplist_words") or []
-    tokenizer = open_tokenizer(tokenizer_file)
+    tokenizer, _ = open_tokenizer(tokenizer_file)
     ids = (tokenizer.token_to_id(str(word)) for word in words)
     return frozenset(token_id for token_id in ids if token_id is not None)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from npu_proxy.errors import ModelError
-from npu_proxy.models.stored_tensor import StoredTensor, width_of
+from npu_proxy.models.stored_tensor import MOST_DIMENSIONS, StoredTensor, width_of
 
 _TYPES = {
     "DoubleStorage": "F64",
@@ -34,7 +34,6 @@ _LARGEST_DIRECTORY = 16 << 20
 """Bytes of the zip archive's directory."""
 _SHARING = 3
 """Tensors may share storages, such as tied embeddings, but together have at most this many times the bytes of the file."""
-_MOST_DIMENSIONS = 8
 _END_OF_DIRECTORY = b"PK\x05\x06"
 _END_SIZE, _LONGEST_COMMENT = 22, 0xFFFF
 _LOCATOR, _LOCATOR_SIZE = b"PK\x06\x07", 20
@@ -179,6 +178,8 @@ class _Reader:
 
     def stack_name(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise _InvalidError("a name is not a text")
         self.push(_known(_Name(module, name)))
 
     def tuple_of(self, count: int) -> None:
@@ -237,7 +238,7 @@ class _Reader:
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StoredTensor:
         numbers = (offset, *size, *stride)
-        if not isinstance(storage, _Storage) or len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
+        if not isinstance(storage, _Storage) or len(size) != len(stride) or len(size) > MOST_DIMENSIONS:
             raise _InvalidError("a tensor is not described as torch does")
         if not all(type(number) is int and 0 <= number <= self._file_size for number in numbers):
             raise _InvalidError("a tensor has a size, stride or offset that is larger than the file, or is no number")
@@ -262,7 +263,7 @@ class _Reader:
 def _known(name: _Name) -> _Name:
     if name in (_TENSOR, _PARAMETER, _DICT) or (name.module == "torch" and name.name in _TYPES):
         return name
-    raise _InvalidError(f"it refers to {name.module}.{name.name}, which is not part of a tensor")
+    raise _InvalidError(f"it refers to {name.module[:80]}.{name.name[:80]}, which is not part of a tensor")
 
 
 _OPCODES: Mapping[str, Callable[[_Reader, Any], None]] = {

@@ -34,6 +34,11 @@ GRAPHS = (
 _MODULE_FOLDER = re.compile(r"[1-9]\d*_")
 UNWANTED = ("onnx/*", "openvino/*", "train_script.py", "data_config.json", "*/.*", ".*")
 
+_UNSAFE = frozenset('<>:"|?*\\')
+_LONGEST_PART = 200
+_RESERVED = frozenset(("CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))))
+"""Names of devices on Windows."""
+
 ReportLine = Callable[[str], None]
 """Receives one line of progress for people."""
 
@@ -148,9 +153,19 @@ def is_weight(path: str) -> bool:
     return not _MODULE_FOLDER.match(folder) and any(fnmatch(name, pattern) for pattern in ("*.safetensors", *PICKLED))
 
 
+def _is_safe(path: str) -> bool:
+    """Whether a path of a repository stays in its folder, and is a file name on every system."""
+    return path.isprintable() and all(map(_is_safe_part, path.split("/")))
+
+
+def _is_safe_part(name: str) -> bool:
+    reserved = name.partition(".")[0].upper() in _RESERVED
+    return 0 < len(name.encode()) <= _LONGEST_PART and name[-1] not in ". " and _UNSAFE.isdisjoint(name) and not reserved
+
+
 def model_files(paths: Collection[str]) -> list[str]:
     """The files of a repository that make up a model, sorted."""
-    inside = [path for path in paths if {"", "..", "."}.isdisjoint(path.split("/")) and "\\" not in path and ":" not in path]
+    inside = [path for path in paths if _is_safe(path)]
     listed = [path for path in inside if not any(fnmatch(path, pattern) for pattern in UNWANTED)]
     selected = {path for path in listed if path in HEADS or any(fnmatch(path, pattern) for pattern in WANTED)}
     with_safetensors = {path.rpartition("/")[0] for path in selected if path.endswith(".safetensors")}

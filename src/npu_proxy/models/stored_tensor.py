@@ -15,6 +15,7 @@ from npu_proxy.errors import ModelError
 
 Array = npt.NDArray[Any]
 
+MOST_DIMENSIONS = 8
 KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
 """numpy's types by the names that safetensors uses."""
 
@@ -58,20 +59,21 @@ class StoredTensor:
         """
         if self.kind not in KINDS:
             raise ModelError(f"tensor `{name}` has the unsupported type {self.kind}; supported: {', '.join(KINDS)}")
-        flat = np.empty(self.count, KINDS[self.kind])
         try:
+            flat = np.empty(self.count, KINDS[self.kind])
             with self.file.open("rb") as opened:
                 opened.seek(self.start)
                 read = opened.readinto(flat.view(np.uint8).data) if flat.size else 0
-        except OSError as error:
-            raise ModelError(f"{self.file.name} cannot be read: {error.strerror or error}") from error
+        except (OSError, ValueError, MemoryError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+            raise ModelError(f"tensor `{name}` of {self.file.name} cannot be read: {reason}") from error
         if read != flat.nbytes or self.file.stat().st_size != self.file_size:
             raise ModelError(f"{self.file.name} was changed while the model was being loaded")
         values = _widened(flat, self.kind)
         if self.strides is None:
             return values.reshape(self.shape)
         steps = [step * values.itemsize for step in self.strides]
-        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(values, tuple(self.shape), steps))
+        return np.array(np.lib.stride_tricks.as_strided(values, tuple(self.shape), steps), order="C")
 
 
 def _widened(flat: Array, kind: str) -> Array:

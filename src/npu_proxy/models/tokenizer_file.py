@@ -7,8 +7,9 @@ of its own, whose memory is limited.
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 from tokenizers import Tokenizer
@@ -23,10 +24,14 @@ MOST_GROWTH = 64
 """How many times as many characters normalizing may make of a text."""
 _MOST_SPECIAL = 1000
 """Special tokens around a text or a pair."""
-_LONGEST_WORD = 10_000
-"""Characters of a word that WordPiece searches for pieces, in quadratic time."""
+LONGEST_WORD = 200
+"""Characters of a word that WordPiece searches for pieces, in cubic time; BERT has 100."""
+_LONGEST_TOKEN = 1000
+"""Characters of a token, of which a text of unknown words, special tokens or ids may have many."""
+_UNICODE_GROWTH = 32
+"""How many characters a table of Unicode's own forms makes of one at most; the longest has 18."""
 _LARGEST = 256 << 20
-_TRIAL_SECONDS = 60.0
+_TRIAL_SECONDS = 20.0
 _TRIAL_BYTES, _BYTES_PER_BYTE = 1 << 30, 60
 """Memory for the trial: some, and more for each byte of the file."""
 _TRIAL = """
@@ -54,25 +59,38 @@ _tried: set[tuple[Path, int, int, int]] = set()
 """Files that were tried in this process: path, inode, size and time."""
 
 
+_Token = Annotated[str, msgspec.Meta(max_length=_LONGEST_TOKEN)]
+
+
+class _Added(msgspec.Struct):
+    content: _Token
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[_Token, int] | list[tuple[_Token, float]] = {}
+    unk_token: _Token | None = None
+    max_input_chars_per_word: int | None = None
+
+
 class _Parts(msgspec.Struct):
     """The parts of tokenizer.json that can multiply a text; the rest is not decoded."""
 
     normalizer: Any = None
     decoder: Any = None
     post_processor: Any = None
+    added_tokens: list[_Added] | None = None
     model: _Model | None = None
-
-
-class _Model(msgspec.Struct):
-    max_input_chars_per_word: Any = None
 
 
 _DECODER = msgspec.json.Decoder(_Parts)
 
 
-def open_tokenizer(file: Path) -> Tokenizer:
-    """The tokenizer in a file, without truncation and padding. Raises ModelError naming what it must not contain."""
-    check_growth(file)
+def open_tokenizer(file: Path) -> tuple[Tokenizer, float]:
+    """The tokenizer in a file, without truncation and padding, and how many characters it may make of one.
+
+    Raises ModelError naming what it must not contain.
+    """
+    growth = check_growth(file)
     _try(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -80,7 +98,7 @@ def open_tokenizer(file: Path) -> Tokenizer:
         raise ModelError(f"{file.name} cannot be read: {str(error)[:200]}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+    return tokenizer, growth
 
 
 def check_growth(file: Path) -> float:
@@ -97,7 +115,7 @@ def check_growth(file: Path) -> float:
         growth = _growth(parts.normalizer, "normalizers")
         decoded = _growth(parts.decoder, "decoders")
         special = _special_tokens(parts.post_processor)
-        word = int((parts.model and parts.model.max_input_chars_per_word) or 0)
+        word = (parts.model and parts.model.max_input_chars_per_word) or 0
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         cause = f"{type(error).__name__}: {str(error)[:100]}"
         raise ModelError(f"{name} is not what the tokenizers library writes ({cause})") from error
@@ -106,8 +124,8 @@ def check_growth(file: Path) -> float:
         raise ModelError(f"{name}: replacing makes up to {most:.3g} characters of one; at most {MOST_GROWTH} are allowed")
     if special > _MOST_SPECIAL:
         raise ModelError(f"{name}: the template adds {special} tokens to every text; at most {_MOST_SPECIAL} are allowed")
-    if word > _LONGEST_WORD:
-        raise ModelError(f"{name}: max_input_chars_per_word is {word}; at most {_LONGEST_WORD} is allowed")
+    if word > LONGEST_WORD:
+        raise ModelError(f"{name}: max_input_chars_per_word is {word}; at most {LONGEST_WORD} is allowed")
     return growth
 
 
@@ -123,12 +141,24 @@ def _growth(part: Any, children: str) -> float:
         return growth
     if kind == "Prepend":
         return 1.0 + len(part["prepend"])
+    if kind == "Precompiled":
+        longest = _longest_replacement(part["precompiled_charsmap"])
+        return longest if longest > _UNICODE_GROWTH else 1.0
     if kind != "Replace":
         return 1.0  # what Unicode's own forms and byte-level alphabets make of a character is bounded
     content, pattern = len(part["content"]), part["pattern"]
     text = pattern.get("String")
     # An expression may match between any two characters, and puts its replacement there.
     return max(1.0, content / len(text)) if text else 1.0 + content
+
+
+def _longest_replacement(charsmap: str) -> float:
+    """The most characters that sentencepiece's table puts in place of others: after its trie, texts that end in a zero byte."""
+    table = base64.b64decode(charsmap, validate=True)
+    trie = int.from_bytes(table[:4], "little")
+    if trie > len(table) - 4:
+        raise ValueError("the table of characters is cut")
+    return float(max((len(text.decode(errors="replace")) for text in table[4 + trie :].split(b"\0")), default=0))
 
 
 def _special_tokens(part: Any) -> int:
@@ -140,6 +170,8 @@ def _special_tokens(part: Any) -> int:
     if part["type"] != "TemplateProcessing":
         return 4  # the fixed templates of BERT and RoBERTa
     sizes = {name: len(token["ids"]) for name, token in part["special_tokens"].items()}
+    if any(len(text) > _LONGEST_TOKEN for token in part["special_tokens"].values() for text in token["tokens"]):
+        raise ValueError("a special token is too long")
     most = 0
     for template in (part["single"], part["pair"]):
         pieces = cast("list[dict[str, Any]]", template)

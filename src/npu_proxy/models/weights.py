@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from npu_proxy.errors import ModelError
 from npu_proxy.models.json_files import inside, read_object, short_path
 from npu_proxy.models.pickled import find_tensors
-from npu_proxy.models.stored_tensor import Array, StoredTensor
+from npu_proxy.models.stored_tensor import MOST_DIMENSIONS, Array, StoredTensor
 
 _LARGEST_HEADER = 8 << 20
 """Bytes of a safetensors header, of which a tensor takes about 100."""
@@ -102,6 +102,10 @@ def _find_safetensors(file: Path) -> Mapping[str, StoredTensor]:
         reason = (error.strerror or "file not found") if isinstance(error, OSError) else error  # without the path
         raise ModelError(f"{file.name} cannot be read as safetensors: {reason}") from error
     entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if len(entry["shape"]) > MOST_DIMENSIONS or any(size > file_size for size in entry["shape"]):
+            shape = str(entry["shape"])[:80]
+            raise ModelError(f"{file.name} cannot be read as safetensors: tensor `{name[:80]}` has the shape {shape}")
     return {
         name: StoredTensor(
             file=file,

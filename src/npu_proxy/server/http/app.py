@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -83,7 +83,7 @@ Handler = Callable[[Exchange], Awaitable[Response]]
 
 @dataclass(kw_only=True)
 class AppState:
-    """State that the handlers share. tokenizing: limits the tokenizer routes, which return one object per token."""
+    """State that the handlers share. tokenizing: the threads of the tokenizer routes, which return one object per token."""
 
     models: LoadedModels
     settings: Settings
@@ -91,7 +91,7 @@ class AppState:
     bodies: RequestBodies
     keys: Sequence[ApiKey]
     tracer: Tracer | None
-    tokenizing: asyncio.Semaphore
+    tokenizing: ThreadPoolExecutor
 
 
 def create_app(
@@ -105,7 +105,7 @@ def create_app(
         bodies=RequestBodies(settings),
         keys=read_keys(settings) if keys is None else keys,
         tracer=open_tracer(settings),
-        tokenizing=asyncio.Semaphore(2),
+        tokenizing=ThreadPoolExecutor(2, "npu-proxy-tokens"),
     )
     api_routes, owners = _api_routes(state)
     routes = [*_operations_routes(state), *api_routes]
@@ -291,8 +291,9 @@ def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
         with await state.models.acquire(model_of(body), exchange.seconds) as use:
             exchange.model = use.served.spec.name
             try:
-                async with asyncio.timeout(exchange.seconds), state.tokenizing:
-                    response = await asyncio.to_thread(lambda: JsonResponse(route.answer(body, use.served)))
+                async with asyncio.timeout(exchange.seconds):
+                    work = state.tokenizing.submit(lambda: JsonResponse(route.answer(body, use.served)))
+                    response = await asyncio.wrap_future(work)
             except TimeoutError:
                 raise DeadlineError(f"not done within {exchange.seconds:g} seconds; send less at once") from None
         return state.bodies.hold_answer(response, exchange.owner)
