@@ -22,8 +22,8 @@ from conftest import GOLDEN, Server, golden
 from npu_proxy.errors import ClientLimitError, InputError, OverloadedError
 from npu_proxy.server.http import json_scan
 from npu_proxy.server.http.budgets import MemoryBudget
-from npu_proxy.server.http.exchange import to_json
 from npu_proxy.server.http.json_scan import check_values
+from npu_proxy.server.http.responses import to_json
 from npu_proxy.server.ops.loop_lag import LoopLag
 
 FOLDER, TEXTS, VECTORS = golden("mean")

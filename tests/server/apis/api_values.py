@@ -18,7 +18,7 @@ from npu_proxy.models.layout import read_spec
 from npu_proxy.models.store import StoredModel
 from npu_proxy.server.apis.contract import BodyFields, Dialect, InferenceRoute, ModelInfo, ServedModel
 from npu_proxy.server.errors import UnknownModelError
-from npu_proxy.server.http.exchange import to_json
+from npu_proxy.server.http.responses import to_json
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedResult, Pooling, Timings
 

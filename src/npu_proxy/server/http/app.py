@@ -40,7 +40,6 @@ from npu_proxy.server.http.auth import allowed_hosts
 from npu_proxy.server.http.clients import ApiKey, identify, lane_of, read_keys
 from npu_proxy.server.http.exchange import (
     Exchange,
-    JsonResponse,
     RequestBodies,
     decode,
     fields_of,
@@ -53,6 +52,7 @@ from npu_proxy.server.http.exchange import (
 )
 from npu_proxy.server.http.host_guard import ExactRouter, HostGuard
 from npu_proxy.server.http.json_scan import check_values
+from npu_proxy.server.http.responses import JsonResponse
 from npu_proxy.server.models.listing import ServerListing
 from npu_proxy.server.models.loaded import LoadedModels
 from npu_proxy.server.ops import health

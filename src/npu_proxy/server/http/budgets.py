@@ -6,6 +6,8 @@ from collections import Counter
 
 from npu_proxy.errors import ClientLimitError, OverloadedError
 
+SMALL = 64 * 1024
+"""Bytes up to which a body or an answer is small: it is handled in the event loop, and has a reserve of memory."""
 _SHARE = 0.5
 """The part that one client may hold, so that others are not locked out by it."""
 

@@ -9,13 +9,10 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from npu_proxy.engine.encode_options import has_prompt
 from npu_proxy.engine.validation import cuts_untrained
@@ -23,8 +20,9 @@ from npu_proxy.errors import DeadlineError, DeviceError, InputError, NpuProxyErr
 from npu_proxy.server.apis.common import header_text
 from npu_proxy.server.apis.contract import BodyFields, Dialect
 from npu_proxy.server.errors import BodyTooLargeError, ClientGoneError, NoBodyError, UnauthorizedError
-from npu_proxy.server.http.budgets import MemoryBudget
+from npu_proxy.server.http.budgets import SMALL, MemoryBudget
 from npu_proxy.server.http.clients import ApiKey
+from npu_proxy.server.http.responses import JsonResponse
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
 from npu_proxy.system import give_back_memory
@@ -33,16 +31,8 @@ from npu_proxy.types import NO_CLIENT, Client, EmbedRequest, EmbedResult
 Made = TypeVar("Made")
 
 _HEADER = "x-npu-proxy-"
-_SMALL = 64 * 1024
-"""Bytes up to which a body or an answer is small: it is handled in the event loop, and has a reserve of memory."""
 _LARGE, _GIVE_BACK_SECONDS = 256 * 1024, 1.0
 """Bytes of a body or an answer after which memory is given back, and how much later."""
-_PIECE = 256 * 1024
-"""Bytes of a response sent at once; the next piece is sent when the client has read most of the previous one."""
-ABORT = "npu_proxy.abort"
-"""Key in a scope of the function that closes the connection at once (protocol.py)."""
-_LEAST_RATE = 100_000
-"""Average bytes per second at which a client must read a large response."""
 _FIELDS = msgspec.json.Decoder(BodyFields)
 
 
@@ -127,7 +117,7 @@ class RequestBodies:
     def hold_answer(self, response: JsonResponse, owner: str) -> JsonResponse:
         """Let a large answer count towards the budget until it is sent. Raises OverloadedError, ClientLimitError."""
         size = len(response.body)
-        if size > _SMALL:
+        if size > SMALL:
             self.answers.hold(owner, size)
             response.on_sent = partial(self._answered, owner, size)
         return response
@@ -152,7 +142,7 @@ class RequestBodies:
             if exchange.held + len(chunk) > self._each:
                 raise self._too_large()
             # Small bodies have a reserve, so that a few slow senders do not lock out everyone.
-            small = exchange.held + len(chunk) <= _SMALL
+            small = exchange.held + len(chunk) <= SMALL
             self._budget.hold(exchange.owner, len(chunk), reserve=2.0 if small else 1.0)
             exchange.held += len(chunk)
             chunks.append(chunk)
@@ -179,7 +169,7 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
 
 async def off_loop(size: int, call: Callable[[], Made]) -> Made:
     """Return what ``call`` returns. If it handles more than a few bytes (``size``), it runs in a thread, not in the event loop."""
-    if size <= _SMALL:
+    if size <= SMALL:
         return call()
     made: list[Made] = []  # not the future's result: futures refer to themselves, and would keep it for a while
     await asyncio.to_thread(lambda: made.append(call()))
@@ -227,66 +217,6 @@ async def unless_disconnected(request: Request, work: Awaitable[EmbedResult]) ->
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def to_json(content: object) -> bytes:
-    """Encode a reply. Its arrays, and the items of lists, are encoded one by one, so that other threads get their turn."""
-    if isinstance(content, list):
-        return b"[" + b",".join(map(to_json, cast("list[object]", content))) + b"]"
-    return _ENCODER.encode(content)
-
-
-def _array_json(value: object) -> object:
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"a reply contains a {type(value).__name__}, which is no JSON value")
-    return msgspec.Raw(msgspec.json.encode(value.tolist())) if value.ndim == 1 else list(value)
-
-
-_ENCODER = msgspec.json.Encoder(enc_hook=_array_json)
-
-
-class JsonResponse(Response):
-    """A JSON response. Large content is sent in pieces, so that only one piece is buffered for a client that does not read.
-
-    seconds: time limit per piece; a client that is too slow is disconnected.
-    """
-
-    media_type = "application/json"
-
-    def __init__(
-        self,
-        content: object,
-        status: int = 200,
-        *,
-        headers: dict[str, str] | None = None,
-        seconds: float = 30.0,
-    ) -> None:
-        super().__init__(to_json(content), status, headers)
-        self._seconds = seconds
-        self.on_sent: Callable[[], None] = lambda: None
-        """Called when large content was sent, or the client is gone."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response."""
-        if len(self.body) <= _SMALL:
-            await super().__call__(scope, receive, send)
-            return
-        try:
-            async with asyncio.timeout(self._seconds + len(self.body) / _LEAST_RATE):
-                await self._in_pieces(send)
-        except TimeoutError:
-            scope.get(ABORT, lambda: None)()
-            await asyncio.sleep(0)  # let the connection notice
-        finally:
-            self.on_sent()
-
-    async def _in_pieces(self, send: Send) -> None:
-        body = bytes(self.body)
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for start in range(0, len(body), _PIECE):
-            async with asyncio.timeout(self._seconds):
-                piece, more = body[start : start + _PIECE], start + _PIECE < len(body)
-                await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 def headers_of(result: EmbedResult, request: EmbedRequest, spec: ModelSpec) -> dict[str, str]:

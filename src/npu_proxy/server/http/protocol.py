@@ -8,7 +8,7 @@ import socket
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from npu_proxy.server.http.exchange import ABORT
+from npu_proxy.server.http.responses import ABORT
 from npu_proxy.settings import Settings
 
 _HEADER_BYTES = 64 * 1024
