@@ -81,6 +81,7 @@ def test_every_command_is_called() -> None:
     assert names == {name.partition("-")[0] for name in commands(Path("/tmp"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", commands(Path("/tmp")))
 def test_a_command_connects_to_nobody_and_leaves_no_file_at_home(world: tuple[Path, Path, dict[str, str]], name: str) -> None:
     home, folder, environment = world

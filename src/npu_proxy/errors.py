@@ -149,7 +149,7 @@ class OverloadedError(UnavailableError):
 
 
 class ClientLimitError(OverloadedError):
-    """The client has as many texts in the queue as its API key allows."""
+    """The client has used up its part: of the queue, as its API key allows, or of the memory for bodies and answers."""
 
     kind = "client_limit"
 

@@ -5,6 +5,7 @@ The bodies are those of bench/attacks.py, smaller; that program measures them in
 
 import asyncio
 import json
+import math
 import re
 import socket
 import threading
@@ -30,8 +31,8 @@ FOLDER, TEXTS, VECTORS = golden("mean")
 MB = 1_000_000
 LATE = GOLDEN / "colbert"
 RANKER = GOLDEN / "bert_rerank"
-STANDSTILL = 1.0
-"""Seconds; on an idle machine it is 0.05 (bench/attacks.py), and on a busy one the tests' own processes take their turns."""
+STANDSTILL = 5.0
+"""Seconds; it is 0.06 on an idle machine (bench/attacks.py), but here other tests take their turns. It was 7 to 150 before."""
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +144,17 @@ def memory(server: Server) -> float:
 
 
 def test_memory_comes_back(server: Server) -> None:
+    """Requests of 16 MB that were kept until Python's next full collection took 36 MB more with each one."""
     sizes: list[float] = []
-    for _ in range(4):
+    for _ in range(6):
         post(server, "/v1/embeddings", {"input": "the cat " * 2_000_000})
         post(server, "/tokenize", {"inputs": "! " * 120_000})
-        time.sleep(2)
-        sizes.append(memory(server))
-    assert sizes[-1] < 1.1 * sizes[0], sizes
+        end, least = time.monotonic() + 2.5, math.inf
+        while time.monotonic() < end:
+            least = min(least, memory(server))
+            time.sleep(0.1)
+        sizes.append(least)
+    assert sizes[-1] < 1.2 * sizes[1], sizes
 
 
 # -- units ---------------------------------------------------------------------------------------------------------------

@@ -137,6 +137,8 @@ def holds_secret(content: bytes) -> bool:
     return any(repr(float(number)) in text for number in numbers)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_hostile_folders_harm_nobody(server: Server, mirror: tuple[Path, list[str]]) -> None:
     _, names = mirror
     assert len(names) >= 200

@@ -24,6 +24,8 @@ LIMITS = (
     "max_queue_tokens",
     "max_body_mb",
     "max_bodies_mb",
+    "max_answer_mb",
+    "max_pull_gb",
     "keep_alive",
     "models_mb",
     "load_on_demand",

@@ -91,7 +91,9 @@ class RequestBodies:
     def limit(self, settings: Settings) -> None:
         """Use the limits of these settings from now on."""
         self._each = settings.max_body_mb * 1_000_000
-        self._budget.limit = self.answers.limit = settings.max_bodies_mb * 1_000_000
+        # A client may always have one body and one answer of the largest size.
+        self._budget.limit = 1_000_000 * max(settings.max_bodies_mb, 2 * settings.max_body_mb)
+        self.answers.limit = 1_000_000 * max(settings.max_bodies_mb, 2 * settings.max_answer_mb)
         self._seconds = settings.timeout
 
     async def read(self, exchange: Exchange) -> bytes:
