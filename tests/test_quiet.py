@@ -29,10 +29,6 @@ OURS = (".local/share/npu-proxy", ".cache/npu-proxy")
 def commands(folder: Path) -> dict[str, list[str]]:
     """One call of each command, and of those that start processes of their own."""
     texts, vectors = str(folder / "in.txt"), str(folder / "out.npy")
-    (folder / "in.txt").write_text("\n".join(TEXTS[:20]))
-    scores = enumerate(["a", "b", "c"] * 9)
-    pairs = [f'{{"sentence1": "{text}", "sentence2": "a cat", "score": {number}}}' for number, text in scores]
-    (folder / "pairs.jsonl").write_text("\n".join(pairs))
     model, ranker, labels = ["--model", str(FOLDER)], str(GOLDEN / "bert_rerank"), str(GOLDEN / "distilbert_labels")
     return {
         "pull": ["pull", str(FOLDER)],
@@ -43,7 +39,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "embed-onnx": ["embed", "a cat", "--device", "onnx", "--onnx-file", "onnx/model.onnx", *model],
         "embed-sim": ["embed", "a cat", "--device", "npu-sim", *model],
         "embed-parallel": ["embed", "--input", texts, "--output", vectors, "--parallel", "2", *model],
-        "verify": ["verify", vectors, "--input", texts, *model],
+        "verify": ["verify", str(FOLDER / "vectors.npy"), "--input", texts, *model],
         "similarity": ["similarity", "a cat", "a dog", *model],
         "rerank": ["rerank", "a cat", "a dog", "--model", ranker],
         "classify": ["classify", "a cat", "--model", labels],
@@ -63,9 +59,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     """A home, a working folder, and the environment of every command."""
     home, folder, hook = (tmp_path_factory.mktemp(name) for name in ("home", "work", "hook"))
     (hook / "sitecustomize.py").write_text(HOOK)
+    (folder / "in.txt").write_text("\n".join(f"text {number}" for number in range(len(TEXTS))))
+    scores = enumerate(["a", "b", "c"] * 9)
+    pairs = [f'{{"sentence1": "{text}", "sentence2": "a cat", "score": {number}}}' for number, text in scores]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NPU_PROXY", "XDG", "HF_", "COV"))}
     paths = os.pathsep.join([str(hook), *filter(None, [kept.get("PYTHONPATH", "")])])
-    return home, folder, {**kept, "HOME": str(home), "PYTHONPATH": paths, "AUDIT_LOG": str(folder / "audit.log"), "COLUMNS": "200"}
+    environment = {**kept, "HOME": str(home), "PYTHONPATH": paths, "AUDIT_LOG": str(folder / "audit.log"), "COLUMNS": "200"}
+    pull = [sys.executable, "-m", "npu_proxy", *commands(folder)["pull"]]  # each process of the tests has a home of its own
+    subprocess.run(pull, env=environment, check=True, capture_output=True, timeout=60)
+    return home, folder, environment
 
 
 def check(home: Path, folder: Path) -> None:
