@@ -186,9 +186,14 @@ def _try(file: Path) -> None:
     """Let a process of its own encode a few texts, unless the file is pinned or was tried. Raises ModelError if that ends badly."""
     status = file.stat()
     tried = (file.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
-    if tried in _tried or file_sha256(file) in _PINNED:
+    if tried in _tried:
         return
-    limit = _TRIAL_BYTES + _BYTES_PER_BYTE * status.st_size
+    if file_sha256(file) not in _PINNED:
+        _run_trial(file, _TRIAL_BYTES + _BYTES_PER_BYTE * status.st_size)
+    _tried.add(tried)
+
+
+def _run_trial(file: Path, limit: int) -> None:
     code, printed = run_python(_TRIAL, f"{file.absolute()}\n{limit}".encode(), _TRIAL_SECONDS)
     if code is None:
         raise ModelError(f"{file.name}: encoding a few texts took over {_TRIAL_SECONDS:g} seconds")
@@ -196,4 +201,3 @@ def _try(file: Path) -> None:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         memory = f"{limit >> 20} MB of memory"
         raise ModelError(f"{file.name}: encoding a few texts within {memory} failed ({how}); is the file damaged?")
-    _tried.add(tried)

@@ -194,6 +194,16 @@ def _handler(state: AppState, dialect: Dialect, route: Route) -> Handler:
             return _command(state, route)
 
 
+async def _decoded(state: AppState, decoder: msgspec.json.Decoder[Any], content: bytes) -> Any:
+    """Decode a body after a look at how much that would create. Raises NoBodyError or InputError."""
+
+    def checked() -> Any:
+        check_values(content, state.settings.max_client_batch)
+        return decode(decoder, content)
+
+    return await off_loop(len(content), checked)
+
+
 def _numbers(result: EmbedResult) -> int:
     """How many numbers a result has; a string counts as one per four bytes of it."""
     if isinstance(result.embeddings, np.ndarray):
@@ -205,15 +215,12 @@ def _numbers(result: EmbedResult) -> int:
 def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any]) -> Handler:
     decoder = msgspec.json.Decoder(route.body)
 
-    def checked(content: bytes) -> Any:
-        check_values(content, state.settings.max_client_batch)
-        return decode(decoder, content)
-
     async def handle(exchange: Exchange) -> Response:
         start, settings = time.monotonic(), state.settings
         content = await state.bodies.read(exchange)
         size = len(content)
-        lane, body = await off_loop(size, lambda: (lane_of(exchange.request, content, exchange.key), checked(content)))
+        lane = await off_loop(size, lambda: lane_of(exchange.request, content, exchange.key))
+        body = await _decoded(state, decoder, content)
         with await state.models.acquire(model_of(body), exchange.seconds, route.suits) as use:
             use.keep_alive = route.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
@@ -286,8 +293,7 @@ def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
         if len(content) > _TOKENIZER_BODY_BYTES:
             message = f"the body has {len(content)} bytes; this route accepts up to {_TOKENIZER_BODY_BYTES}; send less at once"
             raise InputError(message)
-        check_values(content, state.settings.max_client_batch)
-        body = decode(decoder, content)
+        body = await _decoded(state, decoder, content)
         with await state.models.acquire(model_of(body), exchange.seconds) as use:
             exchange.model = use.served.spec.name
             try:
@@ -314,9 +320,7 @@ def _command(state: AppState, route: ModelCommand[Any, Any]) -> Handler:
     decoder = msgspec.json.Decoder(route.body)
 
     async def handle(exchange: Exchange) -> Response:
-        content = await state.bodies.read(exchange)
-        check_values(content, state.settings.max_client_batch)
-        body = decode(decoder, content)
+        body = await _decoded(state, decoder, await state.bodies.read(exchange))
         listing = ServerListing(state.models, asyncio.get_running_loop())
         answer = await state.models.in_thread(route.answer, body, listing)
         if isinstance(answer, Iterator):
