@@ -110,7 +110,7 @@ def test_bge_m3_computes_three_outputs_in_one_pass(way: str, tmp_path: Path) -> 
 def test_the_last_layer_is_computed_for_pooled_tokens_only(name: str) -> None:
     spec = read_spec(GOLDEN / name)
     shape = BatchShape(bins=2, positions=32, segments=4)
-    weights = Tensors(spec.weight_files, family(spec.family, spec.config).canonical_name)
+    weights = Tensors(spec.weight_files, family(spec.family).canonical_name)
     model = build(spec, weights, GraphShape.static(shape), NATIVE_STYLE)
     rows = [
         next(iter(node.get_output_shape(0)))

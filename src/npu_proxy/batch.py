@@ -58,7 +58,8 @@ class BatchLayout:
     """The input arrays and the output of a model's batches. They are defined only here.
 
     type_ids: whether tokens have a type. unattended: whether there may be tokens that no other token attends to.
-    per_token: whether the output has one vector per token. width: numbers per output vector.
+    per_token: whether the output has one vector per token. width: numbers per output vector. unplaced: the id of a token that
+    takes no position (RoBERTa's padding, even inside a text), and the position that stands for none.
     """
 
     pooling: Pooling
@@ -66,6 +67,7 @@ class BatchLayout:
     unattended: bool = False
     per_token: bool = False
     width: int = 1
+    unplaced: tuple[int, int] | None = None
 
     @property
     def align(self) -> int:
@@ -249,17 +251,26 @@ def text_outputs(batch: Batch, vectors: Array) -> Array:
     return np.concatenate([output_for(batch, index, vectors) for index in range(len(batch.slots))])
 
 
+def token_positions(ids: npt.NDArray[np.int32], unplaced: tuple[int, int] | None) -> npt.NDArray[np.integer]:
+    """The position of each token of a text. unplaced: see BatchLayout."""
+    if unplaced is None or not (without := ids == unplaced[0]).any():
+        return np.arange(len(ids))
+    return np.where(without, unplaced[1], np.cumsum(~without) - 1)
+
+
 def fill_pooling(pooling: Pooling, pool: npt.NDArray[np.generic], segment: int, start: int, count: int, skip: int = 0) -> None:
     """Write the pooling input of one text that occupies positions ``start`` to ``start + count`` of a bin.
 
     The graph pools with one gather (CLS, last token) or one product with this matrix (the mean family).
 
     pool: the bin's part of the input, [segments] int32 positions or [segments, positions] float32 weights.
-    skip: leading tokens that are not pooled (a prompt); CLS and last-token pooling ignore it.
+    skip: leading tokens that are not pooled (a prompt); last-token pooling ignores it.
     """
     end = start + count
     match pooling:
-        case Pooling.CLS | Pooling.SPLADE:
+        case Pooling.CLS:
+            pool[segment] = start + skip
+        case Pooling.SPLADE:
             pool[segment] = start
         case Pooling.LAST_TOKEN:
             pool[segment] = end - 1

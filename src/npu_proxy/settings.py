@@ -68,6 +68,10 @@ class Settings:
     """How token vectors are combined into one vector. Needed for a folder without modules.json. `none`, for any dense model: one
     vector per token (bge-m3 then computes dense, sparse and token vectors in one pass)."""
 
+    accept_unread: tuple[str, ...] = _setting("Model", ())
+    """Keys of a model's files, or names of its tensors, that npu-proxy may leave unread because you know that they do not change
+    its vectors; `*` stands for any letters. Everything else that is unread refuses the model. Part of the fingerprint."""
+
     query_instruction: tuple[str, ...] = _setting("Model", ())
     """Text put before each query, such as "query: ", in place of what the model's files and documentation say; MODEL=TEXT for one
     of several models. Requests say what is a query: by `input_type`, or by the model name with `:query` or `:document`."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from npu_proxy.batch import BatchLayout
 from npu_proxy.types import OutputType, Pooling, Similarity
 
-Activation = Literal["sigmoid", "softmax", "identity"]
+Activation = Literal["sigmoid", "softmax", "identity", "tanh", "relu", "softplus"]
 """The function that turns a text's logits into scores."""
 
 
@@ -27,8 +27,8 @@ PROMPT_NAMES: Mapping[str, Sequence[str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseModule:
-    """A Dense module: where its weight [out, in] and bias [out] are, and the activation's stored (torch) name.
+class StoredLayer:
+    """A layer of a module: where its weight and bias are.
 
     tensors: reads a tensor from the module's files; ``{prefix}weight`` and ``{prefix}bias``. shape: of the weight.
     """
@@ -36,7 +36,6 @@ class DenseModule:
     tensors: Mapping[str, npt.NDArray[Any]] = field(repr=False)
     prefix: str
     shape: Sequence[int]
-    activation: str
 
     @property
     def weight(self) -> npt.NDArray[np.float32]:
@@ -48,6 +47,60 @@ class DenseModule:
         """The bias, read from its file; None if there is none. Raises ModelError."""
         name = f"{self.prefix}bias"
         return np.asarray(self.tensors[name], np.float32) if name in self.tensors else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseModule(StoredLayer):
+    """``activation(x W^T + b)``, with the weight [out, in], the bias [out] and the activation's stored (torch) name.
+
+    residual: adds the input after the activation; projected by ``residual.weight`` [out, in] if the widths differ.
+    """
+
+    activation: str
+    residual: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormModule(StoredLayer):
+    """Layer normalization, with the weight and bias [width], and torch's epsilon."""
+
+    epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizeModule:
+    """Division by the Euclidean length, between other modules. At the end of all, the host normalizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncateModule:
+    """Only the first ``width`` numbers are kept (`truncate_dim`)."""
+
+    width: int
+
+
+Module = DenseModule | LayerNormModule | NormalizeModule | TruncateModule
+"""What follows the pooling of a model, or its transformer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSource:
+    """Where a tokenizer comes from.
+
+    files: tokenizer.json, or a vocabulary and its merges. parts: parts of it that its class makes otherwise (models/
+    tokenizer_config.py). types: whether the tokens of a pair's texts have types. cuts_start: whether long texts are cut at their
+    start. stored_limit: the limit in tokens in tokenizer.json. unknown_id: of the token for unknown words. middle_length: the
+    median number of characters per token. tokens: the named special tokens, such as `mask_token`.
+    """
+
+    files: Sequence[Path]
+    parts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    types: bool = False
+    cuts_start: bool = False
+    stored_limit: int | None = None
+    unknown_id: int | None = None
+    middle_length: int = 1
+    tokens: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +135,18 @@ class ModelSpec:
     family: str
     """``model_type`` of config.json, the key of graph.build.FAMILIES."""
     config: Mapping[str, Any]
-    """The content of config.json; for static models, with the keys that their files lack."""
+    """What config.json says, by the names of the family's file (``KEYS``)."""
+    stored_config: Mapping[str, Any]
+    """The content of config.json, for the fingerprint; for static models, with the keys that their files lack."""
     weight_files: Sequence[Path]
-    tokenizer_file: Path
+    tokenizer: TokenizerSource
     pooling: Pooling
-    dense: Sequence[DenseModule]
+    modules: Sequence[Module]
+    """Applied in their order to pooled vectors, or to token vectors if nothing is pooled. bge-m3: its two heads."""
+    token_modules: Sequence[Module] = ()
+    """Applied to token vectors before they are pooled."""
+    hidden_width: int = 0
+    """Numbers per token vector of the transformer."""
     width: int
     """Numbers per vector of a text or token; the vocabulary size for sparse vectors, the number of labels for scores."""
     max_length: int
@@ -117,6 +177,18 @@ class ModelSpec:
     special_tokens: bool = True
     """Whether the tokenizer's special tokens are added around a text (static models have none)."""
     late_interaction: LateInteractionConfig | None = None
+    dropped_ids: frozenset[int] = frozenset()
+    """Token ids that are left out after a text was cut (model2vec: the unknown token)."""
+    most_characters: int | None = None
+    """Characters of a text that are tokenized at most (model2vec); None for all."""
+    by_model2vec: bool = False
+    """Whether model2vec wrote it."""
+    padding_id: int | None = None
+    """The id of the padding token according to config.json."""
+    accept_unread: Sequence[str] = ()
+    """Patterns of keys and tensors that may be unread (the setting of that name)."""
+    accepted: Sequence[str] = ()
+    """Those of them that this model needs."""
     precision: str = "fp32"
     """fp32; fp16: the same weights, computed in half precision if the device supports it; int8: the graph in ``graph``."""
     graph: Path | None = None
@@ -140,4 +212,5 @@ class ModelSpec:
             unattended=self.late_interaction is not None and self.late_interaction.has_unattended,
             per_token=self.output_type.per_token,
             width=self.width + (self.output_type is OutputType.MULTI),
+            unplaced=self.config.get("unplaced"),
         )

@@ -12,7 +12,8 @@ from openvino import opset15 as op
 
 from conftest import GOLDEN, golden, smallest_cosine
 from npu_proxy import DeviceError, EmbedRequest, Engine, InputError, ModelError, OutputType, Pair, Pooling, Settings, SettingsError
-from npu_proxy.models.graph_files import first_position, from_graph_file
+from npu_proxy.graph import mpnet, roberta
+from npu_proxy.models.graph_files import from_graph_file, normalize_config
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.pull import pull
 from npu_proxy.models.store import ModelStore
@@ -108,11 +109,12 @@ def test_a_graph_of_another_width_is_an_error_and_its_data_is_part_of_the_finger
 def test_positions_count_from_where_the_family_has_them() -> None:
     for config, first in (
         ({"model_type": "t5", "pad_token_id": 0}, 0),
-        ({"model_type": "roberta", "pad_token_id": 0}, 1),
         ({"model_type": "ibert"}, 2),
-        ({"model_type": "mpnet", "pad_token_id": 0}, 2),  # whatever its config says
+        ({"model_type": "longformer", "pad_token_id": 3}, 4),
     ):
-        assert first_position(config) == first
+        assert normalize_config(config)["first_position"] == first
+    assert roberta.KEYS["first_position"]({"pad_token_id": 0}) == 1
+    assert mpnet.KEYS["first_position"]({"pad_token_id": 0}) == 2  # whatever its config says
 
 
 def test_files_may_be_links_as_in_a_hugging_face_cache(tmp_path: Path) -> None:

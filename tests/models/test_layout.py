@@ -57,7 +57,7 @@ def test_the_transformer_may_have_a_folder_of_its_own(copied: Folder) -> None:
     first, *rest = json.loads((nested / MODULES).read_text())
     (nested / MODULES).write_text(json.dumps([first | {"path": "0_Transformer"}, *rest]))
     spec = read_spec(nested)
-    assert spec.tokenizer_file == nested / "0_Transformer" / "tokenizer.json"
+    assert list(spec.tokenizer.files) == [nested / "0_Transformer" / "tokenizer.json"]
     assert list(spec.weight_files) == [nested / "0_Transformer" / "model.safetensors"]
     assert (spec.pooling, spec.width, spec.max_length, spec.prompts) == (flat.pooling, flat.width, flat.max_length, flat.prompts)
     (nested / "0_Transformer" / "config.json").unlink()
@@ -65,12 +65,13 @@ def test_the_transformer_may_have_a_folder_of_its_own(copied: Folder) -> None:
     assert "0_Transformer/config.json" in refusal(nested) or "mean/config.json" in refusal(nested)
 
 
-def test_modules_are_taken_by_their_numbers_not_their_place(copied: Folder) -> None:
+def test_modules_are_taken_by_their_place_not_their_numbers(copied: Folder) -> None:
+    """As in sentence-transformers."""
     folder = copied("dense")
     modules = json.loads((folder / MODULES).read_text())
-    (folder / MODULES).write_text(json.dumps(modules[::-1]))
+    (folder / MODULES).write_text(json.dumps([module | {"idx": 9 - module["idx"]} for module in modules]))
     spec = read_spec(folder)
-    assert (spec.pooling, spec.width, len(spec.dense), spec.normalizes) == (Pooling.MEAN, 16, 1, True)
+    assert (spec.pooling, spec.width, len(spec.modules), spec.normalizes) == (Pooling.MEAN, 16, 1, True)
     assert spec.fingerprint == read_spec(GOLDEN / "dense").fingerprint
 
 
@@ -154,7 +155,7 @@ def plain(folder: Path) -> Path:
 def test_a_plain_folder_is_read_with_the_pooling_it_is_given(copied: Folder) -> None:
     folder = plain(copied("mean"))
     spec = read_spec(folder, pooling=Pooling.MAX)
-    assert (spec.pooling, spec.width, spec.dense, spec.normalizes) == (Pooling.MAX, 32, [], False)
+    assert (spec.pooling, spec.width, spec.modules, spec.normalizes) == (Pooling.MAX, 32, [], False)
     assert (dict(spec.prompts), spec.default_prompt, spec.similarity) == ({}, None, "cosine")
     assert spec.max_length == read(folder / "config.json")["max_position_embeddings"]
     assert "`pooling`" in refusal(folder)
@@ -276,8 +277,8 @@ def test_a_file_that_is_missing_is_named(copied: Folder, model: str, removed: st
     [
         ("mean", "config.json", {"vocab_size": None}),
         ("mean", "config.json", {"vocab_size": "many"}),
-        ("dense", "2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Mish"}),
-        ("dense", "2_Dense/config.json", {"use_residual": True}),
+        ("dense", "2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.CELU"}),
+        ("dense", "2_Dense/config.json", {"use_residual": True}),  # without the tensor
         ("dense", "2_Dense/config.json", {"out_features": 17}),
         ("dense", "2_Dense/config.json", {"in_features": 17}),
         ("bert_splade", "1_SpladePooling/config.json", {"pooling_strategy": "sum"}),

@@ -17,6 +17,7 @@ from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.models import tokenizer_file
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.tokenizer_file import check_growth, open_tokenizer
+from npu_proxy.spec import TokenizerSource
 
 PLAIN: Mapping[str, Any] = json.loads((golden("mean")[0] / "tokenizer.json").read_text())
 
@@ -37,6 +38,10 @@ def template(single: list[Any], ids: list[int]) -> Mapping[str, Any]:
 
 
 TEXT, MARK = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[CLS]", "type_id": 0}}
+
+
+def source(file: Path) -> TokenizerSource:
+    return TokenizerSource(files=[file])
 
 
 def written(folder: Path, **parts: Any) -> Path:
@@ -81,20 +86,20 @@ LONG = "z" * 1001
 )
 def test_what_multiplies_a_text_is_refused(tmp_path: Path, parts: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        open_tokenizer(written(tmp_path, **parts))
+        open_tokenizer(source(written(tmp_path, **parts)))
 
 
 def test_usual_normalizers_are_not_growth(tmp_path: Path) -> None:
     spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
     quotes = {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}
     parts = sequence(quotes, {"type": "NFKD"}, charsmap("صلى الله عليه وسلم"), spaces)
-    assert check_growth(written(tmp_path, normalizer=parts)) == 2
+    assert check_growth(written(tmp_path, normalizer=parts).read_bytes()) == 2
 
 
 def test_the_limit_of_characters_counts_what_a_normalizer_makes_of_them(tmp_path: Path) -> None:
     spec = read_spec(golden("mean")[0])
     written(tmp_path, normalizer=replacing("b" * 64), pre_tokenizer={"type": "Whitespace"})
-    tokenizer = RequestTokenizer(replace(spec, tokenizer_file=tmp_path / "tokenizer.json"))
+    tokenizer = RequestTokenizer(replace(spec, tokenizer=source(tmp_path / "tokenizer.json")))
     (error,) = tokenizer.encode(["a" * 62_501], EncodeOptions(limit=64))
     assert isinstance(error, InputError)
     assert "62,500 characters" in str(error)
@@ -104,7 +109,7 @@ def test_a_tokenizer_that_takes_too_much_memory_ends_another_process(tmp_path: P
     """What no check foresees: the limit is set so low here that any tokenizer exceeds it."""
     monkeypatch.setattr(tokenizer_file, "_TRIAL_BYTES", 20 << 20)
     with pytest.raises(ModelError, match=r"tokenizer.json: encoding a few texts within \d+ MB of memory failed"):
-        open_tokenizer(written(tmp_path))
+        open_tokenizer(source(written(tmp_path)))
 
 
 def test_a_pattern_that_runs_away_is_an_error_of_that_text(tmp_path: Path) -> None:
@@ -113,6 +118,7 @@ def test_a_pattern_that_runs_away_is_an_error_of_that_text(tmp_path: Path) -> No
     pattern = {"type": "Split", "pattern": {"Regex": "(x+)+$"}, "behavior": "Isolated", "invert": False}
     both = {"type": "Sequence", "pretokenizers": [pattern, {"type": "Whitespace"}]}
     written(folder, pre_tokenizer=both)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with Engine(folder, settings=Settings(cache_mb=0)) as engine:
         (result,) = engine.results(["the cat", "x" * 40 + "y", "a dog"])
     assert result.errors[0] is None

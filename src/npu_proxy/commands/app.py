@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from npu_proxy.commands.cache import cache
 from npu_proxy.commands.models import list_models, pull, rm, show
-from npu_proxy.commands.prepare import certify, compile_model, convert, doctor, quantize, tune
+from npu_proxy.commands.prepare import certify, compare, compile_model, convert, doctor, quantize, tune
 from npu_proxy.commands.query import classify, rerank, similarity, verify
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings
 from npu_proxy.engine.engine import Engine
@@ -199,7 +199,7 @@ def _read_again() -> Settings:
 app.command(cache)
 app.command(list_models, name="list")
 app.command(compile_model, name="compile")
-for _command in (pull, rm, doctor, certify, quantize, tune, convert, rerank, classify, similarity, show, verify):
+for _command in (pull, rm, doctor, certify, quantize, tune, convert, compare, rerank, classify, similarity, show, verify):
     app.command(_command)
 
 

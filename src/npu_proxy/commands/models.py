@@ -103,7 +103,7 @@ def describe(settings: Settings) -> dict[str, object]:
     """The properties that ``show`` prints, by name."""
     settings, spec = resolve(settings)
     stored = ModelStore(settings.store).find(spec.name)
-    layers = next((spec.config[name] for name in ("num_hidden_layers", "n_layers", "num_layers") if name in spec.config), 0)
+    layers = spec.config.get("num_hidden_layers", 0)
     return {
         "model": spec.name,
         "architecture": f"{spec.family}, {layers} layers",
@@ -125,6 +125,7 @@ def describe(settings: Settings) -> dict[str, object]:
         "default prompt": spec.default_prompt,
         "matryoshka": _dimensions(spec),
         "instruction": spec.instruction,
+        "accepted": list(spec.accepted),
         "precision": spec.precision,
         "served from": f"a graph file, padded (device {settings.device})" if settings.device in GRAPH_FILES else "",
         "source": stored.source if stored else "a folder",

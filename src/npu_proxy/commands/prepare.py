@@ -1,9 +1,11 @@
-"""Commands that examine the machine and prepare a model for it: doctor, certify, quantize, tune, convert, compile."""
+"""Commands that examine the machine and prepare a model for it: doctor, certify, quantize, tune, convert, compare, compile."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+import msgspec
 
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings, say, with_model
 from npu_proxy.errors import DeviceError, InputError, SettingsError
@@ -172,6 +174,35 @@ def convert(model: str = "", /, *, output: Path, trust_remote_code: bool = False
 
     spec, least = make(with_model(settings, model), output, trust=trust_remote_code, say=say)
     print(f"{output}: {spec.output_type} output, width {spec.width}, {spec.max_length} tokens; minimum cosine to torch {least:.7f}")
+
+
+def compare(
+    model: str = "", /, *, trust_remote_code: bool = False, json: bool = False, settings: SharedSettings = DEFAULTS
+) -> None:
+    """Compare a model with what its own library computes, over 60 texts that are easily computed wrongly.
+
+    The library must be installed beside npu-proxy: pip install sentence-transformers (or model2vec). Exit code 1 if any text
+    differs.
+
+    Parameters
+    ----------
+    model
+        Name, alias or folder. Default: the setting `model`.
+    trust_remote_code
+        Let the library run Python code from the model's folder.
+    json
+        Print one JSON object per text.
+    """
+    from npu_proxy.prepare.compare import agrees, compare_folder, summary
+
+    spec, found = compare_folder(with_model(settings, model), trust=trust_remote_code)
+    if json:
+        for one in found:
+            print(msgspec.json.encode(one).decode())
+    else:
+        print(summary(spec, found))
+    if not all(agrees(one, spec) for one in found):
+        raise SystemExit(1)
 
 
 def compile_model(model: str = "", /, *, platform: str = ANY_PLATFORM, settings: SharedSettings = DEFAULTS) -> None:

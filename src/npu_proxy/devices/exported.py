@@ -8,7 +8,7 @@ applied here. Families that graph/ does not build are served this way too; `npu-
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from npu_proxy.batch import Batch, BatchShape, Output, fill_pooling
+from npu_proxy.batch import Batch, BatchShape, Output, fill_pooling, token_positions
 from npu_proxy.devices.base import DeviceReport, GoldenBatch
 from npu_proxy.devices.certify import LEAST_COSINE, KnownOutputs
 from npu_proxy.devices.failure import BatchError, Failure, first_line
@@ -27,8 +27,8 @@ from npu_proxy.devices.threads import WAITING, DeviceThreads, Turn
 from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.graph import heads
 from npu_proxy.graph.nodes import op
-from npu_proxy.models.graph_files import OUTPUT_RANKS, first_position
-from npu_proxy.spec import DenseModule, ModelSpec
+from npu_proxy.models.graph_files import OUTPUT_RANKS
+from npu_proxy.spec import ModelSpec, Module
 from npu_proxy.targets import TARGETS
 from npu_proxy.types import OutputType, Pooling
 
@@ -78,8 +78,8 @@ class ExportedDevice:
         self._output = _find_output(self._runner, file.name, spec)
         self._head = _Head(spec)
         self._layout = spec.batch_layout
-        self._width = spec.dense[0].shape[1] if spec.dense else spec.width
-        self._first_position = first_position(spec.config)
+        self._width = spec.hidden_width
+        self._first_position = spec.config.get("first_position", 0)
         self._known = KnownOutputs(golden, LEAST_COSINE) if golden is not None else None
         self._turn = Turn(device)
         self._threads = DeviceThreads(WAITING, device)
@@ -99,7 +99,7 @@ class ExportedDevice:
         return self._threads.submit(self._infer, batch)
 
     def _infer(self, batch: Batch) -> Output:
-        inputs = _pad(batch, self._first_position)
+        inputs = _pad(batch, self._first_position, self._layout.unplaced)
         with self._turn:
             start = time.perf_counter()
             try:
@@ -154,13 +154,18 @@ def _find_output(runner: Runner, file: str, spec: ModelSpec) -> str:
     return (named or fitting)[0]
 
 
-def _pad(batch: Batch, first: int) -> PaddedInputs:
-    """All known inputs, [texts, longest] int64, one text per row. first: the position id of a text's first token."""
+def _pad(batch: Batch, first: int, unplaced: tuple[int, int] | None) -> PaddedInputs:
+    """All known inputs, [texts, longest] int64, one text per row. first: the position id of a text's first token.
+
+    unplaced: see BatchLayout; its position is the one before the first.
+    """
+    nowhere = None if unplaced is None else (unplaced[0], -1)
     counts = [encoding.tokens for encoding in batch.encodings]
     inputs = {name: np.zeros([len(counts), max(counts)], np.int64) for name in _INPUT_NAMES}
     inputs["position_ids"][:] = first + np.arange(max(counts))
     for row, (encoding, count) in enumerate(zip(batch.encodings, counts, strict=True)):
         inputs["input_ids"][row, :count] = encoding.ids
+        inputs["position_ids"][row, :count] = first + token_positions(encoding.ids, nowhere)
         inputs["attention_mask"][row, : count if encoding.attended < 0 else encoding.attended] = 1
         if encoding.type_ids is not None:
             inputs["token_type_ids"][row, :count] = encoding.type_ids
@@ -168,28 +173,34 @@ def _pad(batch: Batch, first: int) -> PaddedInputs:
 
 
 class _Head:
-    """What follows the exported graph: pooling, then the model's Dense modules."""
+    """What follows the exported graph: modules before and after pooling."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._scores = spec.output_type is OutputType.SCORES
         self._pooling = spec.pooling
-        self._dense = _compile_dense(spec.dense) if spec.dense else None
+        self._before, self._after = _compile(spec.token_modules), _compile(spec.modules)
 
     def text(self, output: Vectors, count: int, prompt_tokens: int) -> Vectors:
         """The vector [width] of one text; ``output`` is its row [tokens, width], or its scores."""
-        return output if self._scores else self.tokens(pool(self._pooling, output[:count], prompt_tokens)[None])[0]
+        if self._scores:
+            return output
+        return self._after(pool(self._pooling, self._before(output[:count]), prompt_tokens)[None])[0]
 
     def tokens(self, vectors: Vectors) -> Vectors:
-        """Apply the Dense modules to vectors [n, width]."""
-        return vectors if self._dense is None else np.array(self._dense(vectors)[0], np.float32)
+        """Apply the modules to token vectors [n, width]."""
+        return self._after(self._before(vectors))
 
 
-def _compile_dense(modules: Sequence[DenseModule]) -> ov.CompiledModel:
-    """The Dense modules as a separate graph, [n, in] -> [n, out], in float32."""
-    x: Any = op.parameter(ov.PartialShape([-1, modules[0].shape[1]]), np.float32)
+def _compile(modules: Sequence[Module]) -> Callable[[Vectors], Vectors]:
+    """The modules as a separate graph, [n, in] -> [n, out], in float32."""
+    if not modules:
+        return lambda vectors: vectors
+    x: Any = op.parameter(ov.PartialShape([-1, -1]), np.float32)
     model_class: Any = ov.Model
-    model = model_class([heads.apply_dense(x, modules)], [x])
-    return open_core(TARGETS["cpu"]).compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1})
+    model = model_class([heads.apply_modules(x, modules)], [x])
+    wanted = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    compiled = open_core(TARGETS["cpu"]).compile_model(model, "CPU", wanted)
+    return lambda vectors: np.array(compiled(vectors)[0], np.float32)
 
 
 def pool(pooling: Pooling, hidden: Vectors, prompt_tokens: int = 0) -> Vectors:
@@ -197,7 +208,7 @@ def pool(pooling: Pooling, hidden: Vectors, prompt_tokens: int = 0) -> Vectors:
     count, pooled = len(hidden), hidden[prompt_tokens:]
     match pooling:
         case Pooling.CLS | Pooling.LAST_TOKEN:
-            return hidden[0 if pooling is Pooling.CLS else -1]
+            return hidden[prompt_tokens if pooling is Pooling.CLS else -1]
         case Pooling.MAX:
             return pooled.max(axis=0)
         case Pooling.SPLADE:

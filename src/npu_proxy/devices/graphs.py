@@ -7,7 +7,7 @@ import openvino as ov
 from npu_proxy.batch import GraphShape, GraphStyle
 from npu_proxy.devices.openvino import open_core
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.build import build, family
+from npu_proxy.graph.build import build, tensor_name
 from npu_proxy.models.weights import KeptTensors
 from npu_proxy.spec import ModelSpec
 from npu_proxy.targets import TARGETS
@@ -19,7 +19,7 @@ class Graphs:
     def __init__(self, spec: ModelSpec) -> None:
         """Find the weights without reading them. Raises ModelError."""
         self._spec = spec
-        self._weights = None if spec.graph else KeptTensors(spec.weight_files, family(spec.family, spec.config).canonical_name)
+        self._weights = None if spec.graph else KeptTensors(spec.weight_files, tensor_name(spec.family))
 
     def __call__(self, shape: GraphShape, style: GraphStyle) -> ov.Model:
         """The graph for batches of a shape. An int8 graph keeps the style it was created with. Raises ModelError."""

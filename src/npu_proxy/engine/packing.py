@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npu_proxy.batch import UNATTENDED, Batch, BatchLayout, BatchShape, Canary, Encoding, Slot, fill_pooling
+from npu_proxy.batch import UNATTENDED, Batch, BatchLayout, BatchShape, Canary, Encoding, Slot, fill_pooling, token_positions
 from npu_proxy.devices.canary import LARGEST_LOSS, place_canaries
 from npu_proxy.types import OutputType
 
@@ -147,7 +147,7 @@ def pack(
             count = encoding.tokens
             span = slice(start, start + count)
             ids[bin, span] = encoding.ids
-            positions[bin, span] = np.arange(count)
+            positions[bin, span] = token_positions(encoding.ids, layout.unplaced)
             segments[bin, span] = segment
             if encoding.attended >= 0:
                 segments[bin, start + encoding.attended : start + count] += UNATTENDED

@@ -9,8 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from npu_proxy.batch import Encoding
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import InputError, ModelError
 from npu_proxy.spec import ModelSpec
+from npu_proxy.types import OutputType
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,38 @@ class PairSpecialTokens:
         return Encoding(ids, truncated, type_ids=np.array(types, np.int32))
 
 
+class UnusableTokens:
+    """Tokens that may occur in a text, and for which a model has nothing to compute.
+
+    Those beyond its table of vectors, which transformers refuses with an index error; and, for sparse models that give padding no
+    position, padding written in a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, spec: ModelSpec) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = spec.vocabulary
+        self._may_be_outside = tokenizer.get_vocab_size(with_added_tokens=True) > spec.vocabulary
+        unplaced = spec.batch_layout.unplaced
+        self._padding = unplaced[0] if unplaced is not None and spec.output_type is OutputType.SPARSE else None
+
+    def find(self, ids: Sequence[int]) -> InputError | None:
+        """An error that names the first such token among ``ids``."""
+        found = next((number for number in ids if number >= self._vocabulary), None) if self._may_be_outside else None
+        if found is None and self._padding is not None and self._padding in ids:
+            found = self._padding
+        if found is None:
+            return None
+        token = self._tokenizer.id_to_token(found)
+        return InputError(f"the text contains the token `{token}`, for which the model has no vector; remove it", param="input")
+
+
 def find_special_tokens(tokenizer: Tokenizer, spec: ModelSpec) -> SpecialTokens:
     """Find the special tokens around every text, by encoding a text with and without them. Raises ModelError."""
     sample, plain = _sample(tokenizer, spec)
     ids = tokenizer.encode(sample).ids
     start = _find(ids, plain, 0, spec)
+    if max(ids, default=0) >= spec.vocabulary:
+        raise ModelError(f"{spec.name}: the tokenizer's special tokens {ids} have no vectors; config.json says {spec.vocabulary}")
     return SpecialTokens(ids[:start], ids[start + len(plain) :])
 
 

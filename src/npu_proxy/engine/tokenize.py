@@ -19,6 +19,7 @@ from npu_proxy.engine.chunking import ChunkedText, TokenizedText, complete_chunk
 from npu_proxy.engine.encode_options import EncodeOptions, find_prompt
 from npu_proxy.engine.special_tokens import (
     SpecialTokens,
+    UnusableTokens,
     find_pair_special_tokens,
     find_special_tokens,
     longest_first,
@@ -100,8 +101,9 @@ class RequestTokenizer:
         self._spec = spec
         self._sanitize: Sanitize = sanitize
         self._on_empty: OnEmpty = on_empty
-        self._tokenizer, growth = open_tokenizer(spec.tokenizer_file)
+        self._tokenizer, growth = open_tokenizer(spec.tokenizer)
         self._max_characters = int(_MAX_CHARACTERS / growth)
+        self._unusable = UnusableTokens(self._tokenizer, spec)
         self._special = find_special_tokens(self._tokenizer, spec) if spec.special_tokens else SpecialTokens([], [])
         if spec.max_length <= len(self._special):
             raise ModelError(f"{spec.name}: a limit of {spec.max_length} tokens leaves no room for text (`max_length`)")
@@ -116,8 +118,7 @@ class RequestTokenizer:
         """Ids of the special tokens and the unknown token, which do not represent a word."""
         # Decoders are scored at the last token that is not padding; padding that their tokenizer puts at the end is removed.
         scored_at_end = spec.output_type is OutputType.SCORES and spec.pooling is Pooling.LAST_TOKEN
-        padding = spec.config.get("pad_token_id") if scored_at_end else None
-        self._padding_id = padding if isinstance(padding, int) else None
+        self._padding_id = spec.padding_id if scored_at_end else None
         self._first: tuple[tuple[str, EncodeOptions], _FirstText | NpuProxyError] | None = None
         # BertPreTokenizer splits texts into words that are tokenized independently, so a cut changes only one word.
         self._splits_words = type(self._tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer"
@@ -140,19 +141,19 @@ class RequestTokenizer:
         if request.truncate is Truncate.CHUNK:
             chunking = complete_chunking(chunking, spec, limit, self.special_tokens)
             limit = limit if chunking.late else min(limit, chunking.size or limit)
+        cut = Truncate.START if request.truncate is Truncate.END and spec.tokenizer.cuts_start else request.truncate
         return EncodeOptions(
             prompt=prompt,
             unpooled_prompt=0 if spec.include_prompt or not prompt else self._count_prompt(prompt),
             document=document,
-            truncate=request.truncate,
+            truncate=cut,
             limit=limit,
             chunking=chunking,
         )
 
     def _count_prompt(self, prompt: str) -> int:
         """Number of leading tokens in a prompt, including special tokens before it, as counted by sentence-transformers."""
-        text = prompt.lower() if self._spec.lower_case else prompt
-        ids = self._tokenizer.encode(text, add_special_tokens=self._spec.special_tokens).ids
+        ids = self._tokenizer.encode(prompt, add_special_tokens=self._spec.special_tokens).ids
         after = self._special.after
         return len(ids) - bool(after and ids[-1] == after[-1])
 
@@ -181,6 +182,8 @@ class RequestTokenizer:
 
     def _bounded(self, text: str, truncate: Truncate) -> str:
         """The part of an endless text that shows that it is too long, and that can be tokenized if its words are split."""
+        if self._spec.most_characters is not None and truncate is not Truncate.ERROR:
+            text = text[: self._spec.most_characters]
         most = self._max_characters + 1
         return text if len(text) <= most else text[-most:] if truncate is Truncate.START else text[:most]
 
@@ -206,9 +209,7 @@ class RequestTokenizer:
             if self._on_empty == "error":
                 return empty_text_error(text)
             text = PLACEHOLDER
-        text = prompt + text
-        # Added by sentence-transformers if the model's files ask for it, in addition to the tokenizer's normalizer.
-        return text.lower() if self._spec.lower_case else text
+        return prompt + text
 
     def _is_empty(self, text: str) -> bool:
         """Whether a text has no tokens but special ones. A letter or digit always gives one, so few texts are tokenized twice."""
@@ -256,6 +257,8 @@ class RequestTokenizer:
                     ids = self._tokens(part, special=self._spec.special_tokens).ids
             if len(part) > self._max_characters:  # the tokenizer does not split at words
                 ids = self._too_many_characters()
+            elif isinstance(ids, list) and (error := self._unusable.find(ids)) is not None:
+                ids = error
             elif truncate is Truncate.ERROR and len(part) < len(text) and isinstance(ids, list):
                 ids = TooLongError(limit=limit, tokens=len(ids), more=True)
             results[index] = ids
@@ -273,14 +276,22 @@ class RequestTokenizer:
         if not ids:  # the tokenizer has no special tokens, and the text is only spaces
             return EmptyInputError("the model's tokenizer produces no tokens for the text", param="input")
         if len(ids) <= limit:
-            return self._encoding(ids, options, truncated=False)
+            return self._known(ids) or self._encoding(ids, options, truncated=False)
         if options.truncate is Truncate.ERROR:
             return TooLongError(limit=limit, tokens=len(ids))
         inner, keep = self._special.strip(ids), limit - len(self._special)
         if keep < 1:
             return NothingLeftError(f"a limit of {limit} tokens leaves no room for text", param="max_tokens")
         inner = inner[:keep] if options.truncate is Truncate.END else inner[len(inner) - keep :]
+        if (error := self._known(inner)) is not None:
+            return error
         return self._encoding(self._special.add(inner), options, truncated=True)
+
+    def _known(self, ids: list[int]) -> EmptyInputError | None:
+        """An error if every token would be left out, as model2vec leaves out the unknown token."""
+        if self._spec.dropped_ids and self._spec.dropped_ids.issuperset(ids):
+            return EmptyInputError("the model knows none of the words of the text", param="input")
+        return None
 
     def _first_text(self, text: str, options: EncodeOptions) -> _FirstText | NpuProxyError:
         """The first text of a pair, with the prompt; that of the previous pair is usually the same, and is not tokenized again."""
@@ -319,7 +330,9 @@ class RequestTokenizer:
 
     def _encoding(self, ids: list[int], options: EncodeOptions, *, truncated: bool) -> Encoding:
         """Make an encoding of ids, with a query's expansion and the number of prompt tokens that are not pooled."""
-        config, attended = self._spec.late_interaction, -1
+        config, attended, dropped = self._spec.late_interaction, -1, self._spec.dropped_ids
+        if dropped:
+            ids = [number for number in ids if number not in dropped]
         if config is not None and not options.document and len(ids) < config.expanded_length:
             attended = -1 if config.attend_to_expansion else len(ids)
             ids = [*ids, *[config.mask_id] * (config.expanded_length - len(ids))]
@@ -383,6 +396,8 @@ class RequestTokenizer:
         if len(text) > most:
             return InputError(f"a text to be chunked may have up to {most:,} characters; split it", param="input")
         encoding = self._tokens(text, special=False)
+        if (error := self._unusable.find(encoding.ids)) is not None:
+            return error
         lead_characters = len(options.prompt) if prompted else 0
         return TokenizedText(
             ids=encoding.ids,

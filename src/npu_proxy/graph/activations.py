@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from npu_proxy.batch import GraphStyle
-from npu_proxy.errors import ModelError
 from npu_proxy.graph.nodes import Node, constant, op
 
 # erf(z) = z P(z^2) / Q(z^2) for |z| <= 4, within 2e-7; beyond that it is 1 in float32; coefficients as in Eigen (MPL 2.0) and XLA.
@@ -53,7 +51,17 @@ ACTIVATIONS: Mapping[str, Callable[[Node, GraphStyle], Node]] = {
     "gelu": gelu,
     "gelu_new": lambda x, _: op.gelu(x, "tanh"),
     "gelu_pytorch_tanh": lambda x, _: op.gelu(x, "tanh"),
+    "gelu_fast": lambda x, _: op.gelu(x, "tanh"),
+    "gelu_accurate": lambda x, _: op.gelu(x, "tanh"),
+    "gelu_python_tanh": lambda x, _: op.gelu(x, "tanh"),
+    "gelu_python": gelu,
+    "quick_gelu": lambda x, _: op.multiply(x, op.sigmoid(op.multiply(x, constant(np.float32(1.702))))),
+    "mish": lambda x, _: op.mish(x),
     "relu": lambda x, _: op.relu(x),
+    "relu6": lambda x, _: op.clamp(x, 0.0, 6.0),
+    "relu2": lambda x, _: op.multiply(op.relu(x), op.relu(x)),
+    "sigmoid": lambda x, _: op.sigmoid(x),
+    "linear": lambda x, _: x,
     "silu": lambda x, _: op.swish(x),
     "swish": lambda x, _: op.swish(x),
     "tanh": lambda x, _: op.tanh(x),
@@ -66,12 +74,7 @@ TORCH_ACTIVATIONS: Mapping[str, Callable[[Node], Node]] = {
     "torch.nn.modules.activation.Sigmoid": lambda x: op.sigmoid(x),
     "torch.nn.modules.activation.GELU": lambda x: op.gelu(x, "erf"),
     "torch.nn.modules.activation.SiLU": lambda x: op.swish(x),
+    "torch.nn.modules.activation.Mish": lambda x: op.mish(x),
+    "torch.nn.modules.activation.Softplus": lambda x: op.softplus(x),
 }
 """Activations of Dense modules by the names that sentence-transformers stores."""
-
-
-def check_activation(config: Mapping[str, Any], key: str, default: str = "gelu") -> None:
-    """Raise ModelError if the activation in ``config[key]`` is not supported."""
-    activation = config.get(key, default)
-    if activation not in ACTIVATIONS:
-        raise ModelError(f"config.json: {key} `{activation}` is not supported; known: {', '.join(ACTIVATIONS)}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from npu_proxy.errors import ModelError
-from npu_proxy.graph.activations import check_activation
+import numpy as np
+
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
+from npu_proxy.graph.keys import Keys, activation, count, flag, only, real, size
 from npu_proxy.graph.layers import Heads
 from npu_proxy.graph.nodes import Config, Node, constant, integers, op
 from npu_proxy.types import Pooling
@@ -20,26 +21,27 @@ from npu_proxy.types import Pooling
 MODEL_TYPES: tuple[str, ...] = ("bert",)
 """Values of ``model_type`` in config.json that this file builds."""
 
-
-def normalize_config(config: Config) -> Config:
-    """config.json with the keys that this file reads."""
-    return config
+KEYS: Keys = {
+    "vocab_size": size("vocab_size"),
+    "hidden_size": size("hidden_size"),
+    "num_hidden_layers": size("num_hidden_layers"),
+    "num_attention_heads": size("num_attention_heads"),
+    "intermediate_size": size("intermediate_size"),
+    "max_position_embeddings": size("max_position_embeddings"),
+    "type_vocab_size": count("type_vocab_size", default=2),
+    "hidden_act": activation("hidden_act"),
+    "layer_norm_eps": real("layer_norm_eps", default=1e-12),
+    "position_embedding_type": only("position_embedding_type", "absolute"),
+    "is_decoder": only("is_decoder", False),
+    "is_causal": only("is_causal", False),
+    "add_cross_attention": only("add_cross_attention", False),
+    "tie_word_embeddings": flag("tie_word_embeddings", default=True),
+}
 
 
 def canonical_name(name: str) -> str:
-    """The name that this file uses for a checkpoint's tensor: without model prefix and TensorFlow spelling."""
-    name = name.removeprefix("bert.")
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def check_config(config: Config) -> None:
-    """Raise ModelError for a config that this file would compute wrongly."""
-    position = config.get("position_embedding_type") or "absolute"
-    if position != "absolute":
-        raise ModelError(f"config.json: position_embedding_type `{position}` is not supported for BERT, only `absolute`")
-    check_activation(config, "hidden_act")
-    if config.get("is_decoder"):
-        raise ModelError("config.json: is_decoder is true; this graph is a bidirectional encoder")
+    """The name that this file uses for a checkpoint's tensor: without model prefix."""
+    return name.removeprefix("bert.")
 
 
 def encode(graph: GraphContext, *, first_position: int = 0, bias: Callable[[LayerTokens], Node] | None = None) -> Node:
@@ -74,35 +76,33 @@ def classifier_pooling(config: Config) -> Pooling:
 def vocabulary_logits(graph: GraphContext, hidden: Node) -> Node:
     """Logits [tokens, vocabulary] of the masked language model. The word embeddings are its last layer unless one is stored."""
     head = graph.scope("cls.predictions.transform")
-    x = graph.activation(graph.config.get("hidden_act", "gelu"), head.linear("dense", hidden))
-    x = head.layer_norm("LayerNorm", x, epsilon(graph.config))
+    x = graph.activation(graph.config["hidden_act"], head.linear("dense", hidden))
+    x = head.layer_norm("LayerNorm", x, graph.config["layer_norm_eps"])
     own_bias = "cls.predictions.decoder.bias"
     bias = graph.weight(own_bias if graph.has(own_bias) else "cls.predictions.bias")
     return graph.tied_linear(x, "cls.predictions.decoder.weight", "embeddings.word_embeddings.weight", bias)
 
 
-def epsilon(config: Config) -> float:
-    """The epsilon of layer normalization."""
-    return config.get("layer_norm_eps", 1e-12)
-
-
 def _embed(graph: GraphContext, first_position: int) -> Node:
     embeddings, inputs = graph.scope("embeddings"), graph.inputs
-    words = embeddings.embedding("word_embeddings", inputs.ids)
-    table = embeddings.weight("position_embeddings.weight")[first_position:]
-    types = embeddings.weight("token_type_embeddings.weight") if embeddings.has("token_type_embeddings.weight") else None
+    config = graph.config
+    words = embeddings.embedding("word_embeddings", inputs.ids, config["vocab_size"])
+    table = embeddings.table("position_embeddings", first_position + config["max_position_embeddings"])
+    if first_position:  # the row of padding comes last, as in ModelSpec.batch_layout
+        table = np.concatenate([table[first_position:], table[first_position - 1 : first_position]])
+    types = embeddings.table("token_type_embeddings", config["type_vocab_size"]) if config["type_vocab_size"] else None
     if types is not None and inputs.type_ids is None:
         table = table + types[0]  # all tokens of single texts have type 0, so its vector is added to the table once
     x = op.add(words, op.gather(constant(table), inputs.positions, integers(0)))
     if types is not None and inputs.type_ids is not None:
         x = op.add(x, op.gather(constant(types), inputs.type_ids, integers(0)))
-    return embeddings.layer_norm("LayerNorm", x, epsilon(graph.config))
+    return embeddings.layer_norm("LayerNorm", x, config["layer_norm_eps"])
 
 
 def _layer(layer: GraphContext, x: Node, tokens: LayerTokens, mask: Node) -> Node:
     """One encoder layer over ``x`` [tokens, width], computed for ``tokens``."""
     width, count = layer.config["hidden_size"], layer.config["num_attention_heads"]
-    fused = layer.fused([f"attention.self.{part}" for part in ("query", "key", "value")])
+    fused = layer.fused([f"attention.self.{part}" for part in ("query", "key", "value")], [width] * 3)
     attended = layer.attend(x, tokens, fused, Heads.of(count, width // count), mask)
     return finish_layer(layer, attended, layer.residual(x, tokens, width))
 
@@ -110,7 +110,7 @@ def _layer(layer: GraphContext, x: Node, tokens: LayerTokens, mask: Node) -> Nod
 def finish_layer(layer: GraphContext, attended: Node, before: Node) -> Node:
     """The layer after attention: output, feed-forward, and the norm after each. before: the layer's input, [tokens, width]."""
     mixed = layer.linear("attention.output.dense", attended)
-    x = layer.layer_norm("attention.output.LayerNorm", op.add(mixed, before), epsilon(layer.config))
-    inner = layer.activation(layer.config.get("hidden_act", "gelu"), layer.linear("intermediate.dense", x))
+    x = layer.layer_norm("attention.output.LayerNorm", op.add(mixed, before), layer.config["layer_norm_eps"])
+    inner = layer.activation(layer.config["hidden_act"], layer.linear("intermediate.dense", x, layer.config["intermediate_size"]))
     outer = op.add(layer.linear("output.dense", inner), x)
-    return layer.layer_norm("output.LayerNorm", outer, epsilon(layer.config))
+    return layer.layer_norm("output.LayerNorm", outer, layer.config["layer_norm_eps"])

@@ -24,8 +24,10 @@ from npu_proxy.graph import (
 )
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import BatchInputs, batch_inputs
+from npu_proxy.graph.keys import Keys
 from npu_proxy.graph.nodes import Config, Node, Weights, op, to_flat, to_grid
-from npu_proxy.spec import ModelSpec
+from npu_proxy.graph.unread_tensors import ReadWeights
+from npu_proxy.spec import DenseModule, ModelSpec
 from npu_proxy.types import OutputType, Pooling
 
 if TYPE_CHECKING:
@@ -35,19 +37,19 @@ if TYPE_CHECKING:
 class Family(Protocol):
     """What the file of a model family provides.
 
-    MODEL_TYPES: values of ``model_type`` in config.json that it builds. canonical_name: its name for a checkpoint's tensor.
-    normalize_config: config.json with the keys that it reads. check_config: raises ModelError for a config that it would compute
-    wrongly. encode: token vectors [tokens, width]; only those of ``inputs.last_tokens`` if pooling reads one token per text.
-    classifier_pooling: the pooling whose output ``label_logits`` reads. label_logits: logits [n, labels] of pooled vectors.
-    vocabulary_logits: logits [tokens, vocabulary] of the masked language model.
+    MODEL_TYPES: values of ``model_type`` in config.json that it builds. KEYS: what it reads of config.json. canonical_name: its
+    name for a checkpoint's tensor. encode: token vectors [tokens, width]; only those of ``inputs.last_tokens`` if pooling reads
+    one token per text. classifier_pooling: the pooling whose output ``label_logits`` reads. label_logits: logits [n, labels] of
+    pooled vectors. vocabulary_logits: logits [tokens, vocabulary] of the masked language model.
     """
 
     @property
     def MODEL_TYPES(self) -> tuple[str, ...]: ...  # noqa: N802
 
+    @property
+    def KEYS(self) -> Keys: ...  # noqa: N802
+
     canonical_name: Callable[[str], str]
-    normalize_config: Callable[[Config], Config]
-    check_config: Callable[[Config], None]
     classifier_pooling: Callable[[Config], Pooling]
 
     @property
@@ -61,21 +63,26 @@ _MODULES: tuple[Family, ...] = (bert, roberta, mpnet, distilbert, modernbert, no
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
 """Model families by ``model_type`` of config.json."""
 
+_STANFORD = ("linear.weight",)
+"""The projection of Stanford's ColBERT, which is among the weights of the transformer, and in ``ModelSpec.modules``."""
 OUTPUT = "embeddings"
 """The name of the graph's output."""
 
 
-def family(model_type: str, config: Config) -> Family:
-    """The family of a model. Raises ModelError if there is none, or if it cannot compute this config exactly."""
+def family(model_type: str) -> Family:
+    """The family of a model. Raises ModelError if there is none."""
     if model_type not in FAMILIES:
         raise ModelError(
             f"config.json: model_type `{model_type}` is not supported; known: {', '.join(sorted(FAMILIES))}. `npu-proxy"
             " convert` makes a graph file of it, which can be served with `device` ir"
         )
-    selected = FAMILIES[model_type]
-    with model_errors("config.json"):
-        selected.check_config(config)
-    return selected
+    return FAMILIES[model_type]
+
+
+def tensor_name(model_type: str) -> Callable[[str], str]:
+    """A function from a checkpoint's name of a tensor to the family's; TensorFlow's spelling is old in all families."""
+    canonical = family(model_type).canonical_name
+    return lambda name: canonical(name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"))
 
 
 def build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphStyle) -> ov.Model:
@@ -90,23 +97,28 @@ def build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphStyl
 
 
 def _build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphStyle) -> ov.Model:
-    model_family = family(spec.family, spec.config)
-    config = {**model_family.normalize_config(spec.config), "max_length": spec.max_length}
+    model_family = family(spec.family)
+    config = {**spec.config, "max_length": spec.max_length}
     inputs = batch_inputs(shape, spec.batch_layout)
-    graph = GraphContext(config=config, weights=weights, inputs=inputs, style=style)
-    hidden = model_family.encode(graph)
+    read = ReadWeights(weights)
+    graph = GraphContext(config=config, weights=read, inputs=inputs, style=style)
+    hidden = heads.apply_modules(model_family.encode(graph), spec.token_modules)
     width = hidden.get_output_partial_shape(0)[1].get_length()
     match spec.output_type:
         case OutputType.DENSE | OutputType.TOKENS:
-            output = heads.apply_dense(heads.pool(hidden, inputs, width), spec.dense)
+            output = heads.apply_modules(heads.pool(hidden, inputs, width), spec.modules)
         case OutputType.SPARSE:
             output = heads.splade(model_family.vocabulary_logits(graph, hidden), inputs, spec.width, spec.max_length)
         case OutputType.SCORES:
             pooled = to_flat(heads.pool(hidden, inputs, width), -1, width)
-            output = to_grid(model_family.label_logits(graph, pooled), _pooled_grid(inputs), spec.width)
+            logits = heads.apply_modules(pooled, spec.modules) if spec.modules else model_family.label_logits(graph, pooled)
+            if (labels := logits.get_output_partial_shape(0)[1].get_length()) != spec.width:
+                raise ModelError(f"{spec.name}: config.json names {spec.width} labels, but the classifier gives {labels}")
+            output = to_grid(logits, _pooled_grid(inputs), spec.width)
         case OutputType.MULTI:
-            lexical, late = spec.dense
+            lexical, late = (module for module in spec.modules if isinstance(module, DenseModule))
             output = heads.multi_output(hidden, inputs, lexical, late, spec.width)
+    read.refuse_unread([*spec.accept_unread, *(_STANFORD if spec.late_interaction else ())])
     result = op.result(output)
     result.output(0).set_names({OUTPUT})
     model_class: Any = import_module("openvino").Model  # the type annotations of the bindings contradict each other

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.batch import GraphStyle
+from npu_proxy.errors import ModelError
 from npu_proxy.graph.activations import ACTIVATIONS
 from npu_proxy.graph.inputs import BatchInputs, LayerTokens
 from npu_proxy.graph.layers import Attention, FusedLinear, Heads, Transform, layer_norm, linear
@@ -42,13 +43,25 @@ class GraphContext:
         """Whether there is a tensor of that name."""
         return self.prefix + name in self.weights
 
-    def embedding(self, name: str, ids: Node) -> Node:
-        """Rows of an embedding table: ids [n] -> [n, width]."""
-        return op.gather(constant(self.weight(f"{name}.weight")), ids, integers(0))
+    def table(self, name: str, rows: int) -> npt.NDArray[Any]:
+        """An embedding table [rows, width]. Raises ModelError if it has another number of rows than the configuration says."""
+        return self._rows(f"{name}.weight", rows)
 
-    def linear(self, name: str, x: Node, *, bias: bool = True) -> Node:
-        """The linear layer of that name."""
-        return linear(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if bias else None)
+    def vector(self, name: str, count: int) -> npt.NDArray[Any]:
+        """The tensor of that name, which has one dimension of ``count``. Raises ModelError."""
+        found = self.weight(name)
+        if found.shape != (count,):
+            raise ModelError(f"tensor `{self.prefix}{name}` has the shape {list(found.shape)}, not [{count}]")
+        return found
+
+    def embedding(self, name: str, ids: Node, rows: int) -> Node:
+        """Rows of an embedding table [rows, width]: ids [n] -> [n, width]."""
+        return op.gather(constant(self.table(name, rows)), ids, integers(0))
+
+    def linear(self, name: str, x: Node, size: int | None = None, *, bias: bool = True) -> Node:
+        """The linear layer of that name. size: numbers per output, if they do not follow from what comes after it."""
+        weight = self.weight(f"{name}.weight") if size is None else self._rows(f"{name}.weight", size)
+        return linear(x, weight, self.weight(f"{name}.bias") if bias else None)
 
     def layer_norm(self, name: str, x: Node, epsilon: float, *, bias: bool = True) -> Node:
         """The layer normalization of that name."""
@@ -60,18 +73,26 @@ class GraphContext:
 
     def tied_linear(self, x: Node, stored: str, tied: str, bias: npt.NDArray[Any] | None) -> Node:
         """The linear layer of a vocabulary head, with the weight ``stored`` if there is one, else the word embeddings ``tied``."""
-        return linear(x, self.weight(stored if self.has(stored) else tied), bias)
+        if not self.has(stored) and not self.config["tie_word_embeddings"]:
+            raise ModelError(f"the weights have no tensor `{stored}`, and config.json says that it is not `{tied}`")
+        return linear(x, self._rows(stored if self.has(stored) else tied, self.config["vocab_size"]), bias)
 
-    def fused(self, names: Sequence[str], *, bias: bool = True) -> FusedLinear:
-        """The linear layers of those names, which have the same input, fused into one."""
-        weights = [self.weight(f"{name}.weight") for name in names]
+    def fused(self, names: Sequence[str], sizes: Sequence[int], *, bias: bool = True) -> FusedLinear:
+        """The linear layers of those names, which have the same input, fused into one. sizes: numbers per output of each."""
+        weights = [self._rows(f"{name}.weight", size) for name, size in zip(names, sizes, strict=True)]
         biases = np.concatenate([self.weight(f"{name}.bias") for name in names]) if bias else None
-        return FusedLinear(weight=np.concatenate(weights), bias=biases, sizes=[len(weight) for weight in weights])
+        return FusedLinear(weight=np.concatenate(weights), bias=biases, sizes=sizes)
 
-    def stored_fused(self, name: str, count: int, *, bias: bool = True) -> FusedLinear:
-        """``count`` linear layers of equal size that the checkpoint stores as one; their weights are not copied."""
-        weight = self.weight(f"{name}.weight")
-        return FusedLinear(weight=weight, bias=self.weight(f"{name}.bias") if bias else None, sizes=[len(weight) // count] * count)
+    def stored_fused(self, name: str, count: int, size: int, *, bias: bool = True) -> FusedLinear:
+        """``count`` linear layers of equal ``size`` that the checkpoint stores as one; their weights are not copied."""
+        weight = self._rows(f"{name}.weight", count * size)
+        return FusedLinear(weight=weight, bias=self.weight(f"{name}.bias") if bias else None, sizes=[size] * count)
+
+    def _rows(self, name: str, rows: int) -> npt.NDArray[Any]:
+        weight = self.weight(name)
+        if weight.ndim != 2 or len(weight) != rows:
+            raise ModelError(f"tensor `{self.prefix}{name}` has the shape {list(weight.shape)}; config.json says {rows} rows")
+        return weight
 
     def attend(self, x: Node, tokens: LayerTokens, fused: FusedLinear, heads: Heads, mask: Node, *transforms: Transform) -> Node:
         """Self-attention of ``x`` [tokens, width], computed for ``tokens``; see layers.Attention."""

@@ -5,53 +5,83 @@ Source: He et al. 2021; transformers' ``deberta_v2`` for tensor names and positi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.errors import ModelError
-from npu_proxy.graph.activations import check_activation
-from npu_proxy.graph.bert import classifier_pooling, epsilon, finish_layer, vocabulary_logits
+from npu_proxy.graph.bert import classifier_pooling, finish_layer, vocabulary_logits
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import BatchInputs, LayerTokens, attention_mask
-from npu_proxy.graph.layers import Heads, attend, linear, merge_heads, project
+from npu_proxy.graph.keys import REQUIRED, Keys, Stored, activation, count, flag, one_of, only, real, refuse, size
+from npu_proxy.graph.layers import Heads, attend, merge_heads, project
 from npu_proxy.graph.nodes import Config, Node, constant, integers, op
 
 __all__ = [
+    "KEYS",
     "MODEL_TYPES",
     "canonical_name",
-    "check_config",
     "classifier_pooling",
     "encode",
     "label_logits",
-    "normalize_config",
     "vocabulary_logits",
 ]
 
 MODEL_TYPES = ("deberta-v2",)
 
 
-def normalize_config(config: Config) -> Config:
-    """config.json with the default epsilon filled in."""
-    return {"layer_norm_eps": 1e-7, **config}
+def _attention_kinds(stored: Stored) -> Sequence[str]:
+    """The kinds of attention in use: content to position (c2p), position to content (p2c)."""
+    value = stored.get("pos_att_type") or []
+    listed = value.lower().split("|") if isinstance(value, str) else value
+    if not isinstance(listed, list) or not set(listed) <= {"c2p", "p2c"}:
+        raise refuse("pos_att_type", value, "only c2p and p2c")
+    return [kind for kind in ("c2p", "p2c") if kind in listed]
+
+
+def _farthest(stored: Stored) -> int:
+    """The maximum distance of relative positions."""
+    value = stored.get("max_relative_positions", -1)
+    return int(size("max_position_embeddings" if value in (-1, 0) else "max_relative_positions")(stored))
+
+
+def _buckets(stored: Stored) -> int:
+    """The number of buckets of distances per side; 0: one for each distance."""
+    return 0 if stored.get("position_buckets", -1) == -1 else int(count("position_buckets")(stored))
+
+
+KEYS: Keys = {
+    "vocab_size": size("vocab_size"),
+    "hidden_size": size("hidden_size"),
+    "num_hidden_layers": size("num_hidden_layers"),
+    "num_attention_heads": size("num_attention_heads"),
+    "intermediate_size": size("intermediate_size"),
+    "max_position_embeddings": size("max_position_embeddings"),
+    "type_vocab_size": count("type_vocab_size", default=0),
+    "hidden_act": activation("hidden_act"),
+    "pooler_hidden_act": activation("pooler_hidden_act"),
+    "layer_norm_eps": real("layer_norm_eps", default=1e-7),
+    "embedding_size": size("embedding_size", default=None),
+    "attention_head_size": size("attention_head_size", default=None),
+    "relative_attention": one_of("relative_attention", values=(True,), default=REQUIRED),
+    "tie_word_embeddings": flag("tie_word_embeddings", default=True),
+    "buckets": _buckets,
+    "farthest": _farthest,
+    "attention_kinds": _attention_kinds,
+    "position_biased_input": flag("position_biased_input", default=True),
+    "share_att_key": flag("share_att_key", default=False),
+    "norm_rel_ebd": one_of("norm_rel_ebd", values=("none", "layer_norm"), default="none"),
+    "conv_kernel_size": only("conv_kernel_size", 0),
+    "legacy": only("legacy", True),
+}
 
 
 def canonical_name(name: str) -> str:
-    """The name without model prefix and TensorFlow spelling; BERT's names for the masked language model's head."""
-    name = name.removeprefix("deberta.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    """The name without model prefix; BERT's names for the masked language model's head."""
+    name = name.removeprefix("deberta.")
     name = name.replace("lm_predictions.lm_head.bias", "cls.predictions.bias")
     return name.replace("lm_predictions.lm_head.", "cls.predictions.transform.")
-
-
-def check_config(config: Config) -> None:
-    """Raise ModelError for a config that this file would compute wrongly."""
-    check_activation(config, "hidden_act")
-    check_activation(config, "pooler_hidden_act")
-    if config.get("conv_kernel_size", 0):
-        raise ModelError("config.json: conv_kernel_size is set; DeBERTa with a convolution is not supported")
-    if not config.get("relative_attention"):
-        raise ModelError("config.json: relative_attention is off; this graph needs relative positions")
 
 
 def encode(graph: GraphContext) -> Node:
@@ -70,8 +100,7 @@ def encode(graph: GraphContext) -> Node:
 
 def label_logits(graph: GraphContext, pooled: Node) -> Node:
     """Logits [n, labels]."""
-    activation = graph.config.get("pooler_hidden_act", "gelu")
-    return graph.linear("classifier", graph.activation(activation, graph.linear("pooler.dense", pooled)))
+    return graph.linear("classifier", graph.activation(graph.config["pooler_hidden_act"], graph.linear("pooler.dense", pooled)))
 
 
 @dataclass(frozen=True)
@@ -88,38 +117,31 @@ class _RelativePositions:
 
 def _embed(graph: GraphContext) -> Node:
     config, inputs, embeddings = graph.config, graph.inputs, graph.scope("embeddings")
-    x = embeddings.embedding("word_embeddings", inputs.ids)
-    if config.get("position_biased_input", True):
-        x = op.add(x, embeddings.embedding("position_embeddings", inputs.positions))
-    if config.get("type_vocab_size", 0):
-        types = embeddings.weight("token_type_embeddings.weight")
+    x = embeddings.embedding("word_embeddings", inputs.ids, config["vocab_size"])
+    if config["position_biased_input"]:
+        x = op.add(x, embeddings.embedding("position_embeddings", inputs.positions, config["max_position_embeddings"]))
+    if config["type_vocab_size"]:
+        types = embeddings.table("token_type_embeddings", config["type_vocab_size"])
         x = op.add(x, constant(types[0]) if inputs.type_ids is None else op.gather(constant(types), inputs.type_ids, integers(0)))
-    if config.get("embedding_size", config["hidden_size"]) != config["hidden_size"]:
-        x = linear(x, embeddings.weight("embed_proj.weight"))
-    return embeddings.layer_norm("LayerNorm", x, epsilon(config))
-
-
-def _span(config: Config) -> tuple[int, int]:
-    """The number of buckets per side (0: one per distance), and the maximum distance."""
-    farthest = config.get("max_relative_positions", -1)
-    return max(0, config.get("position_buckets", -1)), farthest if farthest > 0 else config["max_position_embeddings"]
+    if (config["embedding_size"] or config["hidden_size"]) != config["hidden_size"]:
+        x = embeddings.linear("embed_proj", x, config["hidden_size"], bias=False)
+    return embeddings.layer_norm("LayerNorm", x, config["layer_norm_eps"])
 
 
 def _table(graph: GraphContext) -> npt.NDArray[np.float32]:
     """Vectors of relative positions, normalized if the config requires it."""
     config, encoder = graph.config, graph.scope("encoder")
-    buckets, farthest = _span(config)
-    table = np.asarray(encoder.weight("rel_embeddings.weight")[: 2 * (buckets or farthest)], np.float32)
-    if "layer_norm" not in str(config.get("norm_rel_ebd", "none")).lower():
+    table = np.asarray(encoder.table("rel_embeddings", 2 * (config["buckets"] or config["farthest"])), np.float32)
+    if config["norm_rel_ebd"] == "none":
         return table
     centred = table - table.mean(axis=1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + epsilon(config))
+    normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + config["layer_norm_eps"])
     return (normed * encoder.weight("LayerNorm.weight") + encoder.weight("LayerNorm.bias")).astype(np.float32)
 
 
 def _columns(config: Config, inputs: BatchInputs, span: int, sign: int) -> Node:
     """Rows of the table for the distances 1 - positions to positions (the last is unused), times ``sign``, [2 positions]."""
-    buckets, farthest = _span(config)
+    buckets, farthest = config["buckets"], config["farthest"]
     reach = int(config["max_length"])
     distance = np.arange(-reach, reach + 1)
     lookup = op.constant(np.clip(_bucket(distance, buckets, farthest) + span // 2, 0, span - 1).astype(np.int32))
@@ -180,12 +202,14 @@ def _bucket(distance: npt.NDArray[np.int64], buckets: int, farthest: int) -> npt
 def _attention(layer: GraphContext, x: Node, tokens: LayerTokens, relative: _RelativePositions) -> Node:
     """Attention of ``x`` [tokens, width] to content and, as configured, to positions; computed for ``tokens``."""
     config, inputs, scope = layer.config, layer.inputs, layer.scope("attention.self")
-    count, kinds = config["num_attention_heads"], _attention_kinds(config)
-    width = config.get("attention_head_size", config["hidden_size"] // count)
+    count, kinds = config["num_attention_heads"], config["attention_kinds"]
+    width = config["attention_head_size"] or config["hidden_size"] // count
     heads = Heads(count=count, width=width, scale=(width * (1 + len(kinds))) ** -0.5, shared=count)
-    query, key, value = project(x, tokens, inputs, scope.fused(["query_proj", "key_proj", "value_proj"]), heads)
+    query, key, value = project(
+        x, tokens, inputs, scope.fused(["query_proj", "key_proj", "value_proj"], [count * width] * 3), heads
+    )
     mask, scale = attention_mask(inputs, tokens), constant(np.float32(heads.scale))
-    prefix = "" if config.get("share_att_key", False) else "pos_"
+    prefix = "" if config["share_att_key"] else "pos_"
     one_hot = _one_hot(tokens, inputs, count)
     if "c2p" in kinds:
         by_distance = op.gather(_projected(scope, f"{prefix}key_proj", relative.table, count), relative.forward, integers(2))
@@ -200,13 +224,6 @@ def _attention(layer: GraphContext, x: Node, tokens: LayerTokens, relative: _Rel
         products = op.transpose(products, integers(0, 1, 3, 2)) if transposed else op.matmul(one_hot, products, False, True)
         mask = op.add(mask, op.multiply(products, scale))
     return merge_heads(attend(query, key, value, mask, heads.scale, layer.style), tokens.count, count * width)
-
-
-def _attention_kinds(config: Config) -> list[str]:
-    """The kinds of attention in use: content to position (c2p), position to content (p2c)."""
-    value = config.get("pos_att_type") or []
-    listed = value.split("|") if isinstance(value, str) else value
-    return [kind for kind in ("c2p", "p2c") if kind in listed]
 
 
 def _projected(layer: GraphContext, name: str, table: npt.NDArray[np.float32], heads: int) -> Node:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens
+from npu_proxy.graph.keys import Keys, Stored, flag, real, refuse, size
 from npu_proxy.graph.layers import Heads, Transform, rms_norm
 from npu_proxy.graph.nodes import Config, Node, op
 from npu_proxy.graph.rotary import Rotation
@@ -29,15 +30,40 @@ class DecoderAttention:
 
     def __call__(self, layer: GraphContext, x: Node, tokens: LayerTokens) -> Node:
         """Self-attention of normalized ``x`` [tokens, width], computed for ``tokens`` -> [those tokens, width]."""
-        scope, biased = layer.scope("self_attn"), layer.config.get("attention_bias", False)
-        fused = scope.fused([f"{part}_proj" for part in "qkv"], bias=biased)
+        scope, biased, heads = layer.scope("self_attn"), layer.config["attention_bias"], self.heads
+        sizes = [count * heads.width for count in (heads.count, heads.shared, heads.shared)]
+        fused = scope.fused([f"{part}_proj" for part in "qkv"], sizes, bias=biased)
 
         def transform(part: str) -> Transform:
             gain = self.gain(scope, f"{part}_norm")
             return lambda x, tokens: self.rotate(rms_norm(gain, x, layer.config["rms_norm_eps"]), tokens)
 
-        attended = scope.attend(x, tokens, fused, self.heads, self.mask, transform("q"), transform("k"))
+        attended = scope.attend(x, tokens, fused, heads, self.mask, transform("q"), transform("k"))
         return scope.linear("o_proj", attended, bias=biased)
+
+
+def decoder_keys(*, head_width: int) -> Keys:
+    """The keys that decoders share. head_width: transformers' default of ``head_dim``."""
+    return {
+        "vocab_size": size("vocab_size"),
+        "hidden_size": size("hidden_size"),
+        "num_hidden_layers": size("num_hidden_layers"),
+        "num_attention_heads": size("num_attention_heads"),
+        "num_key_value_heads": lambda stored: size("num_key_value_heads", default=stored.get("num_attention_heads"))(stored),
+        "head_dim": size("head_dim", default=head_width),
+        "intermediate_size": size("intermediate_size"),
+        "max_position_embeddings": size("max_position_embeddings"),
+        "rms_norm_eps": real("rms_norm_eps", default=1e-6),
+        "attention_bias": flag("attention_bias", default=False),
+        "is_causal": is_causal,
+    }
+
+
+def is_causal(stored: Stored) -> bool:
+    """Whether tokens attend to earlier tokens only, according to the key that all decoders of transformers obey."""
+    if "is_causal" in stored and stored["is_causal"] is None:
+        raise refuse("is_causal", None, "only true and false; what null does depends on the batch")
+    return bool(flag("is_causal", default=True)(stored))
 
 
 def grouped_heads(config: Config, scale: float) -> Heads:
@@ -47,7 +73,7 @@ def grouped_heads(config: Config, scale: float) -> Heads:
 
 def feed_forward(layer: GraphContext, x: Node, activation: str) -> Node:
     """``down(act(gate x) * up x)`` [n, width]."""
-    mlp = layer.scope("mlp")
-    gate = layer.activation(activation, mlp.linear("gate_proj", x, bias=False))
-    inner = op.multiply(gate, mlp.linear("up_proj", x, bias=False))
+    mlp, size = layer.scope("mlp"), layer.config["intermediate_size"]
+    gate = layer.activation(activation, mlp.linear("gate_proj", x, size, bias=False))
+    inner = op.multiply(gate, mlp.linear("up_proj", x, size, bias=False))
     return mlp.linear("down_proj", inner, bias=False)

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from npu_proxy.graph.bert import check_config, classifier_pooling, encode
+from npu_proxy.graph.bert import classifier_pooling, encode
 from npu_proxy.graph.context import GraphContext
-from npu_proxy.graph.nodes import Config, Node, op
+from npu_proxy.graph.keys import Keys, activation, flag, only, size
+from npu_proxy.graph.nodes import Node, op
 
 __all__ = [
+    "KEYS",
     "MODEL_TYPES",
     "canonical_name",
-    "check_config",
     "classifier_pooling",
     "encode",
     "label_logits",
-    "normalize_config",
     "vocabulary_logits",
 ]
 
 MODEL_TYPES = ("distilbert",)
+
+KEYS: Keys = {
+    "vocab_size": size("vocab_size"),
+    "hidden_size": size("dim", "hidden_size"),
+    "num_hidden_layers": size("n_layers", "num_hidden_layers"),
+    "num_attention_heads": size("n_heads", "num_attention_heads"),
+    "intermediate_size": size("hidden_dim"),
+    "max_position_embeddings": size("max_position_embeddings"),
+    "type_vocab_size": lambda _: 0,
+    "hidden_act": activation("activation"),
+    "layer_norm_eps": lambda _: 1e-12,
+    "is_causal": only("is_causal", False),
+    "tie_word_embeddings": flag("tie_word_embeddings", default=True),
+    "sinusoidal_pos_embds": flag("sinusoidal_pos_embds", default=False),  # the checkpoint stores the table anyway
+}
 
 _NAMES = {
     "transformer.layer.": "encoder.layer.",
@@ -30,18 +45,6 @@ _NAMES = {
     ".ffn.lin2.": ".output.dense.",
     ".output_layer_norm.": ".output.LayerNorm.",
 }
-
-
-def normalize_config(config: Config) -> Config:
-    """config.json with BERT's keys."""
-    return {
-        **config,
-        "hidden_size": config["dim"],
-        "num_hidden_layers": config["n_layers"],
-        "num_attention_heads": config["n_heads"],
-        "hidden_act": config.get("activation", "gelu"),
-        "layer_norm_eps": 1e-12,
-    }
 
 
 def canonical_name(name: str) -> str:

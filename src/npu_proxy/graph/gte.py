@@ -5,27 +5,60 @@ Source: Zhang et al. 2024 (mGTE); tensor names of transformers' ``gte`` and of t
 
 from __future__ import annotations
 
-from npu_proxy.errors import ModelError
-from npu_proxy.graph.activations import check_activation, gelu
+from npu_proxy.graph.activations import gelu
 from npu_proxy.graph.bert import classifier_pooling, label_logits
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
+from npu_proxy.graph.keys import Keys, Stored, activation, count, flag, one_of, only, real, size
 from npu_proxy.graph.layers import FusedLinear, Heads
-from npu_proxy.graph.nodes import Config, Node, constant, integers, op
-from npu_proxy.graph.rotary import Rotation, rotary
+from npu_proxy.graph.nodes import Node, constant, integers, op
+from npu_proxy.graph.rotary import ROTARY_KINDS, RotaryConfig, Rotation, read_rotary
 
 __all__ = [
+    "KEYS",
     "MODEL_TYPES",
     "canonical_name",
-    "check_config",
     "classifier_pooling",
     "encode",
     "label_logits",
-    "normalize_config",
     "vocabulary_logits",
 ]
 
 MODEL_TYPES = ("gte", "new")
+
+
+def _rotary(stored: Stored) -> RotaryConfig:
+    original = stored["model_type"] == "new"
+    kinds = ("default", "linear", "dynamic", "yarn", "ntk") if original else ROTARY_KINDS
+    return read_rotary(stored, theta=10_000.0 if original else 160_000.0, kinds=kinds)
+
+
+def even_heads(stored: Stored) -> int:
+    """The width of heads, which divide the hidden size evenly."""
+    hidden: int = size("hidden_size", "n_embd")(stored)
+    heads: int = size("num_attention_heads", "n_head")(stored)
+    return int(one_of("head_dim", values=(hidden // heads,), default=hidden // heads)(stored))
+
+
+KEYS: Keys = {
+    "vocab_size": size("vocab_size"),
+    "hidden_size": size("hidden_size"),
+    "num_hidden_layers": size("num_hidden_layers"),
+    "num_attention_heads": size("num_attention_heads"),
+    "intermediate_size": size("intermediate_size"),
+    "max_position_embeddings": size("max_position_embeddings"),
+    "type_vocab_size": count("type_vocab_size", default=1),
+    "hidden_act": activation("hidden_act"),
+    "layer_norm_eps": real("layer_norm_eps", default=1e-12),
+    "rotary": _rotary,
+    "head_dim": even_heads,
+    "is_causal": only("is_causal", False),
+    "tie_word_embeddings": flag("tie_word_embeddings", default=True),
+    "position_embedding_type": only("position_embedding_type", "rope"),
+    "layer_norm_type": only("layer_norm_type", "layer_norm"),
+    "logn_attention_scale": only("logn_attention_scale", False),
+    "biases": lambda _: True,
+}
 
 _NAMES = {
     "encoder.layer.": "layers.",
@@ -37,18 +70,6 @@ _NAMES = {
 }
 
 
-def normalize_config(config: Config) -> Config:
-    """config.json with the defaults of either model type filled in."""
-    old = config["model_type"] == "new"
-    return {
-        "rope_theta": 10_000.0 if old else 160_000.0,
-        "layer_norm_eps": 1e-12,
-        **config,
-        "attention_bias": True,
-        "mlp_bias": True,
-    }
-
-
 def canonical_name(name: str) -> str:
     """Transformers' name for a checkpoint's tensor."""
     name = name.removeprefix("new.").removeprefix("gte.")
@@ -57,21 +78,14 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def check_config(config: Config) -> None:
-    """Raise ModelError for a config that this file would compute wrongly."""
-    check_activation(config, "hidden_act")
-    for key, wanted in (("position_embedding_type", "rope"), ("layer_norm_type", "layer_norm"), ("logn_attention_scale", False)):
-        if config.get(key, wanted) != wanted:
-            raise ModelError(f"config.json: {key} `{config[key]}` is not supported for this family, only `{wanted}`")
-
-
 def encode(graph: GraphContext) -> Node:
     """Hidden states of the last layer; see ``bert.encode``."""
     config, inputs, embeddings = graph.config, graph.inputs, graph.scope("embeddings")
-    rotate = rotary(config, width=config["hidden_size"] // config["num_attention_heads"], theta=config["rope_theta"])
-    x = embeddings.embedding("word_embeddings", inputs.ids)
-    if config.get("type_vocab_size") and embeddings.has("token_type_embeddings.weight"):
-        types = embeddings.weight("token_type_embeddings.weight")
+    head_width = config["hidden_size"] // config["num_attention_heads"]
+    rotate = Rotation(config["rotary"], width=head_width, limit=config["max_length"])
+    x = embeddings.embedding("word_embeddings", inputs.ids, config["vocab_size"])
+    if config["type_vocab_size"]:
+        types = embeddings.table("token_type_embeddings", config["type_vocab_size"])
         x = op.add(x, constant(types[0]) if inputs.type_ids is None else op.gather(constant(types), inputs.type_ids, integers(0)))
     x = embeddings.layer_norm("LayerNorm", x, config["layer_norm_eps"])
     for number in range(layers := config["num_hidden_layers"]):
@@ -91,21 +105,21 @@ def vocabulary_logits(graph: GraphContext, hidden: Node) -> Node:
 def _layer(layer: GraphContext, x: Node, tokens: LayerTokens, rotate: Rotation) -> Node:
     config = layer.config
     width, count, epsilon = config["hidden_size"], config["num_attention_heads"], config["layer_norm_eps"]
-    biased = config["attention_bias"]
-    fused = _fused(layer, "self_attn.qkv_proj", [f"self_attn.{part}_proj" for part in "qkv"], bias=biased)
+    biased, inner_size = config["biases"], config["intermediate_size"]
+    fused = _fused(layer, "self_attn.qkv_proj", [f"self_attn.{part}_proj" for part in "qkv"], width, bias=biased)
     mask = attention_mask(layer.inputs, tokens)
     attended = layer.attend(x, tokens, fused, Heads.of(count, width // count), mask, rotate)
-    mixed = layer.linear("self_attn.o_proj", attended, bias=biased)
+    mixed = layer.linear("self_attn.o_proj", attended, width, bias=biased)
     x = op.add(layer.residual(x, tokens, width), mixed)
     x = layer.layer_norm("post_attention_layernorm", x, epsilon)
-    up, gate = _fused(layer, "mlp.up_gate_proj", ["mlp.up_proj", "mlp.gate_proj"], bias=False)(x)
-    inner = op.multiply(layer.activation(config.get("hidden_act", "gelu"), gate), up)
-    x = op.add(x, layer.linear("mlp.down_proj", inner, bias=config["mlp_bias"]))
+    up, gate = _fused(layer, "mlp.up_gate_proj", ["mlp.up_proj", "mlp.gate_proj"], inner_size, bias=False)(x)
+    inner = op.multiply(layer.activation(config["hidden_act"], gate), up)
+    x = op.add(x, layer.linear("mlp.down_proj", inner, width, bias=biased))
     return layer.layer_norm("post_mlp_layernorm", x, epsilon)
 
 
-def _fused(layer: GraphContext, stored: str, names: list[str], *, bias: bool) -> FusedLinear:
+def _fused(layer: GraphContext, stored: str, names: list[str], size: int, *, bias: bool) -> FusedLinear:
     """Fused linear layers, which original checkpoints store as one tensor and transformers' checkpoints separately."""
     if layer.has(f"{stored}.weight"):
-        return layer.stored_fused(stored, len(names), bias=bias)
-    return layer.fused(names, bias=bias)
+        return layer.stored_fused(stored, len(names), size, bias=bias)
+    return layer.fused(names, [size] * len(names), bias=bias)

@@ -15,9 +15,9 @@ import numpy as np
 from npu_proxy.batch import BLOCK
 from npu_proxy.graph.activations import TORCH_ACTIVATIONS
 from npu_proxy.graph.inputs import BatchInputs
-from npu_proxy.graph.layers import linear
+from npu_proxy.graph.layers import layer_norm, linear
 from npu_proxy.graph.nodes import Node, constant, integers, op, to_grid
-from npu_proxy.spec import DenseModule
+from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, TruncateModule
 from npu_proxy.types import Pooling
 
 
@@ -69,11 +69,29 @@ def splade(logits: Node, inputs: BatchInputs, vocabulary: int, longest: int) -> 
     return op.log(op.add(op.relu(op.gather(blocks, first, integers(0))), constant(np.float32(1))))
 
 
-def apply_dense(x: Node, modules: Sequence[DenseModule]) -> Node:
-    """Apply the Dense modules of ``modules.json`` in order."""
+def apply_modules(x: Node, modules: Sequence[Module]) -> Node:
+    """Apply modules of ``modules.json`` to ``x`` [..., width], in their order."""
     for module in modules:
-        x = TORCH_ACTIVATIONS[module.activation](linear(x, module.weight, module.bias))
+        match module:
+            case DenseModule():
+                x = _dense(x, module)
+            case LayerNormModule():
+                x = layer_norm(x, module.weight, module.bias, module.epsilon)
+            case NormalizeModule():
+                length = op.reduce_l2(x, integers(-1), True)
+                x = op.divide(x, op.maximum(length, constant(np.float32(1e-12))))
+            case TruncateModule():
+                axis, step = op.constant(np.array([-1])), op.constant(np.array([1]))
+                x = op.slice(x, op.constant(np.array([0])), op.constant(np.array([module.width])), step, axis)
     return x
+
+
+def _dense(x: Node, module: DenseModule) -> Node:
+    output = TORCH_ACTIVATIONS[module.activation](linear(x, module.weight, module.bias))
+    if not module.residual:
+        return output
+    projection = None if module.shape[0] == module.shape[1] else module.tensors["residual.weight"]
+    return op.add(output, x if projection is None else linear(x, projection))
 
 
 def multi_output(hidden: Node, inputs: BatchInputs, lexical: DenseModule, late: DenseModule, width: int) -> Node:

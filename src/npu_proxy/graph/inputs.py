@@ -119,7 +119,7 @@ def attention_mask(inputs: BatchInputs, tokens: LayerTokens, *, causal: bool = F
 def _mask(inputs: BatchInputs, tokens: LayerTokens, *, causal: bool, window: int | None) -> Node:
     visible = op.equal(op.unsqueeze(tokens.segments, integers(2)), op.unsqueeze(inputs.segments, integers(1)))
     if causal or window is not None:
-        distance = distances(inputs, tokens)
+        distance = _distances(inputs, tokens)
         if causal:
             visible = op.logical_and(visible, op.less_equal(distance, op.constant(np.int32(0))))
         if window is not None:
@@ -127,7 +127,7 @@ def _mask(inputs: BatchInputs, tokens: LayerTokens, *, causal: bool, window: int
     return op.unsqueeze(op.select(visible, constant(np.float32(0)), constant(np.float32(MASKED))), integers(1))
 
 
-def distances(inputs: BatchInputs, tokens: LayerTokens) -> Node:
+def _distances(inputs: BatchInputs, tokens: LayerTokens) -> Node:
     """Key position minus token position, [bins, tokens, positions] int32; meaningless between different texts."""
     keys = op.unsqueeze(inputs.all_tokens.positions, integers(1))
     return op.subtract(keys, op.unsqueeze(tokens.positions, integers(2)))

@@ -11,32 +11,36 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.graph import bert
-from npu_proxy.graph.bert import check_config, classifier_pooling
+from npu_proxy.graph.bert import classifier_pooling
 from npu_proxy.graph.context import GraphContext
-from npu_proxy.graph.inputs import LayerTokens, distances
-from npu_proxy.graph.nodes import Config, Node, constant, integers, op
-from npu_proxy.graph.roberta import label_logits, vocabulary_logits
+from npu_proxy.graph.inputs import BatchInputs, LayerTokens
+from npu_proxy.graph.keys import Keys, only
+from npu_proxy.graph.nodes import Node, constant, integers, op
+from npu_proxy.graph.roberta import label_logits, positions_after, vocabulary_logits
 
 __all__ = [
+    "KEYS",
     "MODEL_TYPES",
     "canonical_name",
-    "check_config",
     "classifier_pooling",
     "encode",
     "label_logits",
-    "normalize_config",
     "vocabulary_logits",
 ]
 
 MODEL_TYPES = ("mpnet",)
 
 FIRST_POSITION = 2  # the padding id is always 1, regardless of config.json
-_FARTHEST = 128
+_FARTHEST, _BUCKETS = 128, 32  # the reference uses 32 whatever config.json says
 
-
-def normalize_config(config: Config) -> Config:
-    """config.json without the unused rows before a text's first token in ``max_position_embeddings``."""
-    return {**config, "max_position_embeddings": config["max_position_embeddings"] - FIRST_POSITION}
+KEYS: Keys = {
+    **bert.KEYS,
+    "max_position_embeddings": positions_after(lambda _: FIRST_POSITION),
+    "first_position": lambda _: FIRST_POSITION,
+    "unplaced": lambda stored: (FIRST_POSITION - 1, positions_after(lambda _: FIRST_POSITION)(stored)),
+    "type_vocab_size": lambda _: 0,
+    "relative_attention_num_buckets": only("relative_attention_num_buckets", _BUCKETS),
+}
 
 
 def canonical_name(name: str) -> str:
@@ -49,18 +53,26 @@ def canonical_name(name: str) -> str:
 
 def encode(graph: GraphContext) -> Node:
     """Hidden states of the last layer; see ``bert.encode``."""
-    table = graph.weight("encoder.relative_attention_bias.weight")
+    table = graph.table("encoder.relative_attention_bias", graph.config["relative_attention_num_buckets"])
     farthest = int(graph.config["max_length"])
     buckets = _buckets(np.arange(-farthest, farthest + 1), len(table))
     by_distance = constant(np.ascontiguousarray(table[buckets]))  # [2 farthest + 1, heads]
 
     def bias(tokens: LayerTokens) -> Node:
         """The bias of ``tokens``, [bins, heads, tokens, positions]."""
-        distance = op.clamp(distances(graph.inputs, tokens), -farthest, farthest)  # meaningless between different texts
+        distance = op.clamp(_distances(graph.inputs, tokens), -farthest, farthest)  # meaningless between different texts
         index = op.add(distance, op.constant(np.int32(farthest)))
         return op.transpose(op.gather(by_distance, index, integers(0)), integers(0, 3, 1, 2))
 
     return bert.encode(graph, first_position=FIRST_POSITION, bias=bias)
+
+
+def _distances(inputs: BatchInputs, tokens: LayerTokens) -> Node:
+    """Key position minus token position in a bin, [bins or 1, tokens, positions] int32; padding counts, unlike in positions."""
+    count = op.convert(op.gather(inputs.all_tokens.grid, integers(1), integers(0)), "i32")
+    numbers = op.range(op.constant(np.int32(0)), count, op.constant(np.int32(1)), "i32")
+    rows = op.unsqueeze(numbers, integers(0)) if tokens.index is None else tokens.index
+    return op.subtract(op.unsqueeze(numbers, integers(0, 1)), op.unsqueeze(rows, integers(2)))
 
 
 def _buckets(distance: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:

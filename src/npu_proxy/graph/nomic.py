@@ -5,20 +5,21 @@ Source: Nussbaum et al. 2024; tensor names of transformers' ``nomic_bert`` and o
 
 from __future__ import annotations
 
+from typing import Any
+
 from npu_proxy.errors import ModelError
-from npu_proxy.graph.activations import check_activation
 from npu_proxy.graph.bert import classifier_pooling, label_logits, vocabulary_logits
-from npu_proxy.graph.gte import encode
-from npu_proxy.graph.nodes import Config
+from npu_proxy.graph.gte import encode, even_heads
+from npu_proxy.graph.keys import Key, Keys, Stored, activation, count, flag, only, real, size
+from npu_proxy.graph.rotary import read_rotary
 
 __all__ = [
+    "KEYS",
     "MODEL_TYPES",
     "canonical_name",
-    "check_config",
     "classifier_pooling",
     "encode",
     "label_logits",
-    "normalize_config",
     "vocabulary_logits",
 ]
 
@@ -36,23 +37,64 @@ _NAMES = {
     ".norm2.": ".post_mlp_layernorm.",
     ".transform.layer_norm.": ".transform.LayerNorm.",
 }
-_GPT2_KEYS = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "layer_norm_epsilon": "layer_norm_eps",
+
+
+def _positions(stored: Stored) -> int:
+    """Positions of a text. Beyond its training length, the original model scales positions by the length of the batch."""
+    positions: int = size("max_position_embeddings", "n_positions")(stored)
+    trained: int = count("max_trained_positions", default=0)(stored)
+    return min(positions, trained or positions)
+
+
+def _stated(name: str, key: Key) -> Key:
+    """A key whose default differs in the original code, so that original configurations must state it."""
+
+    def read(stored: Stored) -> Any:
+        if "n_embd" in stored and name not in stored:
+            raise ModelError(f"config.json: `{name}` is missing")
+        return key(stored)
+
+    return read
+
+
+def _activation(stored: Stored) -> str:
+    if "n_embd" in stored:
+        _stated("activation_function", only("activation_function", "swiglu"))(stored)
+        return "silu"
+    return str(activation("hidden_act", default="silu")(stored))
+
+
+KEYS: Keys = {
+    "vocab_size": size("vocab_size"),
+    "hidden_size": size("hidden_size", "n_embd"),
+    "num_hidden_layers": size("num_hidden_layers", "n_layer"),
+    "num_attention_heads": size("num_attention_heads", "n_head"),
+    "intermediate_size": size("intermediate_size", "n_inner"),
+    "max_position_embeddings": _positions,
+    "type_vocab_size": count("type_vocab_size", default=2),
+    "hidden_act": _activation,
+    "layer_norm_eps": _stated("layer_norm_epsilon", real("layer_norm_eps", "layer_norm_epsilon", default=1e-12)),
+    "rotary": _stated("rotary_emb_base", lambda stored: read_rotary(stored, "rotary_emb_base", "rope_theta", theta=1000.0)),
+    "biases": lambda _: False,
+    "head_dim": even_heads,
+    "is_causal": only("is_causal", False),
+    "causal": only("causal", False),
+    "tie_word_embeddings": flag("tie_word_embeddings", default=True),
+    "prenorm": only("prenorm", False),
+    "rotary_emb_fraction": _stated("rotary_emb_fraction", only("rotary_emb_fraction", 1.0)),
+    "rotary_emb_interleaved": only("rotary_emb_interleaved", False),
+    "rotary_emb_scale_base": only("rotary_emb_scale_base", None),
+    "rotary_head_dim": only("rotary_head_dim", False),
+    "qkv_proj_bias": _stated("qkv_proj_bias", only("qkv_proj_bias", False)),
+    "mlp_fc1_bias": _stated("mlp_fc1_bias", only("mlp_fc1_bias", False)),
+    "mlp_fc2_bias": _stated("mlp_fc2_bias", only("mlp_fc2_bias", False)),
+    "num_heads_kv": only("num_heads_kv", None),
+    "parallel_block_tied_norm": only("parallel_block_tied_norm", False),
+    "use_rms_norm": only("use_rms_norm", False),
+    "parallel_block": only("parallel_block", False),
+    "num_experts": only("num_experts", None, 0),
+    "moe_every_n_layers": only("moe_every_n_layers", 0),
 }
-
-
-def normalize_config(config: Config) -> Config:
-    """config.json with transformers' keys in place of the original ones, which are GPT-2's."""
-    named = {"layer_norm_eps": 1e-12, **config, **{new: config[old] for old, new in _GPT2_KEYS.items() if old in config}}
-    if "n_positions" in config:
-        # Beyond its training length, the original model scales positions by the length of the batch.
-        named["max_position_embeddings"] = min(config["n_positions"], config.get("max_trained_positions") or config["n_positions"])
-        named["hidden_act"] = "silu"
-    theta = config.get("rotary_emb_base", config.get("rope_theta", 1000.0))
-    return {"type_vocab_size": 2, "hidden_act": "silu", **named, "rope_theta": theta, "attention_bias": False, "mlp_bias": False}
 
 
 def canonical_name(name: str) -> str:
@@ -61,25 +103,3 @@ def canonical_name(name: str) -> str:
     for old, new in _NAMES.items():
         name = name.replace(old, new)
     return name
-
-
-def check_config(config: Config) -> None:
-    """Raise ModelError for a config that this file would compute wrongly."""
-    supported = {
-        "prenorm": False,
-        "rotary_emb_fraction": 1.0,
-        "rotary_emb_interleaved": False,
-        "rotary_emb_scale_base": None,
-        "qkv_proj_bias": False,
-        "mlp_fc1_bias": False,
-        "mlp_fc2_bias": False,
-        "use_rms_norm": False,
-        "parallel_block": False,
-        "num_experts": None,
-        "moe_every_n_layers": 0,
-        "activation_function": "swiglu",
-    }
-    for key, wanted in supported.items():
-        if config.get(key, wanted) not in (wanted, None):
-            raise ModelError(f"config.json: {key} `{config[key]}` is not supported for Nomic BERT, only `{wanted}`")
-    check_activation(config, "hidden_act", "silu")

@@ -5,30 +5,52 @@ Source: Liu et al. 2019, Conneau et al. 2020; tensor names of Hugging Face trans
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from npu_proxy.graph import bert
 from npu_proxy.graph.activations import gelu
-from npu_proxy.graph.bert import check_config, classifier_pooling
+from npu_proxy.graph.bert import classifier_pooling
 from npu_proxy.graph.context import GraphContext
-from npu_proxy.graph.nodes import Config, Node, op
+from npu_proxy.graph.keys import Key, Keys, Stored, count, refuse, size
+from npu_proxy.graph.nodes import Node, op
 
 __all__ = [
+    "KEYS",
     "MODEL_TYPES",
     "canonical_name",
-    "check_config",
     "classifier_pooling",
     "encode",
     "first_position",
     "label_logits",
-    "normalize_config",
     "vocabulary_logits",
 ]
 
 MODEL_TYPES = ("roberta", "xlm-roberta", "camembert")
 
 
-def normalize_config(config: Config) -> Config:
-    """config.json without the unused rows before a text's first token in ``max_position_embeddings``."""
-    return {**config, "max_position_embeddings": config["max_position_embeddings"] - first_position(config)}
+def first_position(stored: Stored) -> int:
+    """The row of the position table for a text's first token, which follows the row of padding."""
+    return int(count("pad_token_id", default=1)(stored)) + 1
+
+
+def positions_after(first: Callable[[Stored], int]) -> Key:
+    """Positions that texts can have: the rows of the position table from the first token's on."""
+
+    def read(stored: Stored) -> int:
+        rows: int = size("max_position_embeddings")(stored)
+        if rows <= first(stored):
+            raise refuse("max_position_embeddings", rows, f"tables of more than {first(stored)} rows for this family")
+        return rows - first(stored)
+
+    return read
+
+
+KEYS: Keys = {
+    **bert.KEYS,
+    "max_position_embeddings": positions_after(first_position),
+    "first_position": first_position,
+    "unplaced": lambda stored: (first_position(stored) - 1, positions_after(first_position)(stored)),
+}
 
 
 def canonical_name(name: str) -> str:
@@ -38,7 +60,7 @@ def canonical_name(name: str) -> str:
 
 def encode(graph: GraphContext) -> Node:
     """Hidden states of the last layer; see ``bert.encode``."""
-    return bert.encode(graph, first_position=first_position(graph.config))
+    return bert.encode(graph, first_position=graph.config["first_position"])
 
 
 def label_logits(graph: GraphContext, pooled: Node) -> Node:
@@ -49,12 +71,6 @@ def label_logits(graph: GraphContext, pooled: Node) -> Node:
 def vocabulary_logits(graph: GraphContext, hidden: Node) -> Node:
     """Logits [tokens, vocabulary] of the masked language model; MPNet has the same head."""
     head = graph.scope("lm_head")
-    x = head.layer_norm("layer_norm", gelu(head.linear("dense", hidden), graph.style), bert.epsilon(graph.config))
+    x = head.layer_norm("layer_norm", gelu(head.linear("dense", hidden), graph.style), graph.config["layer_norm_eps"])
     bias = head.weight("decoder.bias" if head.has("decoder.bias") else "bias")
     return graph.tied_linear(x, "lm_head.decoder.weight", "embeddings.word_embeddings.weight", bias)
-
-
-def first_position(config: Config) -> int:
-    """The row of the position table for a text's first token, which follows the row of padding."""
-    pad = config.get("pad_token_id")
-    return (1 if pad is None else int(pad)) + 1

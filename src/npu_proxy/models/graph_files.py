@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from npu_proxy.errors import ModelError
-from npu_proxy.graph import mpnet, roberta
+from npu_proxy.graph import roberta
 from npu_proxy.graph.build import family
 from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.json_files import Json, inside
@@ -30,11 +30,12 @@ OUTPUT_RANKS: Mapping[OutputType, int] = {
 """Rank of the graph's output: 3 for a vector per token, 2 for one per text. A graph file cannot serve other output types."""
 _DEFAULT_LENGTH = 512
 """Tokens per text if positions are unbounded and no file states a limit (T5): the length such models were trained with."""
-_LIKE_ROBERTA = (*roberta.MODEL_TYPES, "xlm-roberta-xl", "roberta-prelayernorm", "data2vec-text", "ibert", "longformer", "xmod")
+_LIKE_ROBERTA = ("xlm-roberta-xl", "roberta-prelayernorm", "data2vec-text", "ibert", "longformer", "xmod")
 """Families whose positions start after the padding id."""
 _OTHER_KEYS = {
     "hidden_size": ("d_model", "n_embd", "dim"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
+    "num_hidden_layers": ("n_layers", "num_layers", "n_layer"),
 }
 """Other families' names for keys of config.json."""
 
@@ -81,7 +82,7 @@ def has_graph_file(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("*.onnx", "*/*.onnx", "*/*.xml"))
 
 
-def find_weights(transformer: Path, model_type: str, config: Json, *, graph: bool) -> tuple[Sequence[Path], str]:
+def find_weights(transformer: Path, model_type: str, *, graph: bool) -> tuple[Sequence[Path], str]:
     """The weight files, and the reason why graph/ cannot build a graph from them ("" if it can).
 
     graph: whether there is a graph file from which such a model can be served. Raises ModelError if neither is possible.
@@ -89,7 +90,7 @@ def find_weights(transformer: Path, model_type: str, config: Json, *, graph: boo
     files: Sequence[Path] = ()
     reasons: list[ModelError] = []
     try:
-        family(model_type, config)
+        family(model_type)
     except ModelError as error:
         reasons.append(error)
     try:
@@ -104,14 +105,6 @@ def find_weights(transformer: Path, model_type: str, config: Json, *, graph: boo
 def normalize_config(config: Json) -> Json:
     """The configuration of a family that graph/ does not build, with the usual keys."""
     values = {key: next((config[name] for name in (key, *names) if name in config), None) for key, names in _OTHER_KEYS.items()}
-    first = first_position(config)
+    first = roberta.first_position(config) if config.get("model_type") in _LIKE_ROBERTA else 0
     positions = (values["max_position_embeddings"] or _DEFAULT_LENGTH + first) - first
-    return {**config, **values, "max_position_embeddings": positions}
-
-
-def first_position(config: Json) -> int:
-    """The position of a text's first token, from which exported graphs count."""
-    model_type = config.get("model_type")
-    if model_type in mpnet.MODEL_TYPES:
-        return mpnet.FIRST_POSITION
-    return roberta.first_position(config) if model_type in _LIKE_ROBERTA else 0
+    return {**config, **values, "max_position_embeddings": positions, "first_position": first}

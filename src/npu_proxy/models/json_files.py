@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,45 @@ def read_json(file: Path) -> Any:
         raise ModelError(f"{short_path(file)} is not valid JSON: {error}") from error
     except OSError as error:
         raise ModelError(f"{short_path(file)} cannot be read: {error.strerror or error}") from error
+
+
+class JsonObject(Mapping[str, Any]):
+    """A JSON object that knows which of its keys were read. Objects in it are of this class, too.
+
+    ``in`` and comparing do not count as reading; iterating over values or items reads all of them.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.content: Mapping[str, Any] = content
+        self._read: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._read:
+            value = self.content[key]
+            self._read[key] = JsonObject(value) if isinstance(value, dict) else value
+        return self._read[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def __eq__(self, other: object) -> bool:
+        return self.content == (other.content if isinstance(other, JsonObject) else other)
+
+    __hash__ = None  # type: ignore[assignment] - like any mapping that compares by content
+
+    def unread(self) -> Iterator[tuple[str, Any]]:
+        """The keys that were not read, and their values. Keys of inner objects are ``outer.inner``."""
+        for key, value in self.content.items():
+            if key not in self._read:
+                yield key, value
+            elif isinstance(inner := self._read[key], JsonObject):
+                yield from ((f"{key}.{name}", value) for name, value in inner.unread())
 
 
 def read_object(file: Path, *, optional: bool = False) -> Json:

@@ -6,15 +6,14 @@ Source: sentence-transformers' MultiVectorEncoder, PyLate, and Stanford's ColBER
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from npu_proxy.errors import ModelError
-from npu_proxy.models.json_files import Json, read_object
+from npu_proxy.models.json_files import Json
 from npu_proxy.models.tokenizer_file import open_tokenizer
-from npu_proxy.spec import LateInteractionConfig
+from npu_proxy.spec import LateInteractionConfig, TokenizerSource
 
 _PYLATE_KEYS = (
     "query_length",
@@ -32,13 +31,19 @@ _EXPANDED = 32
 
 @dataclass(frozen=True, kw_only=True)
 class LateInteractionFiles:
-    """Contents of the files. Lengths are in tokens; None means the model's limit. expanded_length: 0 for no expansion."""
+    """Contents of the files. Lengths are in tokens; None means the model's limit. expanded_length: 0 for no expansion.
+
+    markers: texts before queries and documents that are one token if the vocabulary has them. normalizes: whether token vectors
+    are normalized although no module says so.
+    """
 
     query_length: int | None
     document_length: int | None
     expanded_length: int
     attend_to_expansion: bool
     prompts: Mapping[str, str]
+    markers: Sequence[str] = ()
+    normalizes: bool = False
     mask: Json = field(default_factory=dict[str, Any])
 
 
@@ -62,6 +67,7 @@ def read_pylate(about: Json, limits: Json, mask: Json) -> LateInteractionFiles:
             raise ModelError("sentence_bert_config.json: only the query_expansion `fixed` with the mask token is supported")
         length, attend = int(settings["length"]), bool(settings.get("attend"))
     prompts: dict[str, str] = {}
+    old = about.get("model_type") == "ColBERT"
     for side in ("query", "document"):
         prefix = about.get(f"{side}_prefix")
         if prefix:
@@ -73,13 +79,14 @@ def read_pylate(about: Json, limits: Json, mask: Json) -> LateInteractionFiles:
         expanded_length=length,
         attend_to_expansion=attend,
         prompts=prompts,
-        mask=mask,
+        markers=[about[key] for key in ("query_prefix", "document_prefix") if about.get(key)],
+        normalizes=old,
+        mask={"skiplist_words": list(string.punctuation), **mask} if old else mask,
     )
 
 
-def read_stanford(folder: Path) -> LateInteractionFiles:
-    """Read the layout of Stanford's ColBERT: ``artifact.metadata`` next to the weights."""
-    about = read_object(folder / "artifact.metadata", optional=True)
+def read_stanford(about: Json) -> LateInteractionFiles:
+    """Read the layout of Stanford's ColBERT. about: ``artifact.metadata``, next to the weights."""
     length = int(about.get("query_maxlen") or _EXPANDED)
     markers = (str(about.get("query_token_id") or "[unused0]"), str(about.get("doc_token_id") or "[unused1]"))
     return LateInteractionFiles(
@@ -88,19 +95,25 @@ def read_stanford(folder: Path) -> LateInteractionFiles:
         expanded_length=length,
         attend_to_expansion=bool(about.get("attend_to_mask_tokens")),
         prompts={"query": f"{markers[0]} ", "document": f"{markers[1]} "},
+        markers=markers,
+        normalizes=True,
         mask={"skiplist_words": list(string.punctuation) if about.get("mask_punctuation", True) else []},
     )
 
 
-def late_interaction_config(late: LateInteractionFiles, limit: int, tokenizer_file: Path) -> LateInteractionConfig:
+def late_interaction_config(
+    late: LateInteractionFiles, limit: int, source: TokenizerSource, vocabulary: int
+) -> LateInteractionConfig:
     """The config of queries and documents, with lengths up to ``limit``. Raises ModelError if the mask token is missing."""
     mask_id = 0
     if late.expanded_length:
-        tokenizer, _ = open_tokenizer(tokenizer_file)
-        ids = [tokenizer.token_to_id(token) for token in ("[MASK]", "<mask>")]
+        tokenizer, _ = open_tokenizer(source)
+        ids = [tokenizer.token_to_id(token) for token in (source.tokens.get("mask_token"), "[MASK]", "<mask>") if token]
         first_id = next((token_id for token_id in ids if token_id is not None), None)
-        if first_id is None:
-            raise ModelError("tokenizer.json: queries are expanded with mask tokens, but the tokenizer has none")
+        if first_id is None or first_id >= vocabulary:
+            raise ModelError(
+                "tokenizer.json: queries are expanded with mask tokens, but the tokenizer has none, or one without vector"
+            )
         mask_id = first_id
     return LateInteractionConfig(
         query_length=min(late.query_length or limit, limit),

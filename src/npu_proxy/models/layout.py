@@ -1,95 +1,144 @@
 """Reads a model folder into a ModelSpec: the sentence-transformers layout, or a plain Hugging Face folder.
 
-Everything comes from the model's own files. Missing or contradictory information raises a ModelError that names the file.
-Nothing is guessed, because a wrong pooling gives wrong vectors without an error.
+Everything comes from the model's own files, and nothing in them is passed over (unread.py). Missing or contradictory information
+raises a ModelError that names the file. Nothing is guessed, because a wrong pooling gives wrong vectors without an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from npu_proxy.errors import ModelError, model_errors
+from npu_proxy.graph import static
 from npu_proxy.graph.build import FAMILIES, Family
+from npu_proxy.graph.keys import read_keys
 from npu_proxy.models.catalog import INSTRUCTIONS
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.graph_files import find_weights, has_graph_file, normalize_config
-from npu_proxy.models.json_files import Json, existing
+from npu_proxy.models.json_files import Json
 from npu_proxy.models.late_interaction import LateInteractionFiles, late_interaction_config, read_pylate, read_stanford
-from npu_proxy.models.model_files import ModelFiles, max_length, missing, number, read_files
+from npu_proxy.models.model_files import MOST_TOKENS, STATIC_LENGTH, ModelFiles, max_length, missing, number, read_files
 from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
+from npu_proxy.models.tokenizer_config import read_tokenizer, with_markers
 from npu_proxy.models.weights import Tensors
-from npu_proxy.spec import Activation, ModelSpec
+from npu_proxy.spec import Activation, ModelSpec, TruncateModule
 from npu_proxy.types import OutputType, Pooling, Similarity
 
+_CLS_AFTER_PROMPT = 6
+"""The first major version of sentence-transformers whose CLS pooling reads the first token after a prompt that is not pooled."""
 _MOST_LABELS = 100_000
 _BGE_M3 = ("sparse_linear.pt", "colbert_linear.pt")
+_SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
-def read_spec(folder: Path, *, name: str | None = None, pooling: Pooling | None = None, max_length: int | None = None) -> ModelSpec:
+def read_spec(
+    folder: Path,
+    *,
+    name: str | None = None,
+    pooling: Pooling | None = None,
+    max_length: int | None = None,
+    accept_unread: Sequence[str] = (),
+) -> ModelSpec:
     """Read the model in ``folder``.
 
     pooling: required if the folder does not define it; an error if it contradicts the folder; `none` gives token vectors.
-    max_length: maximum number of tokens per text, if less than the model's own limit.
-    Raises ModelError for anything missing, contradictory or not supported, naming the file.
+    max_length: maximum number of tokens per text, if less than the model's own limit. accept_unread: patterns of keys and tensors
+    that may be unread. Raises ModelError for anything missing, contradictory, unread or not supported, naming the file.
     """
     if not folder.is_dir():
         raise ModelError(f"model folder `{folder}` does not exist")
     with model_errors(name or folder.resolve().name):
-        return _read_spec(folder, name, pooling, max_length)
+        return _read_spec(folder, name or folder.resolve().name, pooling, max_length, accept_unread)
 
 
-def _read_spec(folder: Path, name: str | None, pooling: Pooling | None, max_length: int | None) -> ModelSpec:
+def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | None, accept: Sequence[str]) -> ModelSpec:
     pooling = None if pooling is None else Pooling(pooling)
-    files = read_files(folder)
+    files = read_files(folder, accept)
     model_type = str(files.config.get("model_type") or missing(files.transformer / "config.json", "model_type"))
     family = FAMILIES.get(model_type)
-    config = family.normalize_config(files.config) if family else normalize_config(files.config)
-    spec = _transformer_spec(files, config, model_type, name or folder.resolve().name, pooling, max_length)
-    if spec.output_type is OutputType.SCORES:
-        spec = _with_classifier(spec, config, family, files)
+    graph = has_graph_file(folder)
+    weights, refused = find_weights(files.transformer, model_type, graph=graph)
+    try:
+        config = read_keys(family.KEYS, files.config) if family else normalize_config(files.config.content)
+    except ModelError as error:  # a graph file may compute what the family does not
+        if not graph:
+            raise
+        config, refused = normalize_config(files.config.content), refused or str(error)
+    spec = _transformer_spec(files, config, model_type, name, pooling, limit)
+    spec = replace(spec, weight_files=weights, refused=refused)
+    if spec.family in static.MODEL_TYPES:
+        spec = _with_static_rules(spec, files, limit)
+    if spec.output_type is OutputType.SCORES and files.scores_by_modules:
+        spec = _with_score_modules(spec, files)
+    elif spec.output_type is OutputType.SCORES:
+        spec = _with_classifier(spec, family, files)
     else:
-        spec = _with_modules(spec, config, files, pooling)
+        spec = _with_modules(spec, files, pooling)
+    try:
+        files.reader.refuse_unread(config=family is not None and not refused)
+    except ModelError as error:
+        if not graph:
+            raise
+        spec = replace(spec, refused=spec.refused or str(error))
+    spec = replace(spec, accept_unread=tuple(accept), accepted=_accepted(spec, files))
     return replace(spec, fingerprint=fingerprint(spec))
+
+
+def _accepted(spec: ModelSpec, files: ModelFiles) -> Sequence[str]:
+    """The patterns of `accept_unread` that this model needs, or that match one of its tensors."""
+    accept = files.reader.accept
+    names = Tensors(spec.weight_files) if accept and not spec.refused else ()
+    tensors = {pattern for pattern in accept if any(fnmatchcase(name, pattern) for name in names)}
+    return sorted(files.reader.accepted | tensors)
 
 
 def output_type_of(folder: Path, pooling: Pooling | None) -> tuple[OutputType, Path, Json]:
     """A model's output type, and its transformer's folder and config.json, for any family. Raises ModelError."""
     with model_errors(folder.resolve().name):
         files = read_files(folder)
-        return _output_type(files, pooling), files.transformer, files.config
+        return _output_type(files, pooling), files.transformer, files.config.content
 
 
 def _transformer_spec(
     files: ModelFiles, config: Json, model_type: str, name: str, pooling: Pooling | None, limit: int | None
 ) -> ModelSpec:
-    """The spec of the transformer; pooling, modules and fingerprint are filled in later."""
-    weights, refused = find_weights(files.transformer, model_type, files.config, graph=has_graph_file(files.folder))
+    """The spec of the transformer; weights, pooling, modules and fingerprint are filled in later."""
     output_type, about = _output_type(files, pooling), files.about
     own_limit = max_length(config, files)
+    tokenizer = read_tokenizer(
+        files.transformer, files.tokenizer_config, files.config, files.reader, lower=files.flag("do_lower_case")
+    )
+    padding = files.config.get("pad_token_id")
+    similarity = about.get("similarity_fn_name")
+    usual: Similarity = "dot" if output_type is OutputType.SPARSE else "cosine"
     spec = ModelSpec(
         name=name,
         folder=files.folder,
         family=model_type,
-        config=files.config,
-        weight_files=weights,
-        refused=refused,
-        tokenizer_file=existing(files.transformer / "tokenizer.json", "npu-proxy supports only fast tokenizers"),
+        config=config,
+        stored_config=files.config.content,
+        weight_files=(),
+        tokenizer=tokenizer,
         pooling=Pooling.MEAN,
-        dense=(),
+        modules=(),
         width=0,
         max_length=min(own_limit, limit or own_limit),
         vocabulary=number(config, "vocab_size", files.transformer),
         normalizes=False,
-        lower_case=bool(files.limits.get("do_lower_case", False)),
-        prompts=cast("dict[str, str]", {key: text or "" for key, text in (about.get("prompts") or {}).items()}),
+        lower_case=files.flag("do_lower_case"),
+        prompts=_prompts(about),
         default_prompt=about.get("default_prompt_name"),
         fingerprint="",
         output_type=output_type,
-        similarity=cast("Similarity", about.get("similarity_fn_name") or "cosine"),
+        # sentence-transformers ignores names that it does not know.
+        similarity=similarity if similarity in _SIMILARITIES else usual,
         special_tokens=model_type != "model2vec",
+        padding_id=padding if isinstance(padding, int) else None,
+        matryoshka=_matryoshka(files.config),
     )
     if spec.default_prompt is not None and spec.default_prompt not in spec.prompts:
         raise ModelError(
@@ -98,13 +147,25 @@ def _transformer_spec(
     return replace(spec, instruction=instruction_template(spec))
 
 
+def _prompts(about: Json) -> Mapping[str, str]:
+    prompts: Any = dict(about.get("prompts") or {})
+    if not all(isinstance(text, str | None) for text in prompts.values()):
+        raise ModelError("config_sentence_transformers.json: `prompts` must be texts by name")
+    return {key: text or "" for key, text in prompts.items()}
+
+
+def _matryoshka(config: Json) -> Sequence[int]:
+    listed: Any = config.get("matryoshka_dimensions") or ()
+    return tuple(listed) if isinstance(listed, list) and all(type(size) is int for size in listed) else ()
+
+
 def _output_type(files: ModelFiles, pooling: Pooling | None) -> OutputType:
     """The model's output type according to its files."""
-    types, about = files.module_types, files.about
+    types, about, task = files.module_types, files.about, files.limits.get("transformer_task")
     if "LogitScore" in types:
         raise ModelError("modules.json: rerankers with a chat template and yes or no as output (LogitScore) are not supported")
     plain_classifier = not files.modules and files.architecture.endswith("ForSequenceClassification") and pooling is None
-    if files.limits.get("transformer_task") == "sequence-classification" or plain_classifier:
+    if task == "sequence-classification" or plain_classifier or files.scores_by_modules:
         return OutputType.SCORES
     if (
         "MultiVectorMask" in types
@@ -121,48 +182,97 @@ def _output_type(files: ModelFiles, pooling: Pooling | None) -> OutputType:
 # -- what follows the transformer ----------------------------------------------------------------------------------------
 
 
-def _with_modules(spec: ModelSpec, config: Json, files: ModelFiles, pooling: Pooling | None) -> ModelSpec:
-    """Add pooling, Dense modules and late interaction to the spec."""
-    hidden = number(config, "hidden_size", spec.folder)
+def _with_modules(spec: ModelSpec, files: ModelFiles, pooling: Pooling | None) -> ModelSpec:
+    """Add pooling, modules and late interaction to the spec."""
+    hidden = int(spec.config.get("projected_size") or number(spec.config, "hidden_size", spec.folder))
     stack, late = _read_stack(spec, files, hidden)
-    pooling = _pooling(spec, stack, pooling, static=not spec.special_tokens, has_modules=bool(files.modules))
-    sparse_default = spec.output_type is OutputType.SPARSE and not files.about.get("similarity_fn_name")
+    pooling = _pooling(spec, stack, pooling, has_modules=bool(files.modules))
     spec = replace(
         spec,
         pooling=pooling,
-        dense=stack.dense,
+        modules=stack.final_modules(),
+        token_modules=() if late or pooling is Pooling.NONE else stack.token_modules,
+        hidden_width=hidden,
         width=spec.vocabulary if pooling is Pooling.SPLADE else stack.width,
-        normalizes=stack.normalizes,
-        include_prompt=stack.include_prompt,
-        similarity="dot" if sparse_default else spec.similarity,
+        normalizes=stack.normalizes or spec.normalizes,
+        include_prompt=stack.include_prompt or (pooling is Pooling.CLS and files.major_version < _CLS_AFTER_PROMPT),
     )
     if late is not None:
         return _with_late_interaction(spec, late)
     if spec.output_type is OutputType.TOKENS and all((spec.folder / file).is_file() for file in _BGE_M3):
         return _with_multi_output(spec, hidden)
     if spec.output_type is OutputType.TOKENS:  # a dense model without its pooling
-        return replace(spec, dense=(), width=hidden)
-    return spec
+        return replace(spec, modules=stack.token_modules, width=stack.token_width)
+    return _truncated(spec, files.about.get("truncate_dim"))
+
+
+def _truncated(spec: ModelSpec, width: Any) -> ModelSpec:
+    """The spec with vectors cut to `truncate_dim`, as sentence-transformers cuts them after all modules."""
+    if width is None or spec.output_type is not OutputType.DENSE:
+        return spec
+    if type(width) is not int or width < 1:
+        raise ModelError(f"config_sentence_transformers.json: `truncate_dim` is `{str(width)[:40]}`, not a number of at least 1")
+    if width >= spec.width:
+        return spec
+    return replace(spec, modules=[*spec.modules, TruncateModule(width=width)], width=width)
 
 
 def _read_stack(spec: ModelSpec, files: ModelFiles, hidden: int) -> tuple[ModuleStack, LateInteractionFiles | None]:
     """The modules after the transformer, and the additional files of late-interaction models."""
-    stack = ModuleStack(hidden, spec.vocabulary)
     tokens = spec.output_type is OutputType.TOKENS
+    stack = ModuleStack(hidden, spec.vocabulary, files.reader, late=files.is_late)
     if (tokens and (spec.folder / "artifact.metadata").exists()) or files.architecture == "HF_ColBERT":
-        stack.dense = [read_dense(Tensors(spec.weight_files), "linear.")]
-        stack.width = stack.dense[0].shape[0]
-        return stack, read_stanford(spec.folder)
+        dense = read_dense(Tensors(spec.weight_files), "linear.")
+        stack.token_modules.append(dense)
+        stack.width = dense.shape[0]
+        return stack, read_stanford(files.reader.object(spec.folder / "artifact.metadata", optional=True))
     if not files.modules:
         return stack, None
+    if spec.family in static.MODEL_TYPES:
+        stack.pooling = Pooling.MEAN
     stack.add(files.modules[1:], spec.folder)
+    if stack.scores:
+        raise ModelError("modules.json: a module gives `scores`, but config_sentence_transformers.json names no CrossEncoder")
     is_late = tokens and stack.pooling in (None, Pooling.NONE)
     return stack, read_pylate(files.about, files.limits, stack.mask) if is_late else None
 
 
+def _with_static_rules(spec: ModelSpec, files: ModelFiles, limit: int | None) -> ModelSpec:
+    """A static model by the rules of the library that wrote it.
+
+    model2vec cuts texts by characters, then by tokens, then drops unknown tokens. sentence-transformers keeps them, and has no
+    limit but that in tokenizer.json. Source: model2vec 0.10 ``model.py``, sentence-transformers 6.2 ``static_embedding.py``.
+    """
+    if not files.by_model2vec:
+        most = min(spec.tokenizer.stored_limit or MOST_TOKENS, MOST_TOKENS)
+        return replace(spec, max_length=min(most, limit or most), tokenizer=replace(spec.tokenizer, cuts_start=False))
+    own: Any = files.config.get("max_length", STATIC_LENGTH)
+    if own is not None and (type(own) is not int or own < 1):
+        raise ModelError(f"config.json: `max_length` is `{str(own)[:40]}`, not a number of at least 1")
+    most = min(own or MOST_TOKENS, MOST_TOKENS)
+    unknown = spec.tokenizer.unknown_id
+    return replace(
+        spec,
+        max_length=min(most, limit or most),
+        most_characters=None if own is None else own * max(1, spec.tokenizer.middle_length),
+        by_model2vec=True,
+        dropped_ids=frozenset() if unknown is None else frozenset([unknown]),
+        normalizes=_switch(files.config, "normalize"),
+        tokenizer=replace(spec.tokenizer, cuts_start=False),
+    )
+
+
+def _switch(config: Json, key: str) -> bool:
+    value: Any = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ModelError(f"config.json: `{key}` is `{str(value)[:40]}`, not true or false")
+    return value
+
+
 def _with_late_interaction(spec: ModelSpec, late: LateInteractionFiles) -> ModelSpec:
-    config = late_interaction_config(late, spec.max_length, spec.tokenizer_file)
-    skip_ids, query_skip_ids = (skipped_ids(late.mask, side, spec.tokenizer_file) for side in ("document", "query"))
+    spec = replace(spec, tokenizer=with_markers(spec.tokenizer, late.markers), normalizes=spec.normalizes or late.normalizes)
+    config = late_interaction_config(late, spec.max_length, spec.tokenizer, spec.vocabulary)
+    skip_ids, query_skip_ids = (skipped_ids(late.mask, side, spec.tokenizer) for side in ("document", "query"))
     return replace(
         spec,
         output_type=OutputType.TOKENS,
@@ -177,12 +287,12 @@ def _with_multi_output(spec: ModelSpec, hidden: int) -> ModelSpec:
     lexical, projection = (read_dense(Tensors([spec.folder / file]), "") for file in _BGE_M3)
     if projection.shape != (hidden, hidden) or lexical.shape != (1, hidden):
         raise ModelError(f"{_BGE_M3[1]}: the projection has shape {projection.shape}; only {hidden} to {hidden} is supported")
-    return replace(spec, output_type=OutputType.MULTI, dense=[lexical, projection], width=hidden)
+    return replace(spec, output_type=OutputType.MULTI, modules=[lexical, projection], width=hidden)
 
 
-def _pooling(spec: ModelSpec, stack: ModuleStack, setting: Pooling | None, *, static: bool, has_modules: bool) -> Pooling:
+def _pooling(spec: ModelSpec, stack: ModuleStack, setting: Pooling | None, *, has_modules: bool) -> Pooling:
     """The pooling in the files, or the setting if they define none. Raises ModelError if both are missing or contradictory."""
-    if static:
+    if spec.family in static.MODEL_TYPES:
         return Pooling.MEAN
     stated = Pooling.NONE if spec.output_type is OutputType.TOKENS else stack.pooling
     if stated is None and setting is None:
@@ -197,35 +307,81 @@ def _pooling(spec: ModelSpec, stack: ModuleStack, setting: Pooling | None, *, st
     return stated or setting or Pooling.MEAN
 
 
-def _with_classifier(spec: ModelSpec, config: Json, family: Family | None, files: ModelFiles) -> ModelSpec:
+# -- cross-encoders and classifiers --------------------------------------------------------------------------------------
+
+
+def _with_classifier(spec: ModelSpec, family: Family | None, files: ModelFiles) -> ModelSpec:
     """Add the labels and the activation of a cross-encoder or classifier to the spec."""
-    names = cast("Mapping[str, str]", config.get("id2label") or {})
-    count = len(names) or int(config.get("num_labels") or 2)
+    names = cast("Mapping[str, str]", files.config.get("id2label") or {})
+    count = len(names) or int(files.config.get("num_labels") or 2)
     if not 1 <= count <= _MOST_LABELS:
         raise ModelError(f"config.json: a classifier has from 1 to {_MOST_LABELS} labels, not {count}")
-    extra = cast("Json", config.get("sentence_transformers") or {})
-    stored = files.about.get("activation_fn") or extra.get("activation_fn") or config.get("sbert_ce_default_activation_function")
+    if files.config.get("num_labels", count) not in (None, count):
+        raise ModelError(f"config.json: `num_labels` is {files.config['num_labels']}, but `id2label` has {count} names")
     return replace(
         spec,
-        pooling=family.classifier_pooling(config) if family else Pooling.CLS,
+        pooling=family.classifier_pooling(spec.config) if family and not spec.refused else Pooling.CLS,
         width=count,
+        hidden_width=count,
         labels=[str(names.get(str(index), f"LABEL_{index}")) for index in range(count)],
-        activation=_activation(count, str(stored or "").rsplit(".", 1)[-1], config.get("problem_type")),
-        type_ids=int(config.get("type_vocab_size") or 0) > 1,
+        activation=_activation(files, count),
+        type_ids=spec.tokenizer.types and int(spec.config.get("type_vocab_size") or 0) > 1,
     )
 
 
-def _activation(count: int, stored: str, problem: str | None) -> Activation:
-    """The activation that turns logits into scores. stored: the class name stored by sentence-transformers, or "".
+def _with_score_modules(spec: ModelSpec, files: ModelFiles) -> ModelSpec:
+    """Add the modules of a cross-encoder that ends in a Dense module for its scores."""
+    hidden = number(spec.config, "hidden_size", spec.folder)
+    stack = ModuleStack(hidden, spec.vocabulary, files.reader)
+    stack.add(files.modules[1:], spec.folder)
+    if not stack.scores or stack.pooling is None:
+        raise ModelError("modules.json: this CrossEncoder has no Pooling module, or no module that gives `scores`")
+    return replace(
+        spec,
+        pooling=stack.pooling,
+        modules=stack.final_modules(),
+        token_modules=stack.token_modules,
+        hidden_width=hidden,
+        width=stack.width,
+        labels=[f"LABEL_{index}" for index in range(stack.width)],
+        activation=_activation(files, stack.width),
+        type_ids=spec.tokenizer.types and int(spec.config.get("type_vocab_size") or 0) > 1,
+    )
 
-    sentence-transformers stores Identity for models with several labels, although users expect probabilities; for those, the
-    problem type decides.
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.Softplus": "softplus",
+}
+
+
+def _activation(files: ModelFiles, count: int) -> Activation:
+    """The activation that turns logits into scores.
+
+    One label: what sentence-transformers stores, else sigmoid; a plain classifier for regression gives its logit. Several labels:
+    sentence-transformers stores Identity, although users expect probabilities; so the problem type decides, as in transformers.
     """
+    extra, problem = cast("Json", files.config.get("sentence_transformers") or {}), files.config.get("problem_type")
+    default = files.config.get("sbert_ce_default_activation_function")
+    stored: Any = (files.about.get("activation_fn") if files.modules else None) or extra.get("activation_fn") or default
+    known = str(stored or "").replace(
+        "torch.nn.", "torch.nn.modules.linear." if str(stored).endswith(".Identity") else "torch.nn.modules.activation."
+    )
+    known = str(stored or "") if str(stored or "").startswith("torch.nn.modules.") else known
+    if stored and known not in _ACTIVATIONS:
+        raise ModelError(f"the activation of scores is `{str(stored)[:60]}`; npu-proxy computes {', '.join(_ACTIVATIONS)}")
+    activation = _ACTIVATIONS.get(known)
     if count == 1:
-        return "identity" if stored == "Identity" else "sigmoid"
-    if stored == "Sigmoid" or problem == "multi_label_classification":
-        return "sigmoid"
-    return "identity" if problem == "regression" else "softmax"
+        plain = activation is None and not files.modules and problem == "regression"
+        return "identity" if plain else activation or "sigmoid"
+    if activation not in (None, "identity"):
+        return activation
+    if problem not in (None, "regression", "single_label_classification", "multi_label_classification"):
+        raise ModelError(f"config.json: `problem_type` is `{str(problem)[:40]}`, which is not a problem type of transformers")
+    return "sigmoid" if problem == "multi_label_classification" else "identity" if problem == "regression" else "softmax"
 
 
 def instruction_template(spec: ModelSpec) -> str:

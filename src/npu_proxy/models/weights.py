@@ -45,7 +45,11 @@ class Tensors(Mapping[str, Array]):
         self._stored: dict[str, StoredTensor] = {}
         for file in files:
             found = find_tensors(file) if file.suffix in (".bin", ".pt") else _find_safetensors(file)
-            self._stored |= {rename(name): tensor for name, tensor in found.items()}
+            for name, tensor in found.items():
+                renamed = rename(name)
+                if renamed in self._stored:
+                    raise ModelError(f"{file.name}: tensor `{name[:80]}` is in the weights twice, as `{renamed[:80]}`")
+                self._stored[renamed] = tensor
 
     def shape(self, name: str) -> Sequence[int]:
         """The shape of a tensor. Raises MissingTensorError."""

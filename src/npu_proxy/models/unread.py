@@ -1,0 +1,72 @@
+"""Nothing of a model folder is passed over: a key that nothing reads is harmless (harmless.py), accepted by the user, or refused.
+
+The same holds for tensors: those that no graph reads are in graph/unread_tensors.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from npu_proxy.errors import ModelError
+from npu_proxy.models.harmless import is_harmless
+from npu_proxy.models.json_files import Json, JsonObject, read_object
+
+
+@dataclass(kw_only=True)
+class FolderReader:
+    """Reads the JSON files of a model folder, and knows what nobody has read of them.
+
+    accept: the setting `accept_unread`. accepted: those of its patterns that were needed, for the fingerprint.
+    """
+
+    accept: Sequence[str] = ()
+    accepted: set[str] = field(default_factory=set[str])
+    _files: list[tuple[str, str, JsonObject]] = field(default_factory=list[tuple[str, str, JsonObject]])
+
+    def object(self, file: Path, *, kind: str = "", optional: bool = False) -> JsonObject:
+        """The object in a file; empty if an ``optional`` file is missing. kind: its list in HARMLESS, if not the file's name."""
+        return self.track(read_object(file, optional=optional), file, kind=kind)
+
+    def track(self, content: Json, file: Path, *, kind: str = "") -> JsonObject:
+        """An object whose keys must be read."""
+        tracked = JsonObject(content)
+        self._files.append((kind or file.name, file.name if file.parent == file else f"{file.parent.name}/{file.name}", tracked))
+        return tracked
+
+    def replace(self, tracked: JsonObject, values: Json) -> JsonObject:
+        """The object with other values, tracked in its place."""
+        if not values:
+            return tracked
+        changed = JsonObject({**tracked.content, **values})
+        self._files = [(kind, shown, changed if old is tracked else old) for kind, shown, old in self._files]
+        return changed
+
+    def refuse_unread(self, *, config: bool) -> None:
+        """Raise ModelError for a key that was not read, is not harmless, and is not accepted.
+
+        config: whether config.json counts; a graph file contains what it says.
+        """
+        for kind, shown, tracked in self._files:
+            if kind == "config.json" and not config:
+                continue
+            kinds = (kind, f"{kind} {tracked.content.get('model_type')}")
+            for key, value in tracked.unread():
+                if not any(is_harmless(each, key, value) for each in kinds) and not self.accepts(key):
+                    raise unread_error(f"{shown}: `{key}` is `{str(value)[:60]}`, which npu-proxy does not know", key)
+
+    def accepts(self, key: str) -> bool:
+        """Whether the user accepts that a key or tensor is not read."""
+        matching = [pattern for pattern in self.accept if fnmatchcase(key, pattern)]
+        self.accepted.update(matching)
+        return bool(matching)
+
+
+def unread_error(what: str, key: str) -> ModelError:
+    """The refusal of something that was not read, with the way out."""
+    return ModelError(
+        f"{what}, so vectors could differ from the model's own; if you know that it does not change them, set `accept_unread` to"
+        f" {key}"
+    )
