@@ -104,6 +104,34 @@ class TokenizerSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairTemplate:
+    """What is put around the two texts of a pair, which are then one text.
+
+    keeps_end: whether the tokens of ``after`` replace the last ones of a pair that is cut.
+    """
+
+    before: str
+    between: str
+    after: str
+    keeps_end: bool = True
+
+    def join(self, first: str, second: str) -> str:
+        """The two texts as one."""
+        return self.before + first + self.between + second + self.after
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpladeConfig:
+    """How a sparse vector is made of a text's logits, log(1 + relu(x)).
+
+    sums: summed over the tokens, not their maximum. log_twice: log(1 + y) of the result again.
+    """
+
+    sums: bool = False
+    log_twice: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class LateInteractionConfig:
     """How a late-interaction model treats queries and documents. Lengths are in tokens, including special tokens.
 
@@ -177,6 +205,9 @@ class ModelSpec:
     special_tokens: bool = True
     """Whether the tokenizer's special tokens are added around a text (static models have none)."""
     late_interaction: LateInteractionConfig | None = None
+    splade: SpladeConfig = SpladeConfig()
+    pair_template: PairTemplate | None = None
+    """Makes one text of a pair; None if the tokenizer's special tokens separate its texts."""
     dropped_ids: frozenset[int] = frozenset()
     """Token ids that are left out after a text was cut (model2vec: the unknown token)."""
     most_characters: int | None = None

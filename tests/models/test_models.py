@@ -50,12 +50,12 @@ def test_a_plain_folder_needs_an_explicit_pooling(model: Path) -> None:
         ("config.json", {"model_type": None}, "config.json: `model_type` is missing"),
         ("config.json", {"hidden_size": None}, "config.json: `hidden_size` is missing"),
         ("config.json", {"max_position_embeddings": "many"}, "`max_position_embeddings` is `many`; npu-proxy computes a number"),
-        ("1_Pooling/config.json", {"pooling_mode": "median"}, "exactly one pooling mode is needed, found none"),
-        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "found cls and mean"),
+        ("1_Pooling/config.json", {"pooling_mode": "median"}, "`pooling_mode` is `median`"),
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "found pooling_mode_cls_token and pooling_mode_mean_tokens"),
         (
             "1_Pooling/config.json",
             {"word_embedding_dimension": 99},
-            "Pooling expects 99 numbers per token, but the transformer produces 32",
+            "`word_embedding_dimension` is 99, but the transformer's token vectors have 32 numbers",
         ),
         ("config_sentence_transformers.json", {"default_prompt_name": "none"}, "default_prompt_name `none` is not one of"),
     ],
@@ -69,7 +69,7 @@ def test_what_is_missing_or_contradictory_names_its_file(model: Path, file: str,
 def test_broken_and_dangerous_files_are_refused(model: Path) -> None:
     modules = json.loads((model / "modules.json").read_text())
     for change, message in (
-        ({"type": "sentence_transformers.models.CNN"}, "module type `sentence_transformers.models.CNN` is not supported"),
+        ({"type": "sentence_transformers.models.CNN"}, "module `type` `sentence_transformers.models.CNN` is not supported"),
         ({"path": "../../elsewhere"}, "leads out of the model's folder"),
     ):
         (model / "modules.json").write_text(json.dumps([modules[0], modules[1] | change, *modules[2:]]))

@@ -28,7 +28,7 @@ from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.graph import heads
 from npu_proxy.graph.nodes import op
 from npu_proxy.models.graph_files import OUTPUT_RANKS
-from npu_proxy.spec import ModelSpec, Module
+from npu_proxy.spec import ModelSpec, Module, SpladeConfig
 from npu_proxy.targets import TARGETS
 from npu_proxy.types import OutputType, Pooling
 
@@ -178,12 +178,15 @@ class _Head:
     def __init__(self, spec: ModelSpec) -> None:
         self._scores = spec.output_type is OutputType.SCORES
         self._pooling = spec.pooling
+        self._splade = spec.splade
         self._before, self._after = _compile(spec.token_modules), _compile(spec.modules)
 
     def text(self, output: Vectors, count: int, prompt_tokens: int) -> Vectors:
         """The vector [width] of one text; ``output`` is its row [tokens, width], or its scores."""
         if self._scores:
             return output
+        if self._pooling is Pooling.SPLADE:
+            return pool_splade(output[:count], self._splade)
         return self._after(pool(self._pooling, self._before(output[:count]), prompt_tokens)[None])[0]
 
     def tokens(self, vectors: Vectors) -> Vectors:
@@ -211,12 +214,16 @@ def pool(pooling: Pooling, hidden: Vectors, prompt_tokens: int = 0) -> Vectors:
             return hidden[prompt_tokens if pooling is Pooling.CLS else -1]
         case Pooling.MAX:
             return pooled.max(axis=0)
-        case Pooling.SPLADE:
-            return np.log1p(np.maximum(pooled.max(axis=0), 0))
         case _:  # a weighted sum
             weights = np.zeros([1, count], np.float32)
             fill_pooling(pooling, weights, 0, 0, count, prompt_tokens)
             return (weights @ hidden)[0]
+
+
+def pool_splade(logits: Vectors, config: SpladeConfig) -> Vectors:
+    """The sparse vector of one text's logits, [tokens, vocabulary] -> [vocabulary], as graph/heads.py makes it."""
+    logs = np.log1p(np.maximum(logits if config.sums else logits.max(axis=0, keepdims=True), 0))
+    return (np.log1p(logs) if config.log_twice else logs).sum(axis=0)
 
 
 class _Onnx:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from npu_proxy.batch import Encoding
 from npu_proxy.errors import InputError, ModelError
-from npu_proxy.spec import ModelSpec
+from npu_proxy.spec import ModelSpec, PairTemplate
 from npu_proxy.types import OutputType
 
 
@@ -78,6 +78,17 @@ class UnusableTokens:
             return None
         token = self._tokenizer.id_to_token(found)
         return InputError(f"the text contains the token `{token}`, for which the model has no vector; remove it", param="input")
+
+
+def template_end(tokenizer: Tokenizer, template: PairTemplate) -> list[int]:
+    """The token ids that end every pair of a template, which stay when a pair is cut; none if they are cut, too."""
+    if not template.keeps_end:
+        return []
+    one, other = (tokenizer.encode(template.join(text, text), add_special_tokens=False).ids for text in ("0", "1 2 3 4"))
+    count = 0
+    while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count]:
+        count += 1
+    return one[len(one) - count :]
 
 
 def find_special_tokens(tokenizer: Tokenizer, spec: ModelSpec) -> SpecialTokens:

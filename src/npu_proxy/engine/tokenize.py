@@ -23,6 +23,7 @@ from npu_proxy.engine.special_tokens import (
     find_pair_special_tokens,
     find_special_tokens,
     longest_first,
+    template_end,
     unknown_token_ids,
 )
 from npu_proxy.engine.validation import PLACEHOLDER, OnEmpty, empty_text_error, text_error, token_ids_error
@@ -107,7 +108,9 @@ class RequestTokenizer:
         self._special = find_special_tokens(self._tokenizer, spec) if spec.special_tokens else SpecialTokens([], [])
         if spec.max_length <= len(self._special):
             raise ModelError(f"{spec.name}: a limit of {spec.max_length} tokens leaves no room for text (`max_length`)")
-        self._pair = find_pair_special_tokens(self._tokenizer, spec) if spec.output_type is OutputType.SCORES else None
+        separated = spec.output_type is OutputType.SCORES and spec.pair_template is None
+        self._pair = find_pair_special_tokens(self._tokenizer, spec) if separated else None
+        self._end = template_end(self._tokenizer, spec.pair_template) if spec.pair_template else []
         self.vocabulary: int = spec.vocabulary
         """Number of token ids."""
         self.special_tokens: int = len(self._special)
@@ -141,6 +144,8 @@ class RequestTokenizer:
         if request.truncate is Truncate.CHUNK:
             chunking = complete_chunking(chunking, spec, limit, self.special_tokens)
             limit = limit if chunking.late else min(limit, chunking.size or limit)
+        if spec.pair_template is not None and request.truncate in (Truncate.CHUNK, Truncate.START):
+            request = replace(request, truncate=Truncate.END)  # its texts are one
         cut = Truncate.START if request.truncate is Truncate.END and spec.tokenizer.cuts_start else request.truncate
         return EncodeOptions(
             prompt=prompt,
@@ -190,14 +195,14 @@ class RequestTokenizer:
     def plain(self, texts: Sequence[TextInput]) -> list[Encoding]:
         """Encode texts without a prompt, cut to the model's limit; texts that cannot be encoded are left out."""
         document = None if self._spec.late_interaction is None else True
+        if self._spec.pair_template is not None:
+            texts = [Pair("the", text) if isinstance(text, str) else text for text in texts]
         encodings = self.encode(texts, EncodeOptions(limit=self._spec.max_length, document=document))
         return [encoding for encoding in encodings if isinstance(encoding, Encoding)]
 
     def _prepare(self, text: TextInput, prompt: str, truncate: Truncate) -> _Prepared:
-        if isinstance(text, Pair):
-            if self._pair is None:
-                return UnsupportedError(f"{self._spec.name} takes single texts, not pairs", param="input")
-            return _PreparedPair(text.first, self._prepare(text.second, "", truncate))
+        if isinstance(text, Pair) or self._spec.pair_template is not None:
+            return self._prepare_pair(text, truncate)
         if not isinstance(text, str):
             return token_ids_error(text, self._spec.vocabulary) or self._special.add(text)
         if self._sanitize != "none":
@@ -210,6 +215,16 @@ class RequestTokenizer:
                 return empty_text_error(text)
             text = PLACEHOLDER
         return prompt + text
+
+    def _prepare_pair(self, text: TextInput, truncate: Truncate) -> _Prepared:
+        template = self._spec.pair_template
+        if not isinstance(text, Pair):
+            return UnsupportedError(f"{self._spec.name} takes pairs of texts, a query and a document", param="input")
+        if template is not None:
+            return text_error(text.first) or text_error(text.second) or self._bounded(template.join(*text), truncate)
+        if self._pair is None:
+            return UnsupportedError(f"{self._spec.name} takes single texts, not pairs", param="input")
+        return _PreparedPair(text.first, self._prepare(text.second, "", truncate))
 
     def _is_empty(self, text: str) -> bool:
         """Whether a text has no tokens but special ones. A letter or digit always gives one, so few texts are tokenized twice."""
@@ -283,6 +298,8 @@ class RequestTokenizer:
         if keep < 1:
             return NothingLeftError(f"a limit of {limit} tokens leaves no room for text", param="max_tokens")
         inner = inner[:keep] if options.truncate is Truncate.END else inner[len(inner) - keep :]
+        if self._end and keep > len(self._end):
+            inner = [*inner[: keep - len(self._end)], *self._end]
         if (error := self._known(inner)) is not None:
             return error
         return self._encoding(self._special.add(inner), options, truncated=True)
@@ -416,7 +433,10 @@ class RequestTokenizer:
 
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[TextToken]]:
         """The tokens of whole texts, without truncation. Raises InputError if a text cannot be encoded."""
-        prepared = [self._prepare(text, prompt, Truncate.END) for text in texts]
+        if self._spec.pair_template is None:
+            prepared = [self._prepare(text, prompt, Truncate.END) for text in texts]
+        else:
+            prepared = [text_error(text) or text for text in texts]
         special = special and self._spec.special_tokens
         results: list[list[TextToken]] = []
         for text in prepared:

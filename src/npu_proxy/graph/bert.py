@@ -13,7 +13,7 @@ import numpy as np
 
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
-from npu_proxy.graph.keys import Keys, activation, count, flag, only, real, size
+from npu_proxy.graph.keys import Keys, activation, count, flag, heads_of, only, real, size
 from npu_proxy.graph.layers import Heads
 from npu_proxy.graph.nodes import Config, Node, constant, integers, op
 from npu_proxy.types import Pooling
@@ -25,7 +25,7 @@ KEYS: Keys = {
     "vocab_size": size("vocab_size"),
     "hidden_size": size("hidden_size"),
     "num_hidden_layers": size("num_hidden_layers"),
-    "num_attention_heads": size("num_attention_heads"),
+    "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
     "intermediate_size": size("intermediate_size"),
     "max_position_embeddings": size("max_position_embeddings"),
     "type_vocab_size": count("type_vocab_size", default=2),
@@ -86,11 +86,11 @@ def vocabulary_logits(graph: GraphContext, hidden: Node) -> Node:
 def _embed(graph: GraphContext, first_position: int) -> Node:
     embeddings, inputs = graph.scope("embeddings"), graph.inputs
     config = graph.config
-    words = embeddings.embedding("word_embeddings", inputs.ids, config["vocab_size"])
-    table = embeddings.table("position_embeddings", first_position + config["max_position_embeddings"])
+    words = embeddings.embedding("word_embeddings", inputs.ids, "vocab_size")
+    table = embeddings.table("position_embeddings", "max_position_embeddings", first_position)
     if first_position:  # the row of padding comes last, as in ModelSpec.batch_layout
         table = np.concatenate([table[first_position:], table[first_position - 1 : first_position]])
-    types = embeddings.table("token_type_embeddings", config["type_vocab_size"]) if config["type_vocab_size"] else None
+    types = embeddings.table("token_type_embeddings", "type_vocab_size") if config["type_vocab_size"] else None
     if types is not None and inputs.type_ids is None:
         table = table + types[0]  # all tokens of single texts have type 0, so its vector is added to the table once
     x = op.add(words, op.gather(constant(table), inputs.positions, integers(0)))
@@ -102,7 +102,7 @@ def _embed(graph: GraphContext, first_position: int) -> Node:
 def _layer(layer: GraphContext, x: Node, tokens: LayerTokens, mask: Node) -> Node:
     """One encoder layer over ``x`` [tokens, width], computed for ``tokens``."""
     width, count = layer.config["hidden_size"], layer.config["num_attention_heads"]
-    fused = layer.fused([f"attention.self.{part}" for part in ("query", "key", "value")], [width] * 3)
+    fused = layer.fused([f"attention.self.{part}" for part in ("query", "key", "value")], ["hidden_size"] * 3)
     attended = layer.attend(x, tokens, fused, Heads.of(count, width // count), mask)
     return finish_layer(layer, attended, layer.residual(x, tokens, width))
 
@@ -111,6 +111,6 @@ def finish_layer(layer: GraphContext, attended: Node, before: Node) -> Node:
     """The layer after attention: output, feed-forward, and the norm after each. before: the layer's input, [tokens, width]."""
     mixed = layer.linear("attention.output.dense", attended)
     x = layer.layer_norm("attention.output.LayerNorm", op.add(mixed, before), layer.config["layer_norm_eps"])
-    inner = layer.activation(layer.config["hidden_act"], layer.linear("intermediate.dense", x, layer.config["intermediate_size"]))
+    inner = layer.activation(layer.config["hidden_act"], layer.linear("intermediate.dense", x, "intermediate_size"))
     outer = op.add(layer.linear("output.dense", inner), x)
     return layer.layer_norm("output.LayerNorm", outer, layer.config["layer_norm_eps"])

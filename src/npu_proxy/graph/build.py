@@ -108,7 +108,7 @@ def _build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphSty
         case OutputType.DENSE | OutputType.TOKENS:
             output = heads.apply_modules(heads.pool(hidden, inputs, width), spec.modules)
         case OutputType.SPARSE:
-            output = heads.splade(model_family.vocabulary_logits(graph, hidden), inputs, spec.width, spec.max_length)
+            output = heads.splade(model_family.vocabulary_logits(graph, hidden), inputs, spec.width, spec.max_length, spec.splade)
         case OutputType.SCORES:
             pooled = to_flat(heads.pool(hidden, inputs, width), -1, width)
             logits = heads.apply_modules(pooled, spec.modules) if spec.modules else model_family.label_logits(graph, pooled)

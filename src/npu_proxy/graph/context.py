@@ -43,9 +43,9 @@ class GraphContext:
         """Whether there is a tensor of that name."""
         return self.prefix + name in self.weights
 
-    def table(self, name: str, rows: int) -> npt.NDArray[Any]:
-        """An embedding table [rows, width]. Raises ModelError if it has another number of rows than the configuration says."""
-        return self._rows(f"{name}.weight", rows)
+    def table(self, name: str, key: str, more: int = 0) -> npt.NDArray[Any]:
+        """An embedding table [rows, width]. Raises ModelError unless its rows are the configuration's ``key`` and ``more``."""
+        return self._rows(f"{name}.weight", key, more=more)
 
     def vector(self, name: str, count: int) -> npt.NDArray[Any]:
         """The tensor of that name, which has one dimension of ``count``. Raises ModelError."""
@@ -54,13 +54,13 @@ class GraphContext:
             raise ModelError(f"tensor `{self.prefix}{name}` has the shape {list(found.shape)}, not [{count}]")
         return found
 
-    def embedding(self, name: str, ids: Node, rows: int) -> Node:
-        """Rows of an embedding table [rows, width]: ids [n] -> [n, width]."""
-        return op.gather(constant(self.table(name, rows)), ids, integers(0))
+    def embedding(self, name: str, ids: Node, key: str) -> Node:
+        """Rows of an embedding table, as many as ``key`` says: ids [n] -> [n, width]."""
+        return op.gather(constant(self.table(name, key)), ids, integers(0))
 
-    def linear(self, name: str, x: Node, size: int | None = None, *, bias: bool = True) -> Node:
-        """The linear layer of that name. size: numbers per output, if they do not follow from what comes after it."""
-        weight = self.weight(f"{name}.weight") if size is None else self._rows(f"{name}.weight", size)
+    def linear(self, name: str, x: Node, key: str = "", *, bias: bool = True) -> Node:
+        """The linear layer of that name. key: of its numbers per output, if they do not follow from what comes after it."""
+        weight = self._rows(f"{name}.weight", key) if key else self.weight(f"{name}.weight")
         return linear(x, weight, self.weight(f"{name}.bias") if bias else None)
 
     def layer_norm(self, name: str, x: Node, epsilon: float, *, bias: bool = True) -> Node:
@@ -75,23 +75,29 @@ class GraphContext:
         """The linear layer of a vocabulary head, with the weight ``stored`` if there is one, else the word embeddings ``tied``."""
         if not self.has(stored) and not self.config["tie_word_embeddings"]:
             raise ModelError(f"the weights have no tensor `{stored}`, and config.json says that it is not `{tied}`")
-        return linear(x, self._rows(stored if self.has(stored) else tied, self.config["vocab_size"]), bias)
+        return linear(x, self._rows(stored if self.has(stored) else tied, "vocab_size"), bias)
 
-    def fused(self, names: Sequence[str], sizes: Sequence[int], *, bias: bool = True) -> FusedLinear:
-        """The linear layers of those names, which have the same input, fused into one. sizes: numbers per output of each."""
-        weights = [self._rows(f"{name}.weight", size) for name, size in zip(names, sizes, strict=True)]
+    def fused(self, names: Sequence[str], keys: Sequence[str], *, width: int = 1, bias: bool = True) -> FusedLinear:
+        """The linear layers of those names, which have the same input, fused into one.
+
+        keys: of the numbers per output of each; width: what they are multiplied by (heads).
+        """
+        weights = [self._rows(f"{name}.weight", key, times=width) for name, key in zip(names, keys, strict=True)]
         biases = np.concatenate([self.weight(f"{name}.bias") for name in names]) if bias else None
-        return FusedLinear(weight=np.concatenate(weights), bias=biases, sizes=sizes)
+        return FusedLinear(weight=np.concatenate(weights), bias=biases, sizes=[len(weight) for weight in weights])
 
-    def stored_fused(self, name: str, count: int, size: int, *, bias: bool = True) -> FusedLinear:
-        """``count`` linear layers of equal ``size`` that the checkpoint stores as one; their weights are not copied."""
-        weight = self._rows(f"{name}.weight", count * size)
-        return FusedLinear(weight=weight, bias=self.weight(f"{name}.bias") if bias else None, sizes=[size] * count)
+    def stored_fused(self, name: str, count: int, key: str, *, bias: bool = True) -> FusedLinear:
+        """``count`` linear layers of equal size that the checkpoint stores as one; their weights are not copied."""
+        weight = self._rows(f"{name}.weight", key, times=count)
+        return FusedLinear(weight=weight, bias=self.weight(f"{name}.bias") if bias else None, sizes=[self.config[key]] * count)
 
-    def _rows(self, name: str, rows: int) -> npt.NDArray[Any]:
-        weight = self.weight(name)
+    def _rows(self, name: str, key: str, *, times: int = 1, more: int = 0) -> npt.NDArray[Any]:
+        weight, rows = self.weight(name), self.config[key] * times + more
         if weight.ndim != 2 or len(weight) != rows:
-            raise ModelError(f"tensor `{self.prefix}{name}` has the shape {list(weight.shape)}; config.json says {rows} rows")
+            shape = list(weight.shape)
+            raise ModelError(
+                f"tensor `{self.prefix}{name}` has the shape {shape}, but by `{key}` of config.json it has {rows} rows"
+            )
         return weight
 
     def attend(self, x: Node, tokens: LayerTokens, fused: FusedLinear, heads: Heads, mask: Node, *transforms: Transform) -> Node:

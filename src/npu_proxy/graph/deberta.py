@@ -14,7 +14,7 @@ import numpy.typing as npt
 from npu_proxy.graph.bert import classifier_pooling, finish_layer, vocabulary_logits
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import BatchInputs, LayerTokens, attention_mask
-from npu_proxy.graph.keys import REQUIRED, Keys, Stored, activation, count, flag, one_of, only, real, refuse, size
+from npu_proxy.graph.keys import REQUIRED, Keys, Stored, activation, count, flag, heads_of, one_of, only, real, refuse, size
 from npu_proxy.graph.layers import Heads, attend, merge_heads, project
 from npu_proxy.graph.nodes import Config, Node, constant, integers, op
 
@@ -55,7 +55,7 @@ KEYS: Keys = {
     "vocab_size": size("vocab_size"),
     "hidden_size": size("hidden_size"),
     "num_hidden_layers": size("num_hidden_layers"),
-    "num_attention_heads": size("num_attention_heads"),
+    "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
     "intermediate_size": size("intermediate_size"),
     "max_position_embeddings": size("max_position_embeddings"),
     "type_vocab_size": count("type_vocab_size", default=0),
@@ -117,21 +117,24 @@ class _RelativePositions:
 
 def _embed(graph: GraphContext) -> Node:
     config, inputs, embeddings = graph.config, graph.inputs, graph.scope("embeddings")
-    x = embeddings.embedding("word_embeddings", inputs.ids, config["vocab_size"])
+    x = embeddings.embedding("word_embeddings", inputs.ids, "vocab_size")
     if config["position_biased_input"]:
-        x = op.add(x, embeddings.embedding("position_embeddings", inputs.positions, config["max_position_embeddings"]))
+        x = op.add(x, embeddings.embedding("position_embeddings", inputs.positions, "max_position_embeddings"))
     if config["type_vocab_size"]:
-        types = embeddings.table("token_type_embeddings", config["type_vocab_size"])
+        types = embeddings.table("token_type_embeddings", "type_vocab_size")
         x = op.add(x, constant(types[0]) if inputs.type_ids is None else op.gather(constant(types), inputs.type_ids, integers(0)))
     if (config["embedding_size"] or config["hidden_size"]) != config["hidden_size"]:
-        x = embeddings.linear("embed_proj", x, config["hidden_size"], bias=False)
+        x = embeddings.linear("embed_proj", x, "hidden_size", bias=False)
     return embeddings.layer_norm("LayerNorm", x, config["layer_norm_eps"])
 
 
 def _table(graph: GraphContext) -> npt.NDArray[np.float32]:
     """Vectors of relative positions, normalized if the config requires it."""
     config, encoder = graph.config, graph.scope("encoder")
-    table = np.asarray(encoder.table("rel_embeddings", 2 * (config["buckets"] or config["farthest"])), np.float32)
+    table = np.asarray(
+        encoder.table("rel_embeddings", "buckets" if config["buckets"] else "farthest", config["buckets"] or config["farthest"]),
+        np.float32,
+    )
     if config["norm_rel_ebd"] == "none":
         return table
     centred = table - table.mean(axis=1, keepdims=True)
@@ -206,7 +209,7 @@ def _attention(layer: GraphContext, x: Node, tokens: LayerTokens, relative: _Rel
     width = config["attention_head_size"] or config["hidden_size"] // count
     heads = Heads(count=count, width=width, scale=(width * (1 + len(kinds))) ** -0.5, shared=count)
     query, key, value = project(
-        x, tokens, inputs, scope.fused(["query_proj", "key_proj", "value_proj"], [count * width] * 3), heads
+        x, tokens, inputs, scope.fused(["query_proj", "key_proj", "value_proj"], ["num_attention_heads"] * 3, width=width), heads
     )
     mask, scale = attention_mask(inputs, tokens), constant(np.float32(heads.scale))
     prefix = "" if config["share_att_key"] else "pos_"

@@ -31,8 +31,8 @@ class DecoderAttention:
     def __call__(self, layer: GraphContext, x: Node, tokens: LayerTokens) -> Node:
         """Self-attention of normalized ``x`` [tokens, width], computed for ``tokens`` -> [those tokens, width]."""
         scope, biased, heads = layer.scope("self_attn"), layer.config["attention_bias"], self.heads
-        sizes = [count * heads.width for count in (heads.count, heads.shared, heads.shared)]
-        fused = scope.fused([f"{part}_proj" for part in "qkv"], sizes, bias=biased)
+        keys = ["num_attention_heads", "num_key_value_heads", "num_key_value_heads"]
+        fused = scope.fused([f"{part}_proj" for part in "qkv"], keys, width=heads.width, bias=biased)
 
         def transform(part: str) -> Transform:
             gain = self.gain(scope, f"{part}_norm")
@@ -73,7 +73,7 @@ def grouped_heads(config: Config, scale: float) -> Heads:
 
 def feed_forward(layer: GraphContext, x: Node, activation: str) -> Node:
     """``down(act(gate x) * up x)`` [n, width]."""
-    mlp, size = layer.scope("mlp"), layer.config["intermediate_size"]
-    gate = layer.activation(activation, mlp.linear("gate_proj", x, size, bias=False))
-    inner = op.multiply(gate, mlp.linear("up_proj", x, size, bias=False))
+    mlp = layer.scope("mlp")
+    gate = layer.activation(activation, mlp.linear("gate_proj", x, "intermediate_size", bias=False))
+    inner = op.multiply(gate, mlp.linear("up_proj", x, "intermediate_size", bias=False))
     return mlp.linear("down_proj", inner, bias=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from npu_proxy.graph.bert import classifier_pooling, encode
 from npu_proxy.graph.context import GraphContext
-from npu_proxy.graph.keys import Keys, activation, flag, only, size
+from npu_proxy.graph.keys import Keys, activation, flag, heads_of, only, size
 from npu_proxy.graph.nodes import Node, op
 
 __all__ = [
@@ -23,7 +23,7 @@ KEYS: Keys = {
     "vocab_size": size("vocab_size"),
     "hidden_size": size("dim", "hidden_size"),
     "num_hidden_layers": size("n_layers", "num_hidden_layers"),
-    "num_attention_heads": size("n_heads", "num_attention_heads"),
+    "num_attention_heads": heads_of("dim", "n_heads", "num_attention_heads"),
     "intermediate_size": size("hidden_dim"),
     "max_position_embeddings": size("max_position_embeddings"),
     "type_vocab_size": lambda _: 0,

@@ -76,7 +76,7 @@ def encode(graph: GraphContext) -> Node:
     causal, window = config["causal"], config["window"]
     types, rotary = config["layer_types"], config["rotary"]
     rotations = {kind: Rotation(rotary[kind], width=heads.width, limit=config["max_length"]) for kind in dict.fromkeys(types)}
-    words = graph.embedding("embed_tokens", inputs.ids, config["vocab_size"])
+    words = graph.embedding("embed_tokens", inputs.ids, "vocab_size")
     x = op.multiply(words, constant(np.float32(width**0.5)))
     for number, layer_type in enumerate(types):
         layer, tokens = graph.scope(f"layers.{number}"), inputs.layer_tokens(last=number == len(types) - 1)

@@ -9,7 +9,7 @@ from npu_proxy.graph.activations import gelu
 from npu_proxy.graph.bert import classifier_pooling, label_logits
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
-from npu_proxy.graph.keys import Keys, Stored, activation, count, flag, one_of, only, real, size
+from npu_proxy.graph.keys import Keys, Stored, activation, count, flag, heads_of, one_of, only, real, size
 from npu_proxy.graph.layers import FusedLinear, Heads
 from npu_proxy.graph.nodes import Node, constant, integers, op
 from npu_proxy.graph.rotary import ROTARY_KINDS, RotaryConfig, Rotation, read_rotary
@@ -44,7 +44,7 @@ KEYS: Keys = {
     "vocab_size": size("vocab_size"),
     "hidden_size": size("hidden_size"),
     "num_hidden_layers": size("num_hidden_layers"),
-    "num_attention_heads": size("num_attention_heads"),
+    "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
     "intermediate_size": size("intermediate_size"),
     "max_position_embeddings": size("max_position_embeddings"),
     "type_vocab_size": count("type_vocab_size", default=1),
@@ -83,9 +83,9 @@ def encode(graph: GraphContext) -> Node:
     config, inputs, embeddings = graph.config, graph.inputs, graph.scope("embeddings")
     head_width = config["hidden_size"] // config["num_attention_heads"]
     rotate = Rotation(config["rotary"], width=head_width, limit=config["max_length"])
-    x = embeddings.embedding("word_embeddings", inputs.ids, config["vocab_size"])
+    x = embeddings.embedding("word_embeddings", inputs.ids, "vocab_size")
     if config["type_vocab_size"]:
-        types = embeddings.table("token_type_embeddings", config["type_vocab_size"])
+        types = embeddings.table("token_type_embeddings", "type_vocab_size")
         x = op.add(x, constant(types[0]) if inputs.type_ids is None else op.gather(constant(types), inputs.type_ids, integers(0)))
     x = embeddings.layer_norm("LayerNorm", x, config["layer_norm_eps"])
     for number in range(layers := config["num_hidden_layers"]):
@@ -105,21 +105,21 @@ def vocabulary_logits(graph: GraphContext, hidden: Node) -> Node:
 def _layer(layer: GraphContext, x: Node, tokens: LayerTokens, rotate: Rotation) -> Node:
     config = layer.config
     width, count, epsilon = config["hidden_size"], config["num_attention_heads"], config["layer_norm_eps"]
-    biased, inner_size = config["biases"], config["intermediate_size"]
-    fused = _fused(layer, "self_attn.qkv_proj", [f"self_attn.{part}_proj" for part in "qkv"], width, bias=biased)
+    biased = config["biases"]
+    fused = _fused(layer, "self_attn.qkv_proj", [f"self_attn.{part}_proj" for part in "qkv"], "hidden_size", bias=biased)
     mask = attention_mask(layer.inputs, tokens)
     attended = layer.attend(x, tokens, fused, Heads.of(count, width // count), mask, rotate)
-    mixed = layer.linear("self_attn.o_proj", attended, width, bias=biased)
+    mixed = layer.linear("self_attn.o_proj", attended, "hidden_size", bias=biased)
     x = op.add(layer.residual(x, tokens, width), mixed)
     x = layer.layer_norm("post_attention_layernorm", x, epsilon)
-    up, gate = _fused(layer, "mlp.up_gate_proj", ["mlp.up_proj", "mlp.gate_proj"], inner_size, bias=False)(x)
+    up, gate = _fused(layer, "mlp.up_gate_proj", ["mlp.up_proj", "mlp.gate_proj"], "intermediate_size", bias=False)(x)
     inner = op.multiply(layer.activation(config["hidden_act"], gate), up)
-    x = op.add(x, layer.linear("mlp.down_proj", inner, width, bias=biased))
+    x = op.add(x, layer.linear("mlp.down_proj", inner, "hidden_size", bias=biased))
     return layer.layer_norm("post_mlp_layernorm", x, epsilon)
 
 
-def _fused(layer: GraphContext, stored: str, names: list[str], size: int, *, bias: bool) -> FusedLinear:
+def _fused(layer: GraphContext, stored: str, names: list[str], key: str, *, bias: bool) -> FusedLinear:
     """Fused linear layers, which original checkpoints store as one tensor and transformers' checkpoints separately."""
     if layer.has(f"{stored}.weight"):
-        return layer.stored_fused(stored, len(names), size, bias=bias)
-    return layer.fused(names, [size] * len(names), bias=bias)
+        return layer.stored_fused(stored, len(names), key, bias=bias)
+    return layer.fused(names, [key] * len(names), bias=bias)

@@ -17,8 +17,10 @@ from npu_proxy.graph.activations import TORCH_ACTIVATIONS
 from npu_proxy.graph.inputs import BatchInputs
 from npu_proxy.graph.layers import layer_norm, linear
 from npu_proxy.graph.nodes import Node, constant, integers, op, to_grid
-from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, TruncateModule
+from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, SpladeConfig, TruncateModule
 from npu_proxy.types import Pooling
+
+DEFAULT_SPLADE = SpladeConfig()
 
 
 def pool(hidden: Node, inputs: BatchInputs, width: int) -> Node:
@@ -36,24 +38,35 @@ def pool(hidden: Node, inputs: BatchInputs, width: int) -> Node:
     return op.matmul(inputs.pool, tokens, False, False)
 
 
-def splade(logits: Node, inputs: BatchInputs, vocabulary: int, longest: int) -> Node:
-    """Logits [tokens, vocabulary] -> maximum over each text of log(1 + relu(logit)), [bins, segments, vocabulary].
+def splade(logits: Node, inputs: BatchInputs, vocabulary: int, longest: int, config: SpladeConfig = DEFAULT_SPLADE) -> Node:
+    """Logits [tokens, vocabulary] -> maximum (or sum) over each text of log(1 + relu(logit)), [bins, segments, vocabulary].
 
     Texts begin at multiples of BLOCK, so the maximum is taken within blocks first, which is the only step over all logits.
     Then each block takes the maximum with the block 1, 2, 4, ... further on in the same text, until the first block of a text
-    contains the maximum of all its blocks. The logarithm is monotonic, so it is computed last. longest: tokens of the longest text.
-    Source: Formal et al. 2021 (SPLADE v2).
+    contains the maximum of all its blocks. The logarithm is monotonic, so it is computed last. Sums of blocks are one matrix
+    product. longest: tokens of the longest text. Source: Formal et al. 2021 (SPLADE v2).
     """
     # -60000 is finite in fp16.
     padding = op.select(op.less(inputs.segments, op.constant(np.int32(0))), constant(np.float32(-60000)), constant(np.float32(0)))
     masked = op.add(logits, op.reshape(padding, op.constant(np.array([-1, 1])), False))
-    blocks = op.reduce_max(op.reshape(masked, op.constant(np.array([-1, BLOCK, vocabulary])), False), integers(1), False)
+    if config.sums:
+        masked = _log(op.relu(masked), config)
+    reduce = op.reduce_sum if config.sums else op.reduce_max
+    blocks = reduce(op.reshape(masked, op.constant(np.array([-1, BLOCK, vocabulary])), False), integers(1), False)
     # The number of the block in which each block's text begins; it is equal only for blocks of the same text.
     offset = op.reshape(inputs.positions, op.constant(np.array([-1, BLOCK])), False)
     offset = op.divide(op.gather(offset, integers(0), integers(1)), op.constant(np.int32(BLOCK)))
     count = op.squeeze(op.shape_of(offset, "i32"), integers(0))
     numbers = op.range(op.constant(np.int32(0)), count, op.constant(np.int32(1)), "i32")
     begins = op.subtract(numbers, offset)
+    bins = op.gather(inputs.all_tokens.grid, integers(0), integers(0))
+    positions = op.gather(inputs.all_tokens.grid, integers(1), integers(0))
+    starts = op.range(op.constant(np.int32(0)), op.convert(bins, "i32"), op.constant(np.int32(1)), "i32")
+    starts = op.multiply(op.unsqueeze(starts, integers(1)), op.convert(positions, "i32"))
+    first = op.divide(op.add(inputs.pool, starts), op.constant(np.int32(BLOCK)))
+    if config.sums:
+        own = op.equal(op.unsqueeze(first, integers(2)), op.unsqueeze(begins, integers(0, 1)))  # [bins, segments, blocks]
+        return op.matmul(op.select(own, constant(np.float32(1)), constant(np.float32(0))), blocks, False, False)
     last = op.subtract(count, op.constant(np.int32(1)))
     step = 1
     while step * BLOCK < longest:
@@ -61,12 +74,14 @@ def splade(logits: Node, inputs: BatchInputs, vocabulary: int, longest: int) -> 
         same_text = op.equal(op.gather(begins, ahead, integers(0)), begins)
         blocks = op.maximum(blocks, op.gather(blocks, op.select(same_text, ahead, numbers), integers(0)))
         step *= 2
-    bins = op.gather(inputs.all_tokens.grid, integers(0), integers(0))
-    positions = op.gather(inputs.all_tokens.grid, integers(1), integers(0))
-    starts = op.range(op.constant(np.int32(0)), op.convert(bins, "i32"), op.constant(np.int32(1)), "i32")
-    starts = op.multiply(op.unsqueeze(starts, integers(1)), op.convert(positions, "i32"))
-    first = op.divide(op.add(inputs.pool, starts), op.constant(np.int32(BLOCK)))
-    return op.log(op.add(op.relu(op.gather(blocks, first, integers(0))), constant(np.float32(1))))
+    return _log(op.relu(op.gather(blocks, first, integers(0))), config)
+
+
+def _log(x: Node, config: SpladeConfig) -> Node:
+    """log(1 + x), once or twice."""
+    one = constant(np.float32(1))
+    logged = op.log(op.add(x, one))
+    return op.log(op.add(logged, one)) if config.log_twice else logged
 
 
 def apply_modules(x: Node, modules: Sequence[Module]) -> Node:

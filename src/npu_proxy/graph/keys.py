@@ -60,6 +60,18 @@ def size(*names: str, default: Any = REQUIRED) -> Key:
     return _key(names, default, lambda value: type(value) is int and 1 <= value <= LARGEST, f"a number from 1 to {LARGEST}")
 
 
+def heads_of(hidden: str, *names: str) -> Key:
+    """A number of attention heads, by which the width of ``hidden`` can be divided."""
+
+    def read(stored: Stored) -> Any:
+        heads, width = size(*names)(stored), stored.get(hidden)
+        if isinstance(width, int) and width % heads:
+            raise refuse(names[0], heads, f"numbers by which `{hidden}`, {width}, can be divided")
+        return heads
+
+    return read
+
+
 def count(*names: str, default: Any = REQUIRED) -> Key:
     """A whole number of at least 0."""
     return _key(names, default, lambda value: type(value) is int and 0 <= value <= LARGEST, f"a number from 0 to {LARGEST}")

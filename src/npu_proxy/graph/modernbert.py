@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
-from npu_proxy.graph.keys import Keys, Stored, activation, flag, one_of, only, real, refuse, size
+from npu_proxy.graph.keys import Keys, Stored, activation, flag, heads_of, one_of, only, real, refuse, size
 from npu_proxy.graph.layers import Heads
 from npu_proxy.graph.nodes import Config, Node, op
 from npu_proxy.graph.rotary import RotaryConfig, Rotation, layer_types, read_rotary
@@ -37,7 +37,7 @@ KEYS: Keys = {
     "vocab_size": size("vocab_size"),
     "hidden_size": size("hidden_size"),
     "num_hidden_layers": size("num_hidden_layers"),
-    "num_attention_heads": size("num_attention_heads"),
+    "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
     "intermediate_size": size("intermediate_size"),
     "max_position_embeddings": size("max_position_embeddings"),
     "hidden_activation": activation("hidden_activation"),
@@ -68,7 +68,7 @@ def encode(graph: GraphContext) -> Node:
     types, rotary = config["layer_types"], config["rotary"]
     head_width = config["hidden_size"] // config["num_attention_heads"]
     rotations = {kind: Rotation(rotary[kind], width=head_width, limit=config["max_length"]) for kind in dict.fromkeys(types)}
-    x = _norm(graph, "embeddings.norm", graph.embedding("embeddings.tok_embeddings", inputs.ids, config["vocab_size"]))
+    x = _norm(graph, "embeddings.norm", graph.embedding("embeddings.tok_embeddings", inputs.ids, "vocab_size"))
     for number, layer_type in enumerate(types):
         tokens = inputs.layer_tokens(last=number == len(types) - 1)
         window = config["local_attention"] // 2 if layer_type == _LOCAL else None
@@ -104,12 +104,12 @@ def _layer(layer: GraphContext, x: Node, normed: Node, tokens: LayerTokens, mask
     config = layer.config
     width, count = config["hidden_size"], config["num_attention_heads"]
     biased = config["attention_bias"]
-    fused = layer.stored_fused("attn.Wqkv", 3, width, bias=biased)
+    fused = layer.stored_fused("attn.Wqkv", 3, "hidden_size", bias=biased)
     attended = layer.attend(normed, tokens, fused, Heads.of(count, width // count), mask, rotate)
     mixed = layer.linear("attn.Wo", attended, bias=biased)
     x = op.add(layer.residual(x, tokens, width), mixed)
     biased = config["mlp_bias"]
-    activated, gate = layer.stored_fused("mlp.Wi", 2, config["intermediate_size"], bias=biased)(_norm(layer, "mlp_norm", x))
+    activated, gate = layer.stored_fused("mlp.Wi", 2, "intermediate_size", bias=biased)(_norm(layer, "mlp_norm", x))
     inner = op.multiply(layer.activation(config["hidden_activation"], activated), gate)
     return op.add(x, layer.linear("mlp.Wo", inner, bias=biased))
 

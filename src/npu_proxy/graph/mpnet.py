@@ -53,7 +53,7 @@ def canonical_name(name: str) -> str:
 
 def encode(graph: GraphContext) -> Node:
     """Hidden states of the last layer; see ``bert.encode``."""
-    table = graph.table("encoder.relative_attention_bias", graph.config["relative_attention_num_buckets"])
+    table = graph.table("encoder.relative_attention_bias", "relative_attention_num_buckets")
     farthest = int(graph.config["max_length"])
     buckets = _buckets(np.arange(-farthest, farthest + 1), len(table))
     by_distance = constant(np.ascontiguousarray(table[buckets]))  # [2 farthest + 1, heads]

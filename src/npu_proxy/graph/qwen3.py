@@ -60,7 +60,7 @@ def encode(graph: GraphContext) -> Node:
     config, inputs, epsilon = graph.config, graph.inputs, graph.config["rms_norm_eps"]
     heads = grouped_heads(config, config["head_dim"] ** -0.5)
     rotate = Rotation(config["rotary"], width=heads.width, limit=config["max_length"])
-    x = graph.embedding("embed_tokens", inputs.ids, config["vocab_size"])
+    x = graph.embedding("embed_tokens", inputs.ids, "vocab_size")
     for number in range(layers := config["num_hidden_layers"]):
         layer, tokens = graph.scope(f"layers.{number}"), inputs.layer_tokens(last=number == layers - 1)
         mask = attention_mask(inputs, tokens, causal=config["causal"])
@@ -70,7 +70,7 @@ def encode(graph: GraphContext) -> Node:
         normed = rms_norm(_gain(layer, "post_attention_layernorm"), x, epsilon)
         x = op.add(x, feed_forward(layer, normed, config["hidden_act"]))
     x = rms_norm(_gain(graph, "norm"), x, epsilon)
-    return graph.linear("linear", x, config["projected_size"], bias=False) if config["projected_size"] else x
+    return graph.linear("linear", x, "projected_size", bias=False) if config["projected_size"] else x
 
 
 def label_logits(graph: GraphContext, pooled: Node) -> Node:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from npu_proxy.models.manifest import read_manifest
-from npu_proxy.spec import LayerNormModule, ModelSpec, Module, NormalizeModule, TruncateModule
+from npu_proxy.spec import LayerNormModule, ModelSpec, Module, NormalizeModule, SpladeConfig, TruncateModule
 from npu_proxy.types import OutputType
 
 _SCHEME = 1
@@ -62,6 +63,8 @@ def _special(spec: ModelSpec) -> dict[str, object]:
         "prompt_left_out": not spec.include_prompt,
         "types": spec.type_ids,
         "plain_tokens": not spec.special_tokens,
+        "splade": [spec.splade.sums, spec.splade.log_twice] if spec.splade != SpladeConfig() else [],
+        "template": spec.pair_template and [*astuple(spec.pair_template)],
         "token_modules": len(spec.token_modules),
         "tokenizer_parts": dict(spec.tokenizer.parts),
         "cuts_start": spec.tokenizer.cuts_start,

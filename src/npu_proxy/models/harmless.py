@@ -147,6 +147,15 @@ HARMLESS: Mapping[str, Harmless] = {
             },
         ),
         ("the usual", {"modality_config": {"text": {"method": "forward", "method_output_name": "logits"}}}),
+        ("the usual", {"modality_config.text": {"method": "forward", "method_output_name": "logits"}}),
+        (
+            "the usual",
+            {
+                "modality_config.message.method": "forward",
+                "modality_config.message.method_output_name": "logits",
+                "module_output_name": "causal_logits",
+            },
+        ),
         ("the usual", {"module_output_name": "scores", "query_expansion": None, "query_length": None, "document_length": None}),
         ("how the model is loaded", {"model_args": {}, "model_kwargs": {}}),
         *(
@@ -195,6 +204,7 @@ HARMLESS: Mapping[str, Harmless] = {
         ("flags of a token that tokenizer.json lists", _TOKEN_FLAGS),
     ),
     "special_tokens_map.json": _harmless(("flags of a token that tokenizer.json lists", _TOKEN_FLAGS)),
+    "LogitScore": _harmless(),
     "SpladePooling": _harmless(("how it is computed, not what", "chunk_size")),
     "Dropout": _harmless(("only for training", "dropout")),
 }

@@ -102,9 +102,13 @@ def read_stanford(about: Json) -> LateInteractionFiles:
 
 
 def late_interaction_config(
-    late: LateInteractionFiles, limit: int, source: TokenizerSource, vocabulary: int
+    late: LateInteractionFiles, limits: tuple[int, int], source: TokenizerSource, vocabulary: int
 ) -> LateInteractionConfig:
-    """The config of queries and documents, with lengths up to ``limit``. Raises ModelError if the mask token is missing."""
+    """The config of queries and documents. Raises ModelError if the mask token is missing.
+
+    limits: tokens of a text that has no length of its own, and of any text.
+    """
+    usual, most = limits
     mask_id = 0
     if late.expanded_length:
         tokenizer, _ = open_tokenizer(source)
@@ -116,9 +120,9 @@ def late_interaction_config(
             )
         mask_id = first_id
     return LateInteractionConfig(
-        query_length=min(late.query_length or limit, limit),
-        document_length=min(late.document_length or limit, limit),
-        expanded_length=min(late.expanded_length, limit),
+        query_length=min(late.query_length or usual, most),
+        document_length=min(late.document_length or usual, most),
+        expanded_length=min(late.expanded_length, most),
         attend_to_expansion=late.attend_to_expansion,
         mask_id=mask_id,
     )

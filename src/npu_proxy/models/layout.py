@@ -21,6 +21,7 @@ from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.graph_files import find_weights, has_graph_file, normalize_config
 from npu_proxy.models.json_files import Json
 from npu_proxy.models.late_interaction import LateInteractionFiles, late_interaction_config, read_pylate, read_stanford
+from npu_proxy.models.logit_score import read_head, read_template
 from npu_proxy.models.model_files import MOST_TOKENS, STATIC_LENGTH, ModelFiles, max_length, missing, number, read_files
 from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
 from npu_proxy.models.tokenizer_config import read_tokenizer, with_markers
@@ -77,7 +78,8 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
     elif spec.output_type is OutputType.SCORES:
         spec = _with_classifier(spec, family, files)
     else:
-        spec = _with_modules(spec, files, pooling)
+        spec = _with_modules(spec, files, pooling, limit)
+    _check_model_type(spec, files)
     try:
         files.reader.refuse_unread(config=family is not None and not refused)
     except ModelError as error:
@@ -86,6 +88,25 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
         spec = replace(spec, refused=spec.refused or str(error))
     spec = replace(spec, accept_unread=tuple(accept), accepted=_accepted(spec, files))
     return replace(spec, fingerprint=fingerprint(spec))
+
+
+_CLASSES: Mapping[OutputType, Sequence[str]] = {
+    OutputType.DENSE: ("SentenceTransformer",),
+    OutputType.SPARSE: ("SparseEncoder",),
+    OutputType.TOKENS: ("MultiVectorEncoder", "ColBERT", "SentenceTransformer"),
+    OutputType.MULTI: ("SentenceTransformer",),
+    OutputType.SCORES: ("CrossEncoder",),
+}
+"""The classes of sentence-transformers that make these outputs, as `model_type` names them."""
+
+
+def _check_model_type(spec: ModelSpec, files: ModelFiles) -> None:
+    """Raise ModelError if another class wrote the folder: sentence-transformers then takes other modules than the stored ones."""
+    stated = files.about.content.get("model_type", "")
+    if "model_type" in files.about and stated not in _CLASSES[spec.output_type]:
+        expected = " or ".join(_CLASSES[spec.output_type])
+        found = f"`model_type` is `{str(stated)[:40]}`, but the modules are those of {expected}"
+        raise ModelError(f"config_sentence_transformers.json: {found}")
 
 
 def _accepted(spec: ModelSpec, files: ModelFiles) -> Sequence[str]:
@@ -148,9 +169,13 @@ def _transformer_spec(
 
 
 def _prompts(about: Json) -> Mapping[str, str]:
-    prompts: Any = dict(about.get("prompts") or {})
-    if not all(isinstance(text, str | None) for text in prompts.values()):
-        raise ModelError("config_sentence_transformers.json: `prompts` must be texts by name")
+    stored: Any = about.get("prompts") or {}
+    if not isinstance(stored, Mapping):
+        raise ModelError(f"config_sentence_transformers.json: `prompts` is `{str(stored)[:40]}`, not texts by name")
+    prompts = dict(cast("Mapping[str, Any]", stored))
+    wrong = next((key for key, text in prompts.items() if not isinstance(text, str | None)), None)
+    if wrong is not None:
+        raise ModelError(f"config_sentence_transformers.json: the prompt `{wrong}` in `prompts` is not a text")
     return {key: text or "" for key, text in prompts.items()}
 
 
@@ -162,8 +187,8 @@ def _matryoshka(config: Json) -> Sequence[int]:
 def _output_type(files: ModelFiles, pooling: Pooling | None) -> OutputType:
     """The model's output type according to its files."""
     types, about, task = files.module_types, files.about, files.limits.get("transformer_task")
-    if "LogitScore" in types:
-        raise ModelError("modules.json: rerankers with a chat template and yes or no as output (LogitScore) are not supported")
+    if "LogitScore" in types and not files.scores_by_modules:
+        raise ModelError("modules.json has a LogitScore module, but config_sentence_transformers.json names no CrossEncoder")
     plain_classifier = not files.modules and files.architecture.endswith("ForSequenceClassification") and pooling is None
     if task == "sequence-classification" or plain_classifier or files.scores_by_modules:
         return OutputType.SCORES
@@ -182,7 +207,7 @@ def _output_type(files: ModelFiles, pooling: Pooling | None) -> OutputType:
 # -- what follows the transformer ----------------------------------------------------------------------------------------
 
 
-def _with_modules(spec: ModelSpec, files: ModelFiles, pooling: Pooling | None) -> ModelSpec:
+def _with_modules(spec: ModelSpec, files: ModelFiles, pooling: Pooling | None, limit: int | None) -> ModelSpec:
     """Add pooling, modules and late interaction to the spec."""
     hidden = int(spec.config.get("projected_size") or number(spec.config, "hidden_size", spec.folder))
     stack, late = _read_stack(spec, files, hidden)
@@ -191,6 +216,7 @@ def _with_modules(spec: ModelSpec, files: ModelFiles, pooling: Pooling | None) -
         spec,
         pooling=pooling,
         modules=stack.final_modules(),
+        splade=stack.splade,
         token_modules=() if late or pooling is Pooling.NONE else stack.token_modules,
         hidden_width=hidden,
         width=spec.vocabulary if pooling is Pooling.SPLADE else stack.width,
@@ -198,7 +224,7 @@ def _with_modules(spec: ModelSpec, files: ModelFiles, pooling: Pooling | None) -
         include_prompt=stack.include_prompt or (pooling is Pooling.CLS and files.major_version < _CLS_AFTER_PROMPT),
     )
     if late is not None:
-        return _with_late_interaction(spec, late)
+        return _with_late_interaction(spec, late, spec.max_length, limit)
     if spec.output_type is OutputType.TOKENS and all((spec.folder / file).is_file() for file in _BGE_M3):
         return _with_multi_output(spec, hidden)
     if spec.output_type is OutputType.TOKENS:  # a dense model without its pooling
@@ -269,9 +295,14 @@ def _switch(config: Json, key: str) -> bool:
     return value
 
 
-def _with_late_interaction(spec: ModelSpec, late: LateInteractionFiles) -> ModelSpec:
+def _with_late_interaction(spec: ModelSpec, late: LateInteractionFiles, own: int, limit: int | None) -> ModelSpec:
+    """Add queries and documents to the spec. own: the limit of texts without a length of their own. limit: the setting's."""
+    # These lengths count instead of the tokenizer's limit, not besides it.
+    stated = [length for length in (late.query_length, late.document_length, late.expanded_length) if length]
+    most = min(max([spec.max_length, *stated]), number(spec.config, "max_position_embeddings", spec.folder), limit or MOST_TOKENS)
+    spec = replace(spec, max_length=max(most, spec.max_length))
     spec = replace(spec, tokenizer=with_markers(spec.tokenizer, late.markers), normalizes=spec.normalizes or late.normalizes)
-    config = late_interaction_config(late, spec.max_length, spec.tokenizer, spec.vocabulary)
+    config = late_interaction_config(late, (own, spec.max_length), spec.tokenizer, spec.vocabulary)
     skip_ids, query_skip_ids = (skipped_ids(late.mask, side, spec.tokenizer) for side in ("document", "query"))
     return replace(
         spec,
@@ -330,8 +361,21 @@ def _with_classifier(spec: ModelSpec, family: Family | None, files: ModelFiles) 
 
 
 def _with_score_modules(spec: ModelSpec, files: ModelFiles) -> ModelSpec:
-    """Add the modules of a cross-encoder that ends in a Dense module for its scores."""
+    """Add the modules of a cross-encoder that ends in a Dense module for its scores, or in yes and no (LogitScore)."""
     hidden = number(spec.config, "hidden_size", spec.folder)
+    if files.module_types[1:] == ["LogitScore"]:
+        return replace(
+            spec,
+            pooling=Pooling.LAST_TOKEN,
+            modules=[read_head(spec, files.modules[1], files.reader, hidden)],
+            pair_template=read_template(files.transformer, files.tokenizer_config, files.limits, spec),
+            hidden_width=hidden,
+            width=1,
+            labels=["LABEL_0"],
+            activation=_activation(files, 1),
+            special_tokens=False,
+            padding_id=None,
+        )
     stack = ModuleStack(hidden, spec.vocabulary, files.reader)
     stack.add(files.modules[1:], spec.folder)
     if not stack.scores or stack.pooling is None:

@@ -155,7 +155,9 @@ def max_length(config: Json, files: ModelFiles) -> int:
         stated = files.tokenizer_config.get("model_max_length", positions)
     if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated >= 1:  # NaN is not, either
         found = str(stated)[:40]
-        raise ModelError(f"{files.transformer.name}: the maximum number of tokens is `{found}`, not a number of at least 1")
+        raise ModelError(
+            f"{files.transformer.name}: `max_seq_length` or `model_max_length` is `{found}`, not a number of at least 1"
+        )
     return int(min(stated, positions, MOST_TOKENS))
 
 
@@ -209,5 +211,5 @@ def _read_modules(folder: Path) -> Sequence[Json]:
             raise ModelError("modules.json: each module needs `type` and `path`")
     if str(listed[0]["type"]).rsplit(".", 1)[-1] not in _FIRST_MODULES:
         known = " or ".join(_FIRST_MODULES)
-        raise ModelError(f"modules.json: the first module is `{listed[0]['type']}`; only {known} is supported")
+        raise ModelError(f"modules.json: the `type` of the first module is `{listed[0]['type']}`; only {known} is supported")
     return listed

@@ -17,7 +17,7 @@ from npu_proxy.models.json_files import Json, JsonObject, inside, short_path
 from npu_proxy.models.tokenizer_file import open_tokenizer
 from npu_proxy.models.unread import FolderReader, unread_error
 from npu_proxy.models.weights import Tensors, weight_files
-from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, TokenizerSource
+from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, SpladeConfig, TokenizerSource
 from npu_proxy.types import Pooling
 
 _POOLING_FLAGS = {
@@ -49,6 +49,7 @@ class ModuleStack:
         self.modules: list[Module] = []
         """Modules after the pooling."""
         self.include_prompt: bool = True
+        self.splade = SpladeConfig()
         self.scores: bool = False
         """Whether the last module gives scores."""
         self.mask: Json = {}
@@ -68,7 +69,7 @@ class ModuleStack:
             path, kind = str(module["type"]), str(module["type"]).rsplit(".", 1)[-1]
             if kind not in _MODULES or not path.startswith(_OWN_PATHS):
                 known = ", ".join(_MODULES)
-                raise ModelError(f"modules.json: module type `{path}` is not supported; known: {known} of sentence_transformers")
+                raise ModelError(f"modules.json: module `type` `{path}` is not supported; known: {known} of sentence_transformers")
             if self.scores:
                 raise ModelError(f"modules.json: `{path}` follows the module that gives scores")
             _MODULES[kind](self, inside(folder, str(module["path"])))
@@ -92,30 +93,24 @@ class ModuleStack:
         config = self._reader.object(file, kind="Pooling")
         if self.pooling is not None:
             raise ModelError(f"{short_path(file)}: only one Pooling module is supported")
-        if "pooling_mode" in config:  # sentence-transformers 5 and later
-            named = config["pooling_mode"]
-            chosen = [Pooling(mode) for mode in ([named] if isinstance(named, str) else named) if mode in _STORED]
-            known = len(chosen) == len([named] if isinstance(named, str) else named)
-        else:
-            chosen = [pooling for flag, pooling in _POOLING_FLAGS.items() if config.get(flag)] or [Pooling.MEAN]
-            known = all(isinstance(config.get(flag, False), bool) for flag in _POOLING_FLAGS)
-        if len(chosen) != 1 or not known:
-            found = " and ".join(chosen) if chosen and known else "none that is supported"
-            raise ModelError(f"{short_path(file)}: exactly one pooling mode is needed, found {found}")
+        self.pooling = _pooling_mode(config, file)
         for name in ("word_embedding_dimension", "embedding_dimension"):
             if (width := config.get(name)) not in (None, self.width):
                 raise ModelError(
-                    f"{short_path(file)}: Pooling expects {width} numbers per token, but the transformer produces {self.width}"
+                    f"{short_path(file)}: `{name}` is {width}, but the transformer's token vectors have {self.width} numbers"
+                    " (`hidden_size`)"
                 )
         self.include_prompt = _flag(config, "include_prompt", file, default=True)
-        self.pooling = chosen[0]
 
     def add_splade(self, folder: Path) -> None:
         file = folder / "config.json"
         config = self._reader.object(file, kind="SpladePooling")
         strategy, activation = config.get("pooling_strategy", "max"), config.get("activation_function", "relu")
-        if strategy != "max" or activation != "relu":
-            raise ModelError(f"{short_path(file)}: SPLADE with {strategy} of {activation} is not supported, only max of relu")
+        if strategy not in ("max", "sum"):
+            raise ModelError(f"{short_path(file)}: `pooling_strategy` `{strategy}` is not supported, only max and sum")
+        if activation not in ("relu", "log1p_relu"):
+            raise ModelError(f"{short_path(file)}: `activation_function` `{activation}` is not supported, only relu and log1p_relu")
+        self.splade = SpladeConfig(sums=strategy == "sum", log_twice=activation == "log1p_relu")
         for name in ("word_embedding_dimension", "embedding_dimension"):
             if (width := config.get(name)) not in (None, self._vocabulary):
                 raise ModelError(f"{short_path(file)}: `{name}` is {width}, but the vocabulary has {self._vocabulary} tokens")
@@ -129,14 +124,17 @@ class ModuleStack:
         activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
         if activation not in TORCH_ACTIVATIONS:
             raise ModelError(
-                f"{short_path(file)}: activation `{activation}` is not supported; known: {', '.join(TORCH_ACTIVATIONS)}"
+                f"{short_path(file)}: `activation_function` `{activation}` is not supported; known: {', '.join(TORCH_ACTIVATIONS)}"
             )
         self._check_names(config, file, scores=True)
         residual = _flag(config, "use_residual", file, default=False)
         module = read_dense(_tensors(folder), "linear.", activation, residual=residual)
         sizes, biased = (config.get("out_features"), config.get("in_features")), f"{module.prefix}bias" in module.tensors
         if module.shape != sizes or module.shape[1] != self.width or _flag(config, "bias", file, default=True) != biased:
-            raise ModelError(f"{short_path(file)}: the weight has shape {module.shape}, unlike the config or the previous module")
+            raise ModelError(
+                f"{short_path(file)}: linear.weight has the shape {module.shape} and {'a' if biased else 'no'} bias, unlike"
+                f" `out_features`, `in_features` or `bias`, or unlike the {self.width} numbers of the module before"
+            )
         needed = {"linear.weight", *(["linear.bias"] if biased else [])}
         needed |= {"residual.weight"} if residual and module.shape[0] != module.shape[1] else set()
         self._check_tensors(module.tensors, needed, file)
@@ -152,7 +150,10 @@ class ModuleStack:
         self._check_tensors(tensors, {"norm.weight", "norm.bias"}, file)
         shape = tuple(tensors.shape("norm.weight"))
         if shape != (self.width,) or tuple(tensors.shape("norm.bias")) != shape or config.get("dimension") != self.width:
-            raise ModelError(f"{short_path(file)}: the weight has shape {shape}, unlike the config or the previous module")
+            raise ModelError(
+                f"{short_path(file)}: norm.weight has the shape {shape}, unlike `dimension`, or unlike the {self.width} numbers of"
+                " the module before"
+            )
         if not self._pooled:
             raise ModelError(
                 f"{short_path(file)}: a LayerNorm module reads the vector of a text, which there is not before Pooling"
@@ -210,6 +211,20 @@ _MODULES: dict[str, Callable[[ModuleStack, Path], None]] = {
 
 def _tensors(folder: Path) -> Tensors:
     return Tensors(weight_files(folder))
+
+
+def _pooling_mode(config: JsonObject, file: Path) -> Pooling:
+    """The pooling in a Pooling module's config; the mean if none is stated. Raises ModelError unless it is exactly one."""
+    if "pooling_mode" in config:  # sentence-transformers 5 and later; older keys do not count then
+        named: Any = config["pooling_mode"]
+        modes = named if isinstance(named, list) else [named]
+        if len(modes) == 1 and modes[0] in _STORED:
+            return Pooling(modes[0])
+        raise ModelError(f"{short_path(file)}: `pooling_mode` is `{named}`; exactly one is supported of {', '.join(_STORED)}")
+    flags = {name: pooling for name, pooling in _POOLING_FLAGS.items() if _flag(config, name, file, default=False)}
+    if len(flags) > 1:
+        raise ModelError(f"{short_path(file)}: exactly one pooling mode is needed, found {' and '.join(flags)}")
+    return next(iter(flags.values()), Pooling.MEAN)
 
 
 def _flag(config: JsonObject, key: str, file: Path, *, default: bool) -> bool:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from npu_proxy.errors import ModelError
 from npu_proxy.models.json_files import inside, read_object, short_path
 from npu_proxy.models.pickled import find_tensors
-from npu_proxy.models.stored_tensor import MOST_DIMENSIONS, Array, StoredTensor
+from npu_proxy.models.stored_tensor import KINDS, MOST_DIMENSIONS, Array, StoredTensor, width_of
 
 _LARGEST_HEADER = 8 << 20
 """Bytes of a safetensors header, of which a tensor takes about 100."""
@@ -57,6 +59,15 @@ class Tensors(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         return self._find(name).read(name)
+
+    def rows(self, name: str, numbers: Sequence[int]) -> Array:
+        """Some rows of a matrix, of which only these are read: [len(numbers), width]. Raises ModelError."""
+        stored = self._find(name)
+        if stored.strides is not None or len(stored.shape) != 2:
+            return self[name][list(numbers)]
+        step = stored.shape[1] * width_of(stored.kind) if stored.kind in KINDS else 0
+        found = [replace(stored, start=stored.start + number * step, shape=stored.shape[1:]).read(name) for number in numbers]
+        return np.stack(found)
 
     def _find(self, name: str) -> StoredTensor:
         if name not in self._stored:
