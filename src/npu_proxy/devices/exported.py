@@ -226,6 +226,9 @@ def pool_splade(logits: Vectors, config: SpladeConfig) -> Vectors:
     return (np.log1p(logs) if config.log_twice else logs).sum(axis=0)
 
 
+_INTEGERS: Mapping[str, type[np.signedinteger[Any]]] = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+
+
 class _Onnx:
     """ONNX Runtime with all installed execution providers."""
 
@@ -243,11 +246,18 @@ class _Onnx:
         except Exception as error:  # the runtime raises its own exception classes
             raise ModelError(f"{file.name} cannot be loaded: {first_line(error)}") from error
         self.about = ", ".join(self._session.get_providers())
-        self.inputs = [port.name for port in self._session.get_inputs()]
+        self._types = {port.name: _INTEGERS.get(port.type) for port in self._session.get_inputs()}
+        self.inputs = list(self._types)
+        for port in self._session.get_inputs():
+            if port.name in _INPUT_NAMES and port.type not in _INTEGERS:
+                raise ModelError(
+                    f"{file.name}: its input `{port.name}` is a {port.type}; only integers of 32 and 64 bits are supported"
+                )
         self.outputs = {port.name: len(port.shape) for port in self._session.get_outputs()}
 
     def run(self, output: str, inputs: PaddedInputs) -> Vectors:
-        return np.asarray(self._session.run([output], dict(inputs))[0], np.float32)
+        given = {name: array.astype(self._types[name], copy=False) for name, array in inputs.items()}
+        return np.asarray(self._session.run([output], given)[0], np.float32)
 
 
 class _Ir:

@@ -16,7 +16,7 @@ from npu_proxy.graph.keys import Stored, flag, one_of, real, refuse, size
 from npu_proxy.graph.nodes import Node, constant, integers, op
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-ROTARY_KINDS = ("default", "linear", "dynamic", "yarn")
+ROTARY_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 """Values of `rope_type` that transformers and npu-proxy know."""
 
 
@@ -24,7 +24,8 @@ ROTARY_KINDS = ("default", "linear", "dynamic", "yarn")
 class RotaryConfig:
     """How positions are rotated: the base ``theta``, and how it is extended to more positions than the model was trained with.
 
-    trained: number of those positions, for yarn. attention_factor: multiplies queries and keys, for yarn; None for its formula.
+    trained: number of those positions, for yarn and llama3. attention_factor: multiplies queries and keys, for yarn; None for its
+    formula. low_frequency, high_frequency: turns within the trained length, below and above which llama3 changes all or nothing.
     """
 
     theta: float
@@ -34,6 +35,8 @@ class RotaryConfig:
     attention_factor: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
     truncate: bool = True
 
     def frequencies(self, width: int) -> npt.NDArray[np.float64]:
@@ -46,6 +49,10 @@ class RotaryConfig:
             return frequencies / self.factor ** (2 / width)
         if self.kind == "yarn":
             kept = self._kept(width)
+            return frequencies * kept + frequencies / self.factor * (1 - kept)
+        if self.kind == "llama3":
+            turns = self.trained * frequencies / (2 * math.pi)  # within the trained length
+            kept = np.clip((turns - self.low_frequency) / (self.high_frequency - self.low_frequency), 0.0, 1.0)
             return frequencies * kept + frequencies / self.factor * (1 - kept)
         return frequencies
 
@@ -103,6 +110,12 @@ def read_rotary(
     trained: int = size("original_max_position_embeddings", default=positions)(parameters)
     if kind == "dynamic":  # as trained, up to the length from which on it would depend on the batch
         return RotaryConfig(theta=base)
+    if kind == "llama3":
+        low: float = real("low_freq_factor")(parameters)
+        high: float = real("high_freq_factor")(parameters)
+        if high <= low:
+            raise refuse("high_freq_factor", high, "numbers above `low_freq_factor`")
+        return RotaryConfig(theta=base, kind=kind, factor=factor, trained=trained, low_frequency=low, high_frequency=high)
     if kind != "yarn":
         return RotaryConfig(theta=base, kind=kind, factor=factor)
     one_of("mscale", values=(), default=None)(parameters)

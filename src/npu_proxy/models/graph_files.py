@@ -79,7 +79,7 @@ def from_graph_file(settings: Settings, spec: ModelSpec) -> ModelSpec:
 
 def has_graph_file(folder: Path) -> bool:
     """Whether a model's folder contains any graph file."""
-    return any(any(folder.glob(pattern)) for pattern in ("*.onnx", "*/*.onnx", "*/*.xml"))
+    return any(any(folder.glob(pattern)) for pattern in ("*.onnx", "*/*.onnx", "*.xml", "*/*.xml"))
 
 
 def find_weights(transformer: Path, model_type: str, *, graph: bool) -> tuple[Sequence[Path], str]:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.keys import LARGEST
-from npu_proxy.models.json_files import Json, JsonObject, inside, read_json, short_path
+from npu_proxy.models.json_files import Json, JsonObject, inside, read_json, read_object, short_path
 from npu_proxy.models.unread import FolderReader, unread_error
 from npu_proxy.models.weights import Tensors, weight_files
 
@@ -101,6 +101,7 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
     reader = FolderReader(accept=accept)
     modules = [reader.track(module, folder / "modules.json") for module in _read_modules(folder)]
     transformer = inside(folder, str(modules[0]["path"])) if modules else folder
+    _check_adapter(transformer, reader)
     limits = _read_limits(transformer, reader)
     config = _read_config(folder, transformer, modules, reader)
     tokenizer_config = reader.object(transformer / "tokenizer_config.json", optional=True)
@@ -132,6 +133,20 @@ def _overrides(limits: JsonObject, *parts: str) -> Json:
         for key, value in (limits.get(name) or {}).items()
         if key != "trust_remote_code"
     }
+
+
+def _check_adapter(transformer: Path, reader: FolderReader) -> None:
+    """Raise ModelError for a LoRA adapter, which changes the weights beside it or those of another model."""
+    file = transformer / "adapter_config.json"
+    if not file.exists() or reader.accepts(file.name):
+        return
+    base = str(read_object(file).get("base_model_name_or_path"))[:100]
+    raise ModelError(
+        f"{short_path(file)}: this is a LoRA adapter of `{base}`, which npu-proxy does not apply. Merge it into a copy of the"
+        ' folder, with peft 0.22 or newer and transformers installed: python -c "import sys, peft;'
+        " peft.AutoPeftModelForFeatureExtraction.from_pretrained(sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])"
+        '" FOLDER COPY, and remove adapter_config.json from the copy'
+    )
 
 
 def _check_code(files: ModelFiles) -> None:

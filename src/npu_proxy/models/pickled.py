@@ -92,7 +92,11 @@ def _check_directory(opened: io.BufferedReader, file_size: int) -> None:
     tail = opened.read()
     at = tail.rfind(_END_OF_DIRECTORY)
     if at < 0 or len(tail) - at < _END_SIZE:
-        raise _InvalidError("it is not a zip archive")
+        raise _InvalidError(
+            "it is not a zip archive, perhaps because torch before 1.6 wrote it; convert it, with torch and safetensors installed:"
+            ' python -c "import sys, torch, safetensors.torch as s; t = torch.load(sys.argv[1], weights_only=True);'
+            ' s.save_file({k: v.clone() for k, v in t.items()}, sys.argv[2])" pytorch_model.bin model.safetensors'
+        )
     size = int.from_bytes(tail[at + 12 : at + 16], "little")
     if size == 0xFFFFFFFF or tail[max(0, at - _LOCATOR_SIZE) : at].startswith(_LOCATOR):
         size = _zip64_directory_size(opened, file_size - len(tail) + at - _LOCATOR_SIZE)

@@ -148,4 +148,9 @@ def weight_files(folder: Path) -> Sequence[Path]:
             return files
         if single.is_file():
             return [single]
+    if any(folder.glob("*.gguf")):
+        raise NoWeightsError(
+            f"{folder.name} has its weights as GGUF, which npu-proxy does not read; pull the repository with safetensors that they"
+            " were made from (usually its name without `-GGUF`)"
+        )
     raise NoWeightsError(f"{short_path(folder / 'model.safetensors')} is missing")
