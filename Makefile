@@ -107,10 +107,14 @@ npu-compile: weights  ## compile every graph with the vendor's NPU compiler (Deb
 
 golden:  ## regenerate the golden models of tests/golden (installs torch and transformers in .venv-golden)
 	$(PYTHON) -m venv .venv-golden
-	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript sentence-transformers --editable .
+	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript sentence-transformers model2vec --editable .
 	.venv-golden/bin/python tests/golden/make.py
 	cd tests/golden && ../../.venv-golden/bin/python make_families.py
 	cd tests/golden && ../../.venv-golden/bin/python make_exported.py
+	cd tests/golden && ../../.venv-golden/bin/python make_odd.py
+
+mutations:  ## change every key and tensor of the golden models, and compare with the reference libraries (after `make golden`)
+	cd tests/golden && ../../.venv-golden/bin/python mutate.py
 
 example-models: weights  ## retrain the reranker and the classifier of examples/models (40 minutes; installs torch in .venv-train)
 	$(PYTHON) -m venv .venv-train
