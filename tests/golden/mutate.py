@@ -151,7 +151,10 @@ def _tensor(name: Path, old: str, new: str | None) -> Callable[[Path], None]:
 
 
 def outcome(folder: Path, name: str, file: str) -> tuple[str, str]:
-    """What becomes of a changed folder. name, file: what a refusal must contain one of. One of: equal, refused, refused without its name, reference fails, DIFFERENT; and the details."""
+    """What becomes of a changed folder, and the details. name, file: what a refusal must contain one of.
+
+    One of: equal, refused, refused without its name, reference fails, DIFFERENT.
+    """
     try:
         engine = Engine(folder, settings=Settings(device="cpu", cache_mb=0, compile_cache_mb=0, on_empty="embed"))
         engine.start()

@@ -94,8 +94,13 @@ def template_end(tokenizer: Tokenizer, template: PairTemplate) -> list[int]:
 def find_special_tokens(tokenizer: Tokenizer, spec: ModelSpec) -> SpecialTokens:
     """Find the special tokens around every text, by encoding a text with and without them. Raises ModelError."""
     sample, plain = _sample(tokenizer, spec)
-    ids = tokenizer.encode(sample).ids
+    encoding = tokenizer.encode(sample)
+    ids = encoding.ids
     start = _find(ids, plain, 0, spec)
+    if any(encoding.type_ids) and spec.tokenizer.types and spec.config.get("type_vocab_size", 2) > 1:
+        raise ModelError(
+            f"{spec.name}: tokenizer.json gives tokens of a single text a `type_id` other than 0; this is not supported"
+        )
     if max(ids, default=0) >= spec.vocabulary:
         raise ModelError(f"{spec.name}: the tokenizer's special tokens {ids} have no vectors; config.json says {spec.vocabulary}")
     return SpecialTokens(ids[:start], ids[start + len(plain) :])
