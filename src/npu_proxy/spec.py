@@ -104,6 +104,22 @@ class TokenizerSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryWeights:
+    """The weight of each token of a query, which is not computed by the model: ``layer.weight`` [tokens].
+
+    limit: tokens of a query, without special tokens. default: whether a text is a query if the request does not say what it is.
+    """
+
+    layer: StoredLayer
+    limit: int
+    default: bool = False
+
+    def is_query(self, input_type: str | None) -> bool:
+        """Whether a text of this input type is a query."""
+        return self.default if input_type is None else input_type == "query"
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairTemplate:
     """What is put around the two texts of a pair, which are then one text.
 
@@ -206,6 +222,8 @@ class ModelSpec:
     """Whether the tokenizer's special tokens are added around a text (static models have none)."""
     late_interaction: LateInteractionConfig | None = None
     splade: SpladeConfig = SpladeConfig()
+    query_weights: QueryWeights | None = None
+    """For sparse models whose queries are not computed."""
     pair_template: PairTemplate | None = None
     """Makes one text of a pair; None if the tokenizer's special tokens separate its texts."""
     dropped_ids: frozenset[int] = frozenset()
@@ -226,6 +244,11 @@ class ModelSpec:
     """The graph file, for int8 (models/quantized.py)."""
     refused: str = ""
     """Why no graph can be built from the weights, so that only a graph file from its repository can serve it; "" if it can."""
+
+    @property
+    def has_sides(self) -> bool:
+        """Whether queries and documents are computed in different ways."""
+        return self.late_interaction is not None or self.query_weights is not None
 
     @property
     def output_types(self) -> Sequence[OutputType]:

@@ -19,10 +19,10 @@ from make import tokenizer, write
 from model2vec import StaticModel
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
-from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling, StaticEmbedding
-from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 ODD = Path(__file__).parent / "odd"
@@ -499,6 +499,20 @@ def splade_two_logarithms() -> Path:
     return splade("splade_two_logarithms", activation_function="log1p_relu")
 
 
+def queries_by_table() -> Path:
+    """Like OpenSearch's sparse models of documents: queries have the weights of a table."""
+    encode = cased_wordpiece(lower=True)
+    transformer = Transformer(
+        str(saved(bert(encode, t.BertForMaskedLM), encode)), transformer_task="fill-mask", max_seq_length=LIMIT
+    )
+    torch.manual_seed(7)
+    weight = torch.rand(encode.get_vocab_size()) * (torch.rand(encode.get_vocab_size()) > 0.1)
+    table = SparseStaticEmbedding(tokenizer=transformer.tokenizer, weight=weight, frozen=True)
+    routes = Router.for_query_document(query_modules=[table], document_modules=[transformer, SpladePooling()])
+    SparseEncoder(modules=[routes], device="cpu").save(str(ODD / "queries_by_table"), create_model_card=False)
+    return ODD / "queries_by_table"
+
+
 CASES: Sequence[Callable[[], Path | tuple[Path, Answers]]] = (
     normalize_then_dense,
     dense_on_tokens,
@@ -540,12 +554,16 @@ CASES: Sequence[Callable[[], Path | tuple[Path, Answers]]] = (
     model2vec_int8,
     splade_sum,
     splade_two_logarithms,
+    queries_by_table,
 )
 SCORES = ("score_modules", "tanh_scores", "pairs_without_types", "pairs_without_template", "yes_or_no")
 
 
-def answers_of(folder: Path) -> Answers:
-    """What the folder's own library computes, one text at a time."""
+SIDED = ("unused_markers", "queries_by_table")
+
+
+def answers_of(folder: Path, side: str = "document") -> Answers:
+    """What the folder's own library computes, one text at a time. side: query or document, if it matters."""
     name = folder.name
     if name in SCORES:
         scorer, raw = CrossEncoder(str(folder), device="cpu"), torch.nn.Identity()
@@ -553,12 +571,12 @@ def answers_of(folder: Path) -> Answers:
     if name == "model2vec_int8":
         static = StaticModel.from_pretrained(folder)
         return [static.encode([text])[0] for text in TEXTS]
-    if name.startswith("splade"):
-        sparse = SparseEncoder(str(folder), device="cpu")
-        return [sparse.encode([text], convert_to_sparse_tensor=False)[0].numpy() for text in TEXTS]
+    if name.startswith("splade") or name == "queries_by_table":
+        sparse = getattr(SparseEncoder(str(folder), device="cpu"), f"encode_{side}")
+        return [sparse([text], convert_to_sparse_tensor=False)[0].numpy() for text in TEXTS]
     if name == "unused_markers":
-        late = MultiVectorEncoder(str(folder), device="cpu")
-        return [np.asarray(late.encode_document([text])[0]) for text in TEXTS]
+        late = getattr(MultiVectorEncoder(str(folder), device="cpu"), f"encode_{side}")
+        return [np.asarray(late([text])[0]) for text in TEXTS]
     model = SentenceTransformer(str(folder), device="cpu")
     return [model.encode([text], batch_size=1)[0] for text in TEXTS]
 
@@ -571,7 +589,11 @@ def main() -> None:
         shutil.rmtree(ODD / case.__name__, ignore_errors=True)
         made = case()
         folder, answers = made if isinstance(made, tuple) else (made, answers_of(made))
-        np.savez(folder / "answers.npz", **{str(index): np.asarray(answer, np.float32) for index, answer in enumerate(answers)})
+        arrays = {str(index): np.asarray(answer, np.float32) for index, answer in enumerate(answers)}
+        if folder.name in SIDED:
+            queries = answers_of(folder, "query")
+            arrays |= {f"query{index}": np.asarray(answer, np.float32) for index, answer in enumerate(queries)}
+        np.savez(folder / "answers.npz", **arrays)
         for extra in ("README.md", "training_args.bin"):
             (folder / extra).unlink(missing_ok=True)
         print(folder.name, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) // 1000, "KB")

@@ -115,8 +115,12 @@ def mutations(folder: Path) -> Iterator[Mutation]:
     for file in sorted(folder.rglob("*.safetensors")):
         name = file.relative_to(folder)
         for tensor in load_file(file):
-            yield f"{name}: {tensor} renamed", tensor.rsplit(".", 2)[-2], _tensor(name, tensor, f"{tensor}_other")
-            yield f"{name}: {tensor} dropped", tensor.rsplit(".", 2)[-2], _tensor(name, tensor, None)
+            yield (
+                f"{name}: {tensor} renamed",
+                tensor.removesuffix(".weight").rsplit(".", 1)[-1],
+                _tensor(name, tensor, f"{tensor}_other"),
+            )
+            yield f"{name}: {tensor} dropped", tensor.removesuffix(".weight").rsplit(".", 1)[-1], _tensor(name, tensor, None)
         yield f"{name}: unknown tensor", "brand_new", _tensor(name, "", "brand_new.weight")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.batch import Encoding
-from npu_proxy.spec import ModelSpec
+from npu_proxy.spec import ModelSpec, QueryWeights
 from npu_proxy.types import OutputType, Vector
 
 
@@ -26,6 +26,8 @@ def kept_output(spec: ModelSpec, encoding: Encoding, raw: npt.NDArray[np.float32
         case OutputType.DENSE | OutputType.SCORES:
             return raw.copy() if encoding.spans else raw[0].copy()
         case OutputType.SPARSE:
+            if spec.query_weights is not None and not encoding.document:
+                return _query_entries(spec.query_weights, encoding)
             (indices,) = np.nonzero(raw[0])
             return np.stack([indices.astype(np.float32), raw[0][indices]], axis=1)
         case OutputType.TOKENS:
@@ -35,6 +37,14 @@ def kept_output(spec: ModelSpec, encoding: Encoding, raw: npt.NDArray[np.float32
         case OutputType.MULTI:
             weights = np.where(np.isin(encoding.ids, list(special_ids)), 0, raw[:, 0])
             return np.concatenate([encoding.ids[:, None], weights[:, None], raw[:, 1:]], axis=1, dtype=np.float32)
+
+
+def _query_entries(weights: QueryWeights, encoding: Encoding) -> Vector:
+    """The sparse vector of a query that is not computed: the weight of each of its tokens, once."""
+    table = weights.layer.weight
+    ids = np.unique(encoding.ids[encoding.ids < len(table)])
+    ids = ids[table[ids] != 0]
+    return np.stack([ids.astype(np.float32), table[ids]], axis=1)
 
 
 def is_kept_output(spec: ModelSpec, vector: Vector) -> bool:

@@ -144,6 +144,9 @@ class RequestTokenizer:
         if request.truncate is Truncate.CHUNK:
             chunking = complete_chunking(chunking, spec, limit, self.special_tokens)
             limit = limit if chunking.late else min(limit, chunking.size or limit)
+        if spec.query_weights is not None:
+            document = not spec.query_weights.is_query(request.input_type)
+            limit = limit if document else spec.query_weights.limit + len(self._special)  # which a query does not have
         if spec.pair_template is not None and request.truncate in (Truncate.CHUNK, Truncate.START):
             request = replace(request, truncate=Truncate.END)  # its texts are one
         cut = Truncate.START if request.truncate is Truncate.END and spec.tokenizer.cuts_start else request.truncate
@@ -194,7 +197,7 @@ class RequestTokenizer:
 
     def plain(self, texts: Sequence[TextInput]) -> list[Encoding]:
         """Encode texts without a prompt, cut to the model's limit; texts that cannot be encoded are left out."""
-        document = None if self._spec.late_interaction is None else True
+        document = True if self._spec.has_sides else None
         if self._spec.pair_template is not None:
             texts = [Pair("the", text) if isinstance(text, str) else text for text in texts]
         encodings = self.encode(texts, EncodeOptions(limit=self._spec.max_length, document=document))
@@ -288,6 +291,8 @@ class RequestTokenizer:
     def _fit(self, ids: list[int], options: EncodeOptions) -> Encoding | NpuProxyError:
         """Make an encoding that does not exceed the limit, or an error."""
         limit = options.limit
+        if self._spec.query_weights is not None and options.document is False:
+            return self._fit_query(self._special.strip(ids), options)
         if not ids:  # the tokenizer has no special tokens, and the text is only spaces
             return EmptyInputError("the model's tokenizer produces no tokens for the text", param="input")
         if len(ids) <= limit:
@@ -303,6 +308,21 @@ class RequestTokenizer:
         if (error := self._known(inner)) is not None:
             return error
         return self._encoding(self._special.add(inner), options, truncated=True)
+
+    def _fit_query(self, ids: list[int], options: EncodeOptions) -> Encoding | NpuProxyError:
+        """Make an encoding of a query that is not computed: only its different tokens count. ids: without special tokens."""
+        most = options.limit - len(self._special)
+        truncated = len(ids) > most
+        if truncated and options.truncate is Truncate.ERROR:
+            return TooLongError(limit=most, tokens=len(ids))
+        ids = ids[len(ids) - most :] if truncated and options.truncate is Truncate.START else ids[:most]
+        if len(ids) > self._spec.max_length:
+            ids = list(dict.fromkeys(ids))
+        if not ids:
+            return EmptyInputError("the query has no tokens", param="input")
+        if len(ids) > self._spec.max_length:
+            return InputError(f"a query may have up to {self._spec.max_length} different tokens, not {len(ids)}", param="input")
+        return self._encoding(ids, options, truncated=truncated)
 
     def _known(self, ids: list[int]) -> EmptyInputError | None:
         """An error if every token would be left out, as model2vec leaves out the unknown token."""

@@ -26,6 +26,8 @@ def fingerprint(spec: ModelSpec, *, precision: str = "fp32") -> str:
         digest.update((_recorded_sha256(file, spec.folder) or file_sha256(file)).encode())
     for module in (*spec.token_modules, *spec.modules):
         _add_module(digest, module)
+    if spec.query_weights is not None:
+        digest.update(spec.query_weights.layer.weight.data)
     properties = {
         "scheme": _SCHEME,
         "config": {key: value for key, value in spec.stored_config.items() if not key.startswith("_")},

@@ -205,6 +205,8 @@ HARMLESS: Mapping[str, Harmless] = {
     ),
     "special_tokens_map.json": _harmless(("flags of a token that tokenizer.json lists", _TOKEN_FLAGS)),
     "LogitScore": _harmless(),
+    "Router": _harmless(("what a text without a route is", "parameters.allow_empty_key types.* structure.*")),
+    "SparseStaticEmbedding": _harmless(("only for training", "frozen")),
     "SpladePooling": _harmless(("how it is computed, not what", "chunk_size")),
     "Dropout": _harmless(("only for training", "dropout")),
 }

@@ -11,6 +11,8 @@ from npu_proxy.errors import ModelError
 
 Json = Mapping[str, Any]
 
+MOST_TOKENS = 1 << 17
+"""Largest limit of tokens per text, whatever a model states: position tables of this length already have 100 MB."""
 _LARGEST = 16 << 20
 """Bytes of a configuration file; those of large label sets and indexes of shards have up to a few MB."""
 

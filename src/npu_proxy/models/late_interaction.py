@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.models.json_files import Json
 from npu_proxy.models.tokenizer_file import open_tokenizer
 from npu_proxy.spec import LateInteractionConfig, TokenizerSource
@@ -52,6 +52,11 @@ def read_pylate(about: Json, limits: Json, mask: Json) -> LateInteractionFiles:
 
     about: config_sentence_transformers.json. limits: sentence_bert_config.json. mask: the config of the MultiVectorMask.
     """
+    with model_errors("sentence_bert_config.json"):
+        return _read_pylate(about, limits, mask)
+
+
+def _read_pylate(about: Json, limits: Json, mask: Json) -> LateInteractionFiles:
     query, document = (limits.get(key) or about.get(key) for key in ("query_length", "document_length"))
     expansion: Any = limits.get("query_expansion", about.get("query_expansion"))
     by_pylate = expansion is None and "query_expansion" not in about and any(key in about for key in _PYLATE_KEYS)

@@ -19,11 +19,12 @@ from npu_proxy.graph.keys import read_keys
 from npu_proxy.models.catalog import INSTRUCTIONS
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.graph_files import find_weights, has_graph_file, normalize_config
-from npu_proxy.models.json_files import Json
+from npu_proxy.models.json_files import MOST_TOKENS, Json
 from npu_proxy.models.late_interaction import LateInteractionFiles, late_interaction_config, read_pylate, read_stanford
 from npu_proxy.models.logit_score import read_head, read_template
-from npu_proxy.models.model_files import MOST_TOKENS, STATIC_LENGTH, ModelFiles, max_length, missing, number, read_files
+from npu_proxy.models.model_files import STATIC_LENGTH, ModelFiles, max_length, missing, number, read_files
 from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
+from npu_proxy.models.router import query_weights
 from npu_proxy.models.tokenizer_config import read_tokenizer, with_markers
 from npu_proxy.models.weights import Tensors
 from npu_proxy.spec import Activation, ModelSpec, TruncateModule
@@ -223,6 +224,15 @@ def _with_modules(spec: ModelSpec, files: ModelFiles, pooling: Pooling | None, l
         normalizes=stack.normalizes or spec.normalizes,
         include_prompt=stack.include_prompt or (pooling is Pooling.CLS and files.major_version < _CLS_AFTER_PROMPT),
     )
+    if files.query_folder is not None:
+        if pooling is not Pooling.SPLADE:
+            raise ModelError("router_config.json: a table of weights for queries needs a SPLADE model for documents")
+        return replace(
+            spec,
+            query_weights=query_weights(
+                spec, files.query_folder, files.tokenizer_config, files.reader, default=files.query_default
+            ),
+        )
     if late is not None:
         return _with_late_interaction(spec, late, spec.max_length, limit)
     if spec.output_type is OutputType.TOKENS and all((spec.folder / file).is_file() for file in _BGE_M3):

@@ -9,17 +9,14 @@ from typing import Any, NoReturn, cast
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.keys import LARGEST
-from npu_proxy.models.json_files import Json, JsonObject, inside, read_json, read_object, short_path
+from npu_proxy.models.json_files import MOST_TOKENS, Json, JsonObject, inside, read_json, read_object, short_path
+from npu_proxy.models.router import without_router
 from npu_proxy.models.unread import FolderReader, unread_error
 from npu_proxy.models.weights import Tensors, weight_files
 
 _FIRST_MODULES = ("Transformer", "MLMTransformer", "StaticEmbedding")
 STATIC_LENGTH = 512
 """Maximum number of tokens per text of model2vec, unless config.json says otherwise."""
-
-
-MOST_TOKENS = 1 << 17
-"""Largest limit of tokens per text, whatever a model states: position tables of this length already have 100 MB."""
 
 
 _LIMITS = (
@@ -42,10 +39,13 @@ class ModelFiles:
     """Contents of the files. transformer: the folder of the transformer.
 
     modules: modules.json, or empty if it is missing. limits: sentence_bert_config.json. about: config_sentence_transformers.json.
-    config: config.json. tokenizer_config: tokenizer_config.json. reader: what was not read of them.
+    config: config.json. tokenizer_config: tokenizer_config.json. reader: what was not read of them. query_folder: of the table of
+    weights, if queries are not computed; query_default: whether texts are queries by default.
     """
 
     reader: FolderReader
+    query_folder: Path | None
+    query_default: bool
     folder: Path
     transformer: Path
     modules: Sequence[JsonObject]
@@ -99,7 +99,10 @@ class ModelFiles:
 def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
     """Read the files of a model folder. accept: keys that may be unread. Raises ModelError naming the file at fault."""
     reader = FolderReader(accept=accept)
-    modules = [reader.track(module, folder / "modules.json") for module in _read_modules(folder)]
+    stored: Sequence[Json] = [reader.track(module, folder / "modules.json") for module in _read_modules(folder)]
+    stored, query_folder, query_default = without_router(stored, folder, reader)
+    modules = [module if isinstance(module, JsonObject) else JsonObject(module) for module in stored]
+    _check_first(modules)
     transformer = inside(folder, str(modules[0]["path"])) if modules else folder
     _check_adapter(transformer, reader)
     limits = _read_limits(transformer, reader)
@@ -107,6 +110,8 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
     tokenizer_config = reader.object(transformer / "tokenizer_config.json", optional=True)
     files = ModelFiles(
         reader=reader,
+        query_folder=query_folder,
+        query_default=query_default,
         folder=folder,
         transformer=transformer,
         modules=modules,
@@ -224,7 +229,10 @@ def _read_modules(folder: Path) -> Sequence[Json]:
     for module in listed:
         if not isinstance(module, dict) or not {"type", "path"} <= set(cast("Json", module)):
             raise ModelError("modules.json: each module needs `type` and `path`")
-    if str(listed[0]["type"]).rsplit(".", 1)[-1] not in _FIRST_MODULES:
-        known = " or ".join(_FIRST_MODULES)
-        raise ModelError(f"modules.json: the `type` of the first module is `{listed[0]['type']}`; only {known} is supported")
     return listed
+
+
+def _check_first(modules: Sequence[Json]) -> None:
+    if modules and str(modules[0]["type"]).rsplit(".", 1)[-1] not in _FIRST_MODULES:
+        known = " or ".join(_FIRST_MODULES)
+        raise ModelError(f"modules.json: the `type` of the first module is `{modules[0]['type']}`; only {known} is supported")

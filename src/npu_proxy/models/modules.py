@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.graph.activations import TORCH_ACTIVATIONS
 from npu_proxy.models.json_files import Json, JsonObject, inside, short_path
 from npu_proxy.models.tokenizer_file import open_tokenizer
@@ -72,7 +72,8 @@ class ModuleStack:
                 raise ModelError(f"modules.json: module `type` `{path}` is not supported; known: {known} of sentence_transformers")
             if self.scores:
                 raise ModelError(f"modules.json: `{path}` follows the module that gives scores")
-            _MODULES[kind](self, inside(folder, str(module["path"])))
+            with model_errors(f"{module['path']}/config.json"):
+                _MODULES[kind](self, inside(folder, str(module["path"])))
 
     def final_modules(self) -> list[Module]:
         """The modules after the pooling (of token vectors, if there is none), without a Normalize module at the end."""

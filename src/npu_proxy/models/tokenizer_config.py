@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.models.json_files import Json, JsonObject, short_path
 from npu_proxy.models.tokenizer_classes import (
     AS_STORED,
@@ -101,6 +101,12 @@ def read_tokenizer(
     lower: whether texts are also lower-cased, before the tokenizer's own normalizer.
     """
     files = _find_files(folder)
+    with model_errors(files[0].name):
+        return _read(files, settings, config, reader, lower=lower)
+
+
+def _read(files: Sequence[Path], settings: JsonObject, config: Json, reader: FolderReader, *, lower: bool) -> TokenizerSource:
+    folder = files[0].parent
     stored, text = _decode(files)
     name = _class_name(settings, config, text, reader)
     chosen = CLASSES.get(name)

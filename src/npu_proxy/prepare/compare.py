@@ -116,8 +116,7 @@ def _texts_at(engine: Engine, limit: int) -> list[str]:
 
 def compare(engine: Engine, reference: Reference, texts: Sequence[TextInput], *, side: str = "document") -> list[Comparison]:
     """Compare texts one by one. side: query or document, for late interaction; other models get no prompt but their default."""
-    late = engine.spec.late_interaction is not None
-    output_type, input_type = engine.spec.output_types[0], side if late else None
+    output_type, input_type = engine.spec.output_types[0], side if engine.spec.has_sides else None
     request = EmbedRequest(texts=texts, normalize=False, output_type=output_type, input_type=input_type)
     result = engine.submit(request).result()
     own: list[Vectors | Exception] = [
@@ -174,7 +173,7 @@ def compare_folder(settings: Settings, *, trust: bool = False) -> tuple[ModelSpe
         plain = awkward_texts(engine)
         texts = [Pair("the cat", text) for text in plain] if spec.output_type is OutputType.SCORES else plain
         found: list[Comparison] = []
-        for side in ("document", "query") if spec.late_interaction else ("document",):
+        for side in ("document", "query") if spec.has_sides else ("document",):
             try:
                 reference = load_reference(spec, side=side, trust=trust)
             except NpuProxyError:
@@ -233,7 +232,7 @@ def load_reference(spec: ModelSpec, *, side: str = "document", trust: bool = Fal
             return np.atleast_1d(model.predict([pair], activation_fn=identity, show_progress_bar=False)[0])
 
         return lambda texts: [_attempt(logits, text) for text in texts]
-    encode = getattr(model, f"encode_{side}") if spec.late_interaction else model.encode
+    encode = getattr(model, f"encode_{side}") if spec.has_sides else model.encode
     wanted = {"output_value": "token_embeddings"} if spec.output_type is OutputType.TOKENS and not spec.late_interaction else {}
 
     def vector(text: TextInput) -> Any:
