@@ -290,9 +290,12 @@ class RequestTokenizer:
 
     def _fit(self, ids: list[int], options: EncodeOptions) -> Encoding | NpuProxyError:
         """Make an encoding that does not exceed the limit, or an error."""
-        limit = options.limit
         if self._spec.query_weights is not None and options.document is False:
             return self._fit_query(self._special.strip(ids), options)
+        return self._fit_text(ids, options)
+
+    def _fit_text(self, ids: list[int], options: EncodeOptions) -> Encoding | NpuProxyError:
+        limit = options.limit
         if not ids:  # the tokenizer has no special tokens, and the text is only spaces
             return EmptyInputError("the model's tokenizer produces no tokens for the text", param="input")
         if len(ids) <= limit:

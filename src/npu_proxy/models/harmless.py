@@ -77,13 +77,19 @@ HARMLESS: Mapping[str, Harmless] = {
                 " final_logit_softcapping"
             ),
         ),
-        ("how it is computed, not what", "chunk_size_feed_forward _attn_implementation attn_implementation torchscript"),
+        (
+            "how it is computed, not what",
+            (
+                "chunk_size_feed_forward _attn_implementation attn_implementation torchscript _attn_implementation_autoset"
+                " _attn_implementation_internal _flash_attn_2_enabled use_flash_attention_2"
+            ),
+        ),
         ("the files of the tokenizer say it", "tokenizer_class model_max_length"),
         (
             "written by old releases, and read by none",
             (
                 "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"
-                " pooler_hidden_size _num_labels adapters encoder_type"
+                " pooler_hidden_size _num_labels adapters encoder_type emb_size cell pre_trained structure training eos_token_ids"
             ),
         ),
         (
@@ -175,14 +181,16 @@ HARMLESS: Mapping[str, Harmless] = {
             "who wrote the file, and where",
             (
                 "name_or_path tokenizer_file vocab_file merges_file special_tokens_map_file init_inputs backend is_local use_fast"
-                " local_files_only fast_tokenizer_files language device_map cache_dir trust_remote_code"
+                " local_files_only fast_tokenizer_files language device_map cache_dir trust_remote_code full_tokenizer_file"
+                " added_tokens_file from_flax tokenizer_object"
             ),
         ),
         (
             "padding, which npu-proxy does not need; the model's limit counts",
             (
                 "padding_side padding pad_to_multiple_of pad_token_type_id max_length stride truncation truncation_strategy"
-                " tokenizer_padding pad_token_id cls_token_id model_max_length max_len"
+                " tokenizer_padding pad_token_id cls_token_id model_max_length max_len return_token_type_ids bos_token_id"
+                " eos_token_id sep_token_id mask_token_id unk_token_id"
             ),
         ),
         (
@@ -195,15 +203,32 @@ HARMLESS: Mapping[str, Harmless] = {
         ),
         ("transformers drops it where there is a tokenizer.json", "add_bos_token add_eos_token"),
         ("only for decoding", "clean_up_tokenization_spaces spaces_between_special_tokens trim_offsets"),
-        ("only for conversations; npu-proxy embeds texts", "chat_template response_schema processor_class"),
+        (
+            "only for conversations; npu-proxy embeds texts",
+            "chat_template response_schema processor_class response_template chat_control_tokens",
+        ),
         (
             "arguments of another class",
             "do_lower_case strip_accents tokenize_chinese_chars add_prefix_space split_by_punct unk_id",
         ),
+        ("the value that its class has anyway", {"clean_text": True, "wordpieces_prefix": "##"}),
+        ("of Mistral's own tokenizers", "fix_mistral_regex"),
         ("the class of the tokenizer", "tokenizer_class auto_map auto_map.*"),
         ("flags of a token that tokenizer.json lists", _TOKEN_FLAGS),
     ),
     "special_tokens_map.json": _harmless(("flags of a token that tokenizer.json lists", _TOKEN_FLAGS)),
+    "artifact.metadata": _harmless(
+        (
+            "for training and for indexes",
+            (
+                "query_token doc_token ncells centroid_score_threshold ndocs index_path nbits kmeans_niters resume"
+                " similarity bsize accumsteps lr maxsteps save_every warmup warmup_bert relu nway use_ib_negatives reranker"
+                " distillation_alpha ignore_scores model_name interaction dim checkpoint triples collection queries"
+                " index_name overwrite root experiment index_root name rank nranks amp gpus meta meta.*"
+                " load_index_with_mmap index_bsize avoid_fork_if_possible"
+            ),
+        ),
+    ),
     "LogitScore": _harmless(),
     "Router": _harmless(("what a text without a route is", "parameters.allow_empty_key types.* structure.*")),
     "SparseStaticEmbedding": _harmless(("only for training", "frozen")),

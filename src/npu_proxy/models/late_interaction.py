@@ -15,7 +15,7 @@ from npu_proxy.models.json_files import Json
 from npu_proxy.models.tokenizer_file import open_tokenizer
 from npu_proxy.spec import LateInteractionConfig, TokenizerSource
 
-_PYLATE_KEYS = (
+PYLATE_KEYS = (
     "query_length",
     "document_length",
     "do_query_expansion",
@@ -59,9 +59,9 @@ def read_pylate(about: Json, limits: Json, mask: Json) -> LateInteractionFiles:
 def _read_pylate(about: Json, limits: Json, mask: Json) -> LateInteractionFiles:
     query, document = (limits.get(key) or about.get(key) for key in ("query_length", "document_length"))
     expansion: Any = limits.get("query_expansion", about.get("query_expansion"))
-    by_pylate = expansion is None and "query_expansion" not in about and any(key in about for key in _PYLATE_KEYS)
+    by_pylate = expansion is None and "query_expansion" not in about and any(key in about for key in PYLATE_KEYS)
+    attend = about.get("attend_to_expansion_tokens", about.get("attend_to_mask_tokens"))
     if by_pylate and about.get("do_query_expansion") is not False:
-        attend = about.get("attend_to_expansion_tokens", about.get("attend_to_mask_tokens"))
         expansion, query = {"strategy": "fixed", "attend": bool(attend), "length": query or _EXPANDED}, None
     if "skiplist_words" in about and about["skiplist_words"] is not None:
         mask = {"skiplist_words": about["skiplist_words"], **mask}
@@ -72,7 +72,7 @@ def _read_pylate(about: Json, limits: Json, mask: Json) -> LateInteractionFiles:
             raise ModelError("sentence_bert_config.json: only the query_expansion `fixed` with the mask token is supported")
         length, attend = int(settings["length"]), bool(settings.get("attend"))
     prompts: dict[str, str] = {}
-    old = about.get("model_type") == "ColBERT"
+    old = by_pylate or about.get("model_type") == "ColBERT"
     for side in ("query", "document"):
         prefix = about.get(f"{side}_prefix")
         if prefix:

@@ -25,11 +25,12 @@ from npu_proxy.models.logit_score import read_head, read_template
 from npu_proxy.models.model_files import STATIC_LENGTH, ModelFiles, max_length, missing, number, read_files
 from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
 from npu_proxy.models.router import query_weights
-from npu_proxy.models.tokenizer_config import read_tokenizer, with_markers
+from npu_proxy.models.tokenizer_config import read_stored_tokenizer, read_tokenizer, with_markers
 from npu_proxy.models.weights import Tensors
 from npu_proxy.spec import Activation, ModelSpec, TruncateModule
 from npu_proxy.types import OutputType, Pooling, Similarity
 
+_ABOUT_LIMITS = "sentence_bert_config.json"
 _CLS_AFTER_PROMPT = 6
 """The first major version of sentence-transformers whose CLS pooling reads the first token after a prompt that is not pooled."""
 _MOST_LABELS = 100_000
@@ -82,7 +83,8 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
         spec = _with_modules(spec, files, pooling, limit)
     _check_model_type(spec, files)
     try:
-        files.reader.refuse_unread(config=family is not None and not refused)
+        ignored = ("tokenizer_config.json", _ABOUT_LIMITS) if spec.family in static.MODEL_TYPES else ()
+        files.reader.refuse_unread(ignored=ignored if family and not refused else ("config.json",))
     except ModelError as error:
         if not graph:
             raise
@@ -131,9 +133,11 @@ def _transformer_spec(
     """The spec of the transformer; weights, pooling, modules and fingerprint are filled in later."""
     output_type, about = _output_type(files, pooling), files.about
     own_limit = max_length(config, files)
-    tokenizer = read_tokenizer(
-        files.transformer, files.tokenizer_config, files.config, files.reader, lower=files.flag("do_lower_case")
-    )
+    if model_type in static.MODEL_TYPES:
+        tokenizer = read_stored_tokenizer(files.transformer)
+    else:
+        lower = files.flag("do_lower_case")
+        tokenizer = read_tokenizer(files.transformer, files.tokenizer_config, files.config, files.reader, lower=lower)
     padding = files.config.get("pad_token_id")
     similarity = about.get("similarity_fn_name")
     usual: Similarity = "dot" if output_type is OutputType.SPARSE else "cosine"
@@ -187,18 +191,13 @@ def _matryoshka(config: Json) -> Sequence[int]:
 
 def _output_type(files: ModelFiles, pooling: Pooling | None) -> OutputType:
     """The model's output type according to its files."""
-    types, about, task = files.module_types, files.about, files.limits.get("transformer_task")
+    types, task = files.module_types, files.limits.get("transformer_task")
     if "LogitScore" in types and not files.scores_by_modules:
         raise ModelError("modules.json has a LogitScore module, but config_sentence_transformers.json names no CrossEncoder")
     plain_classifier = not files.modules and files.architecture.endswith("ForSequenceClassification") and pooling is None
     if task == "sequence-classification" or plain_classifier or files.scores_by_modules:
         return OutputType.SCORES
-    if (
-        "MultiVectorMask" in types
-        or about.get("model_type") in ("ColBERT", "MultiVectorEncoder")
-        or files.architecture == "HF_ColBERT"
-        or any("pylate" in str(module["type"]) for module in files.modules)
-    ):
+    if "MultiVectorMask" in types or files.is_late or files.architecture == "HF_ColBERT":
         return OutputType.TOKENS
     if "SpladePooling" in types or pooling is Pooling.SPLADE:
         return OutputType.SPARSE

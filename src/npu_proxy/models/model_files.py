@@ -10,10 +10,13 @@ from typing import Any, NoReturn, cast
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.keys import LARGEST
 from npu_proxy.models.json_files import MOST_TOKENS, Json, JsonObject, inside, read_json, read_object, short_path
+from npu_proxy.models.late_interaction import PYLATE_KEYS
 from npu_proxy.models.router import without_router
 from npu_proxy.models.unread import FolderReader, unread_error
 from npu_proxy.models.weights import Tensors, weight_files
 
+OWN_PATHS = ("sentence_transformers.", "pylate.")
+"""Where the classes come from that are computed here; a class of the same name from elsewhere is the model's own code."""
 _FIRST_MODULES = ("Transformer", "MLMTransformer", "StaticEmbedding")
 STATIC_LENGTH = 512
 """Maximum number of tokens per text of model2vec, unless config.json says otherwise."""
@@ -67,7 +70,10 @@ class ModelFiles:
     @property
     def is_late(self) -> bool:
         """Whether the files name a late-interaction model."""
-        return self.about.get("model_type") in ("ColBERT", "MultiVectorEncoder")
+        by_pylate = any(str(module["type"]).startswith("pylate.") for module in self.modules)
+        stated = self.about.get("model_type")
+        written = "model_type" not in self.about and any(key in self.about for key in PYLATE_KEYS)
+        return stated in ("ColBERT", "MultiVectorEncoder") or by_pylate or written
 
     @property
     def by_model2vec(self) -> bool:
@@ -233,6 +239,9 @@ def _read_modules(folder: Path) -> Sequence[Json]:
 
 
 def _check_first(modules: Sequence[Json]) -> None:
-    if modules and str(modules[0]["type"]).rsplit(".", 1)[-1] not in _FIRST_MODULES:
+    path = str(modules[0]["type"]) if modules else ""
+    if modules and (path.rsplit(".", 1)[-1] not in _FIRST_MODULES or not path.startswith(OWN_PATHS)):
         known = " or ".join(_FIRST_MODULES)
-        raise ModelError(f"modules.json: the `type` of the first module is `{modules[0]['type']}`; only {known} is supported")
+        raise ModelError(
+            f"modules.json: the `type` of the first module is `{path}`; only {known} of sentence_transformers is supported"
+        )

@@ -14,6 +14,7 @@ from typing import Any
 from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.graph.activations import TORCH_ACTIVATIONS
 from npu_proxy.models.json_files import Json, JsonObject, inside, short_path
+from npu_proxy.models.model_files import OWN_PATHS
 from npu_proxy.models.tokenizer_file import open_tokenizer
 from npu_proxy.models.unread import FolderReader, unread_error
 from npu_proxy.models.weights import Tensors, weight_files
@@ -29,8 +30,6 @@ _POOLING_FLAGS = {
     "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
 }
 _STORED = tuple(_POOLING_FLAGS.values())
-_OWN_PATHS = ("sentence_transformers.", "pylate.")
-"""Where the classes come from that are computed here; a class of the same name from elsewhere is the model's own code."""
 _IDENTITY = "torch.nn.modules.linear.Identity"
 _TOKENS, _TEXT, _SCORES = "token_embeddings", "sentence_embedding", "scores"
 
@@ -67,7 +66,7 @@ class ModuleStack:
         """Read the modules in order. Raises ModelError for an unknown module type."""
         for module in modules:
             path, kind = str(module["type"]), str(module["type"]).rsplit(".", 1)[-1]
-            if kind not in _MODULES or not path.startswith(_OWN_PATHS):
+            if kind not in _MODULES or not path.startswith(OWN_PATHS):
                 known = ", ".join(_MODULES)
                 raise ModelError(f"modules.json: module `type` `{path}` is not supported; known: {known} of sentence_transformers")
             if self.scores:
@@ -165,6 +164,7 @@ class ModuleStack:
         file = folder / "config.json"
         config = self._reader.object(file, kind="Normalize", optional=True)
         if not self._pooled and config.get("module_input_name", self._default_input) == _TEXT:
+            config.get("module_output_name")
             return  # there is no vector of the text yet, so it does nothing
         self._check_names(config, file)
         self._chain.append(NormalizeModule())
@@ -219,6 +219,8 @@ def _pooling_mode(config: JsonObject, file: Path) -> Pooling:
     if "pooling_mode" in config:  # sentence-transformers 5 and later; older keys do not count then
         named: Any = config["pooling_mode"]
         modes = named if isinstance(named, list) else [named]
+        for name in _POOLING_FLAGS:
+            config.get(name)
         if len(modes) == 1 and modes[0] in _STORED:
             return Pooling(modes[0])
         raise ModelError(f"{short_path(file)}: `pooling_mode` is `{named}`; exactly one is supported of {', '.join(_STORED)}")

@@ -30,12 +30,13 @@ QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 class Stored:
     """What a class builds from. flag: an argument that is true or false, by name and default. tokens: the named special tokens.
 
-    ids: token to id. precompiled: sentencepiece's normalizer in tokenizer.json, if any.
+    ids: token to id. scores: of pieces, for a unigram model. precompiled: sentencepiece's normalizer in tokenizer.json, if any.
     """
 
     flag: Callable[[str, bool | None], bool | None]
     tokens: Mapping[str, str]
     ids: Callable[[str], int | None]
+    scores: Mapping[str, float]
     precompiled: Part | None
 
     def id_of(self, name: str) -> int:
@@ -117,7 +118,9 @@ def _deberta_v2_normalizer(stored: Stored) -> Part | None:
 
 def _deberta_v2_words(stored: Stored) -> Part | None:
     punctuation = {"type": "Punctuation", "behavior": "Isolated"} if stored.flag("split_by_punct", False) else None
-    return _sequence("pretokenizers", punctuation, _metaspace(stored, scheme="first"))
+    scheme = "always" if stored.flag("add_prefix_space", True) else "first"
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": True}
+    return _sequence("pretokenizers", punctuation, spaces)
 
 
 def _gemma_words(_: Stored) -> Part:
@@ -147,6 +150,14 @@ def _eos(stored: Stored) -> Template:
 
 def _word_piece(stored: Stored) -> Mapping[str, Any]:
     return {"unk_token": stored.tokens["unk_token"], "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+
+
+def _deberta_v2_unknown(stored: Stored) -> Mapping[str, Any]:
+    if stored.scores.get(stored.tokens["unk_token"]) != 0.0:  # transformers then takes the argument `unk_id`
+        raise ModelError(
+            "tokenizer.json: the unknown token has a score other than 0, which is not supported for DebertaV2Tokenizer"
+        )
+    return {"unk_id": stored.id_of("unk_token"), "byte_fallback": False}
 
 
 def _no_unknown(_: Stored) -> Mapping[str, Any]:
@@ -223,7 +234,7 @@ CLASSES: Mapping[str, TokenizerClass] = {
         normalizer=_deberta_v2_normalizer,
         pre_tokenizer=lambda stored: _deberta_v2_words(stored) or {},
         template=_cls_sep,
-        unknown=lambda stored: {"unk_id": stored.id_of("unk_token"), "byte_fallback": False},
+        unknown=_deberta_v2_unknown,
     ),
     "Qwen2": TokenizerClass(
         model="BPE",

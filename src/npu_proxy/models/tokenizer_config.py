@@ -114,6 +114,10 @@ def _read(files: Sequence[Path], settings: JsonObject, config: Json, reader: Fol
         raise ModelError(f"{folder.name}: tokenizer.json is missing, which a tokenizer of class `{name}` needs")
     if chosen is not None and stored.model.type not in (chosen.model, None):
         raise ModelError(f"tokenizer.json has a {stored.model.type} model, but the class {name}Tokenizer has {chosen.model}")
+    if chosen is not None and chosen.template is None and files[0].name != "tokenizer.json":
+        wanted = next((key for key in ("add_bos_token", "add_eos_token") if settings.get(key)), None)
+        if wanted is not None:  # without tokenizer.json, transformers obeys it
+            raise ModelError(f"tokenizer_config.json: `{wanted}` is true; this is not supported without tokenizer.json")
     vocabulary, tokens = _added_tokens(settings, stored, chosen, folder, reader)
     parts: dict[str, Any] = {}
     if chosen is not None:
@@ -126,16 +130,12 @@ def _read(files: Sequence[Path], settings: JsonObject, config: Json, reader: Fol
     _refuse_switches(settings)
     inputs: Any = settings.get("model_input_names")
     types = "token_type_ids" in inputs if isinstance(inputs, list) else bool(chosen and chosen.types)
-    unknown = stored.model.unk_id if stored.model.unk_token is None else vocabulary.find(stored.model.unk_token)
     return TokenizerSource(
         files=files,
         parts=parts,
         types=types,
         cuts_start=_cuts_start(settings, stored),
-        stored_limit=_stored_limit(stored),
-        unknown_id=unknown,
         tokens=tokens,
-        middle_length=int(median(map(len, {*vocabulary.ids, *vocabulary.added}))) if vocabulary.ids else 1,
     )
 
 
@@ -160,6 +160,21 @@ def with_markers(source: TokenizerSource, markers: Sequence[str]) -> TokenizerSo
         return source
     tokens = [msgspec.to_builtins(token) for token in sorted(added.values(), key=lambda token: token.id)]
     return replace(source, parts={**source.parts, "added_tokens": tokens})
+
+
+def read_stored_tokenizer(folder: Path) -> TokenizerSource:
+    """tokenizer.json as it is, whatever other files say: for static models, whose libraries read nothing else."""
+    files = _find_files(folder)
+    if files[0].name != "tokenizer.json":
+        raise ModelError(f"{folder.name}: tokenizer.json is missing")
+    with model_errors(files[0].name):
+        stored, _ = _decode(files)
+        own = stored.model.vocab
+        ids = {**(own if isinstance(own, dict) else {piece: number for number, (piece, _) in enumerate(own)})}
+        ids |= {token.content: token.id for token in stored.added_tokens or ()}
+        unknown = stored.model.unk_id if stored.model.unk_token is None else ids.get(stored.model.unk_token)
+        middle = int(median(map(len, ids))) if ids else 1
+        return TokenizerSource(files=files, stored_limit=_stored_limit(stored), unknown_id=unknown, middle_length=middle)
 
 
 def _find_files(folder: Path) -> Sequence[Path]:
@@ -222,7 +237,14 @@ def _rebuilt(
             raise ModelError(f"tokenizer_config.json: `{name}` is `{str(value)[:40]}`, not true or false")
         return value
 
-    made = Stored(flag=flag, tokens=tokens, ids=vocabulary.find, precompiled=_precompiled(stored.normalizer))
+    own = stored.model.vocab
+    made = Stored(
+        flag=flag,
+        tokens=tokens,
+        ids=vocabulary.find,
+        scores={} if isinstance(own, dict) else dict(own),
+        precompiled=_precompiled(stored.normalizer),
+    )
     parts: dict[str, Any] = {}
     normalizer, words = chosen.normalizer(made), chosen.pre_tokenizer(made)
     if _plain(normalizer) != _plain(stored.normalizer):
@@ -311,10 +333,10 @@ def _added_tokens(
             _add_named(vocabulary, key, value, chosen)
     for value in extra:
         token = _token(value, "additional_special_tokens")
-        if token.content not in vocabulary.added:
-            vocabulary.add(token)
-        elif chosen is not None and chosen.plain_flags:
+        if chosen is not None and chosen.plain_flags:
             vocabulary.add(_Token(token.content))
+        elif token.content not in vocabulary.added:
+            vocabulary.add(token)
     return vocabulary, tokens
 
 
@@ -328,7 +350,7 @@ def _listed_tokens(
     in_file = sorted(stored.added_tokens or (), key=lambda token: token.id)
     named = {key: settings.get(key) for key in settings if _is_token(key)}
     extra, additional = settings.get("extra_special_tokens"), settings.get("additional_special_tokens")
-    if extra and additional:
+    if extra and additional and extra != additional:
         raise ModelError("tokenizer_config.json: `additional_special_tokens` and `extra_special_tokens` contradict each other")
     extra = extra or additional or []
     if "added_tokens_decoder" in settings:
@@ -337,8 +359,12 @@ def _listed_tokens(
         return named, [*(in_file if keep_all else ()), *tokens], extra
     special_map = reader.object(folder / "special_tokens_map.json", optional=True)
     named |= {key: special_map.get(key) for key in special_map if _is_token(key)}
-    extra = special_map.get("additional_special_tokens") or extra
-    special = {_content(value) for value in named.values()}
+    more_extra = special_map.get("extra_special_tokens") or special_map.get("additional_special_tokens") or []
+    if isinstance(extra, JsonObject) or isinstance(more_extra, JsonObject):
+        extra = more_extra or extra
+    else:
+        extra = [*extra, *(value for value in more_extra if value not in extra)]
+    special = {_content(value) for value in (*named.values(), *extra)}
     more = reader.object(folder / "added_tokens.json", optional=True)
     listed = [
         _Token(content, normalized=content not in special, special=content in special)
@@ -388,9 +414,9 @@ def _token(value: Any, key: str) -> _Token:
 
 def _refuse_switches(settings: JsonObject) -> None:
     """Raise ModelError for switches that would change token ids, and are not computed."""
-    for name in ("split_special_tokens", "fix_mistral_regex"):
-        if settings.get(name) not in (None, False):
-            raise ModelError(f"tokenizer_config.json: `{name}` is `{str(settings[name])[:40]}`, which npu-proxy does not compute")
+    if settings.get("split_special_tokens") not in (None, False):
+        found = str(settings["split_special_tokens"])[:40]
+        raise ModelError(f"tokenizer_config.json: `split_special_tokens` is `{found}`, which npu-proxy does not compute")
 
 
 def _stored_limit(stored: _File) -> int | None:

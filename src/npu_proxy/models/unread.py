@@ -44,13 +44,13 @@ class FolderReader:
         self._files = [(kind, shown, changed if old is tracked else old) for kind, shown, old in self._files]
         return changed
 
-    def refuse_unread(self, *, config: bool) -> None:
+    def refuse_unread(self, *, ignored: Sequence[str] = ()) -> None:
         """Raise ModelError for a key that was not read, is not harmless, and is not accepted.
 
-        config: whether config.json counts; a graph file contains what it says.
+        ignored: files that do not count: a graph file contains what config.json says; static models read few files.
         """
         for kind, shown, tracked in self._files:
-            if kind == "config.json" and not config:
+            if kind in ignored:
                 continue
             kinds = (kind, f"{kind} {tracked.content.get('model_type')}")
             for key, value in tracked.unread():

@@ -134,9 +134,11 @@ def _find_safetensors(file: Path) -> Mapping[str, StoredTensor]:
 
 
 def weight_files(folder: Path) -> Sequence[Path]:
-    """model.safetensors or the shards in its index; without them, torch's files. Raises ModelError if a file is missing."""
+    """model.safetensors, else the shards in its index; without them, torch's files. Raises ModelError if a file is missing."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if single.is_file():  # transformers, too, prefers it to shards, which may be older
+            return [single]
         if index.is_file():
             files = [
                 inside(folder, shard, by=index.name)
@@ -146,8 +148,6 @@ def weight_files(folder: Path) -> Sequence[Path]:
             if missing is not None:
                 raise ModelError(f"{short_path(missing)} is missing")
             return files
-        if single.is_file():
-            return [single]
     if any(folder.glob("*.gguf")):
         raise NoWeightsError(
             f"{folder.name} has its weights as GGUF, which npu-proxy does not read; pull the repository with safetensors that they"
