@@ -454,8 +454,56 @@ def unused_markers() -> Path:
     renamed = {f"bert.{name}": tensor for name, tensor in weights.items()}
     save_file({**renamed, "linear.weight": torch.randn(8, WIDTH)}, ODD / "unused_markers" / "model.safetensors")
     change(ODD / "unused_markers" / "config.json", architectures=["HF_ColBERT"])
-    write(ODD / "unused_markers" / "artifact.metadata", {"query_maxlen": 12, "doc_maxlen": 20, "mask_punctuation": True})
+    for_training = {"bsize": 32, "lr": 1e-05, "nway": 64, "nbits": 1, "name": "x", "meta": {"hostname": "y"}, "query_token": "[Q]"}
+    lengths = {"query_maxlen": 12, "doc_maxlen": 20, "mask_punctuation": True}
+    write(ODD / "unused_markers" / "artifact.metadata", {**for_training, **lengths})
     return ODD / "unused_markers"
+
+
+def pylate_before_model_types() -> Path:
+    """As PyLate wrote folders at first: no `model_type`, no names of inputs, no modules for the mask and for normalizing."""
+    encode = cased_wordpiece(lower=True)
+    base = saved(bert(encode), encode)
+    folder = dense("pylate_before_model_types", mean(), base=base)
+    shutil.rmtree(folder / "1_Pooling")
+    chain = [("", "sentence_transformers.models.Transformer"), ("1_Dense", "pylate.models.Dense.Dense")]
+    write(folder / "modules.json", [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(chain)])
+    (folder / "1_Dense").mkdir()
+    torch.manual_seed(8)
+    save_file({"linear.weight": torch.randn(8, WIDTH)}, folder / "1_Dense" / "model.safetensors")
+    identity = "torch.nn.modules.linear.Identity"
+    write(folder / "1_Dense/config.json", {"in_features": WIDTH, "out_features": 8, "bias": False, "activation_function": identity})
+    about: dict[str, Any] = {"query_prefix": "[UNK] ", "document_prefix": "[PAD] ", "query_length": 12, "document_length": 20}
+    about |= {"attend_to_expansion_tokens": False, "skiplist_words": ["?", ","], "similarity_fn_name": "MaxSim", "prompts": {}}
+    write(folder / "config_sentence_transformers.json", {"__version__": {"sentence_transformers": "4.0.2"}, **about})
+    return folder
+
+
+def deberta_pieces() -> Path:
+    encode = pieces()
+    stored = json.loads(encode.to_str())
+    vocabulary = [
+        [{"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]"}.get(p, p), v] for p, v in stored["model"]["vocab"]
+    ]
+    stored["model"]["vocab"] = [*vocabulary, ["[MASK]", 0.0]]
+    encode = Tokenizer.from_str(json.dumps({**stored, "added_tokens": [], "post_processor": None}))
+    encode.add_special_tokens(list(SPECIAL))
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    relative = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}
+    config = t.DebertaV2Config(
+        vocab_size=encode.get_vocab_size(), **sizes, max_position_embeddings=32, share_att_key=True, **relative
+    )
+    about = {"tokenizer_class": "DebertaV2Tokenizer", "split_by_punct": True, **NAMED}
+    return by_hand("deberta_pieces", encode, about, stirred(t.DebertaV2Model(config)))
+
+
+def static_beside_tokenizer_config() -> Path:
+    torch.manual_seed(9)
+    table = StaticEmbedding(cased_wordpiece(template=False), embedding_dim=WIDTH)
+    folder = ODD / "static_beside_tokenizer_config"
+    SentenceTransformer(modules=[table], device="cpu").save(str(folder), create_model_card=False)
+    write(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "brand_new": 1})
+    return folder
 
 
 def prompt_before_cls() -> Path:
@@ -555,11 +603,14 @@ CASES: Sequence[Callable[[], Path | tuple[Path, Answers]]] = (
     splade_sum,
     splade_two_logarithms,
     queries_by_table,
+    pylate_before_model_types,
+    deberta_pieces,
+    static_beside_tokenizer_config,
 )
 SCORES = ("score_modules", "tanh_scores", "pairs_without_types", "pairs_without_template", "yes_or_no")
 
 
-SIDED = ("unused_markers", "queries_by_table")
+SIDED = ("unused_markers", "queries_by_table", "pylate_before_model_types")
 
 
 def answers_of(folder: Path, side: str = "document") -> Answers:
@@ -574,7 +625,7 @@ def answers_of(folder: Path, side: str = "document") -> Answers:
     if name.startswith("splade") or name == "queries_by_table":
         sparse = getattr(SparseEncoder(str(folder), device="cpu"), f"encode_{side}")
         return [sparse([text], convert_to_sparse_tensor=False)[0].numpy() for text in TEXTS]
-    if name == "unused_markers":
+    if name in ("unused_markers", "pylate_before_model_types"):
         late = getattr(MultiVectorEncoder(str(folder), device="cpu"), f"encode_{side}")
         return [np.asarray(late([text])[0]) for text in TEXTS]
     model = SentenceTransformer(str(folder), device="cpu")

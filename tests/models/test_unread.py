@@ -169,6 +169,28 @@ def test_adapters_gguf_and_old_files_say_what_to_do(copied: Folder) -> None:
     assert "sentencepiece.bpe.model" in refusal(folder)
 
 
+def test_a_single_file_of_weights_goes_before_shards(copied: Folder) -> None:
+    """As in transformers, which leaves an old index when it saves a model again in one file."""
+    folder = copied("mean")
+    shard = folder / "model-00001-of-00001.safetensors"
+    shutil.copy(folder / "model.safetensors", shard)
+    tensors(folder, lambda stored: stored.update({name: tensor * 2 for name, tensor in stored.items()}))
+    index = {"weight_map": dict.fromkeys(load_file(shard), shard.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [file.name for file in read_spec(folder).weight_files] == ["model.safetensors"]
+    shard.unlink()
+    assert read_spec(folder).max_length == 48
+    (folder / "model.safetensors").unlink()
+    assert shard.name in refusal(folder)
+
+
+def test_the_first_module_must_be_a_known_class_too(copied: Folder) -> None:
+    folder = copied("mean")
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([{**modules[0], "type": "custom_st.Transformer"}, *modules[1:]]))
+    assert "custom_st.Transformer" in refusal(folder)
+
+
 def test_a_text_with_a_token_beyond_the_table_is_an_error_of_that_text(copied: Folder) -> None:
     folder = copied("odd/added_by_decoder")
     entry = {"content": "<new>", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
