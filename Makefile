@@ -107,7 +107,7 @@ npu-compile: weights  ## compile every graph with the vendor's NPU compiler (Deb
 
 golden:  ## regenerate the golden models of tests/golden (installs torch and transformers in .venv-golden)
 	$(PYTHON) -m venv .venv-golden
-	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript sentence-transformers model2vec --editable .
+	.venv-golden/bin/python -m pip install --quiet torch==2.13.0 transformers tokenizers onnx onnxscript sentence-transformers model2vec peft --editable .
 	.venv-golden/bin/python tests/golden/make.py
 	cd tests/golden && ../../.venv-golden/bin/python make_families.py
 	cd tests/golden && ../../.venv-golden/bin/python make_exported.py

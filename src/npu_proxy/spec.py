@@ -230,6 +230,8 @@ class ModelSpec:
     """Token ids that are left out after a text was cut (model2vec: the unknown token)."""
     most_characters: int | None = None
     """Characters of a text that are tokenized at most (model2vec); None for all."""
+    adapter_scale: float = 0.0
+    """The factor of a LoRA adapter's updates (models/lora.py); 0 if there is none."""
     by_model2vec: bool = False
     """Whether model2vec wrote it."""
     padding_id: int | None = None

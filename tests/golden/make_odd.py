@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 import transformers as t
 from make import tokenizer, write
@@ -479,6 +480,18 @@ def pylate_before_model_types() -> Path:
     return folder
 
 
+def lora_adapter() -> tuple[Path, Answers]:
+    folder = dense("lora_adapter", mean())
+    base = t.AutoModel.from_pretrained(folder)
+    how = peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=["query", "value", "dense"], init_lora_weights=False)
+    torch.manual_seed(10)
+    peft.get_peft_model(base, how).save_pretrained(str(folder))
+    change(folder / "adapter_config.json", base_model_name_or_path=str(folder))
+    answers = answers_of(folder)
+    change(folder / "adapter_config.json", base_model_name_or_path="org/base")
+    return folder, answers
+
+
 def deberta_pieces() -> Path:
     encode = pieces()
     stored = json.loads(encode.to_str())
@@ -605,6 +618,7 @@ CASES: Sequence[Callable[[], Path | tuple[Path, Answers]]] = (
     queries_by_table,
     pylate_before_model_types,
     deberta_pieces,
+    lora_adapter,
     static_beside_tokenizer_config,
 )
 SCORES = ("score_modules", "tanh_scores", "pairs_without_types", "pairs_without_template", "yes_or_no")

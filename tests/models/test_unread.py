@@ -155,9 +155,12 @@ def test_the_user_may_accept_what_is_not_read_and_the_fingerprint_says_so(copied
 
 def test_adapters_gguf_and_old_files_say_what_to_do(copied: Folder) -> None:
     folder = copied("mean")
-    change(folder / "adapter_config.json", base_model_name_or_path="org/base")
-    assert "LoRA adapter of `org/base`" in refusal(folder)
+    change(folder / "adapter_config.json", base_model_name_or_path="org/base", peft_type="LORA", r=4, lora_alpha=8, use_dora=True)
+    assert "adapter_model.safetensors is missing" in refusal(folder)
+    shutil.copy(GOLDEN / "odd" / "lora_adapter" / "adapter_model.safetensors", folder)
+    assert "use_dora" in refusal(folder)
     (folder / "adapter_config.json").unlink()
+    assert read_spec(folder).adapter_scale == 0
     (folder / "model.safetensors").rename(folder / "model.gguf")
     assert "GGUF" in refusal(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")

@@ -70,6 +70,7 @@ def _special(spec: ModelSpec) -> dict[str, object]:
         "token_modules": len(spec.token_modules),
         "tokenizer_parts": dict(spec.tokenizer.parts),
         "cuts_start": spec.tokenizer.cuts_start,
+        "adapter": spec.adapter_scale,
         "dropped": sorted(spec.dropped_ids),
         "characters": spec.most_characters,
         "accepted": sorted(spec.accepted),

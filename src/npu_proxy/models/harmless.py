@@ -16,7 +16,7 @@ def is_harmless(kind: str, key: str, value: Any) -> bool:
     """Whether a key with this value cannot change numbers."""
     known = HARMLESS.get(kind, {})
     outer, dot, last = key.rpartition(".")
-    names = [key, *([f"*.{last}", f"{outer.split('.', 1)[0]}.*"] if dot else [])]
+    names = [key, "*", *([f"*.{last}", f"{outer.split('.', 1)[0]}.*"] if dot else [])]
     for name in names:
         for harmless, _ in known.get(name, ()):
             if harmless is ANY or (value == harmless and isinstance(value, bool) == isinstance(harmless, bool)):
@@ -228,6 +228,19 @@ HARMLESS: Mapping[str, Harmless] = {
                 " load_index_with_mmap index_bsize avoid_fork_if_possible"
             ),
         ),
+    ),
+    "adapter_config.json": _harmless(
+        (
+            "who wrote the file, and how it was trained",
+            (
+                "peft_version auto_mapping auto_mapping.* inference_mode revision task_type init_lora_weights lora_dropout"
+                " megatron_core qalora_group_size base_model_name_or_path"
+            ),
+        ),
+        ("which layers have tensors", "target_modules exclude_modules layers_to_transform layers_pattern"),
+        ("a switch that is off", {"*": None}),
+        ("a switch that is off", {"*": False}),
+        ("a switch that is off", {"*": {}, "bias": "none"}),
     ),
     "LogitScore": _harmless(),
     "Router": _harmless(("what a text without a route is", "parameters.allow_empty_key types.* structure.*")),

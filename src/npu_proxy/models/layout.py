@@ -19,9 +19,10 @@ from npu_proxy.graph.keys import read_keys
 from npu_proxy.models.catalog import INSTRUCTIONS
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.graph_files import find_weights, has_graph_file, normalize_config
-from npu_proxy.models.json_files import MOST_TOKENS, Json
+from npu_proxy.models.json_files import MOST_TOKENS, Json, read_object
 from npu_proxy.models.late_interaction import LateInteractionFiles, late_interaction_config, read_pylate, read_stanford
 from npu_proxy.models.logit_score import read_head, read_template
+from npu_proxy.models.lora import CONFIG, adapter_files, adapter_scale
 from npu_proxy.models.model_files import STATIC_LENGTH, ModelFiles, max_length, missing, number, read_files
 from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
 from npu_proxy.models.router import query_weights
@@ -64,7 +65,8 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
     model_type = str(files.config.get("model_type") or missing(files.transformer / "config.json", "model_type"))
     family = FAMILIES.get(model_type)
     graph = has_graph_file(folder)
-    weights, refused = find_weights(files.transformer, model_type, graph=graph)
+    weights, refused = find_weights(files.base, model_type, graph=graph)
+    weights = [*weights, *adapter_files(files.transformer)]
     try:
         config = read_keys(family.KEYS, files.config) if family else normalize_config(files.config.content)
     except ModelError as error:  # a graph file may compute what the family does not
@@ -164,6 +166,7 @@ def _transformer_spec(
         similarity=similarity if similarity in _SIMILARITIES else usual,
         special_tokens=model_type != "model2vec",
         padding_id=padding if isinstance(padding, int) else None,
+        adapter_scale=adapter_scale(read_object(files.transformer / CONFIG)) if (files.transformer / CONFIG).is_file() else 0.0,
         matryoshka=_matryoshka(files.config),
     )
     if spec.default_prompt is not None and spec.default_prompt not in spec.prompts:

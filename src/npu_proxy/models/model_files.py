@@ -9,8 +9,9 @@ from typing import Any, NoReturn, cast
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.keys import LARGEST
-from npu_proxy.models.json_files import MOST_TOKENS, Json, JsonObject, inside, read_json, read_object, short_path
+from npu_proxy.models.json_files import MOST_TOKENS, Json, JsonObject, inside, read_json, short_path
 from npu_proxy.models.late_interaction import PYLATE_KEYS
+from npu_proxy.models.lora import CONFIG, adapter_scale, base_folder
 from npu_proxy.models.router import without_router
 from npu_proxy.models.unread import FolderReader, unread_error
 from npu_proxy.models.weights import Tensors, weight_files
@@ -39,7 +40,7 @@ _OWN_CODE = {"nomic_bert": ("NomicBert",), "new": ("New",), "gte": ("Gte",), "qw
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """Contents of the files. transformer: the folder of the transformer.
+    """Contents of the files. transformer: the folder of the transformer. base: of its config.json and weights.
 
     modules: modules.json, or empty if it is missing. limits: sentence_bert_config.json. about: config_sentence_transformers.json.
     config: config.json. tokenizer_config: tokenizer_config.json. reader: what was not read of them. query_folder: of the table of
@@ -51,6 +52,7 @@ class ModelFiles:
     query_default: bool
     folder: Path
     transformer: Path
+    base: Path
     modules: Sequence[JsonObject]
     limits: JsonObject
     about: JsonObject
@@ -110,9 +112,9 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
     modules = [module if isinstance(module, JsonObject) else JsonObject(module) for module in stored]
     _check_first(modules)
     transformer = inside(folder, str(modules[0]["path"])) if modules else folder
-    _check_adapter(transformer, reader)
+    base = _base_of_adapter(transformer, reader)
     limits = _read_limits(transformer, reader)
-    config = _read_config(folder, transformer, modules, reader)
+    config = _read_config(folder, base, modules, reader)
     tokenizer_config = reader.object(transformer / "tokenizer_config.json", optional=True)
     files = ModelFiles(
         reader=reader,
@@ -120,6 +122,7 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
         query_default=query_default,
         folder=folder,
         transformer=transformer,
+        base=base,
         modules=modules,
         limits=limits,
         # sentence-transformers reads it only together with modules.json.
@@ -146,18 +149,13 @@ def _overrides(limits: JsonObject, *parts: str) -> Json:
     }
 
 
-def _check_adapter(transformer: Path, reader: FolderReader) -> None:
-    """Raise ModelError for a LoRA adapter, which changes the weights beside it or those of another model."""
-    file = transformer / "adapter_config.json"
-    if not file.exists() or reader.accepts(file.name):
-        return
-    base = str(read_object(file).get("base_model_name_or_path"))[:100]
-    raise ModelError(
-        f"{short_path(file)}: this is a LoRA adapter of `{base}`, which npu-proxy does not apply. Merge it into a copy of the"
-        ' folder, with peft 0.22 or newer and transformers installed: python -c "import sys, peft;'
-        " peft.AutoPeftModelForFeatureExtraction.from_pretrained(sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])"
-        '" FOLDER COPY, and remove adapter_config.json from the copy'
-    )
+def _base_of_adapter(transformer: Path, reader: FolderReader) -> Path:
+    """The folder of config.json and the weights: the transformer's, unless that is a LoRA adapter's. Raises ModelError."""
+    if not (transformer / CONFIG).exists():
+        return transformer
+    config = reader.object(transformer / CONFIG)
+    adapter_scale(config)
+    return base_folder(transformer, config)
 
 
 def _check_code(files: ModelFiles) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from npu_proxy.errors import ModelError
 from npu_proxy.models.json_files import inside, read_object, short_path
+from npu_proxy.models.lora import STEM, Update, read_updates
 from npu_proxy.models.pickled import find_tensors
 from npu_proxy.models.stored_tensor import KINDS, MOST_DIMENSIONS, Array, StoredTensor, width_of
 
@@ -38,6 +39,8 @@ class MissingTensorError(ModelError, KeyError):
 class Tensors(Mapping[str, Array]):
     """A read-only mapping from tensor name to array, over one or several files. Every access reads the tensor from its file.
 
+    A LoRA adapter among the files is merged into the tensors that it changes (models/lora.py).
+
     rename: maps a checkpoint's tensor name to the graph's (a family's ``canonical_name``). Half-precision tensors are
     widened to float32, which is exact.
     """
@@ -45,25 +48,32 @@ class Tensors(Mapping[str, Array]):
     def __init__(self, files: Sequence[Path], rename: Callable[[str], str] = str) -> None:
         """Find the tensors without reading them. Raises ModelError."""
         self._stored: dict[str, StoredTensor] = {}
+        self._updates: dict[str, Update] = {}
         for file in files:
             found = find_tensors(file) if file.suffix in (".bin", ".pt") else _find_safetensors(file)
+            if file.stem == STEM:
+                self._updates = {rename(name): update for name, update in read_updates(found, file.parent).items()}
+                continue
             for name, tensor in found.items():
                 renamed = rename(name)
                 if renamed in self._stored:
                     raise ModelError(f"{file.name}: tensor `{name[:80]}` is in the weights twice, as `{renamed[:80]}`")
                 self._stored[renamed] = tensor
+        if (unknown := next((name for name in self._updates if name not in self._stored), None)) is not None:
+            raise ModelError(f"{STEM}: the weights have no tensor `{unknown}`, which the adapter changes")
 
     def shape(self, name: str) -> Sequence[int]:
         """The shape of a tensor. Raises MissingTensorError."""
         return self._find(name).shape
 
     def __getitem__(self, name: str) -> Array:
-        return self._find(name).read(name)
+        weight = self._find(name).read(name)
+        return self._updates[name].apply(weight, name) if name in self._updates else weight
 
     def rows(self, name: str, numbers: Sequence[int]) -> Array:
         """Some rows of a matrix, of which only these are read: [len(numbers), width]. Raises ModelError."""
         stored = self._find(name)
-        if stored.strides is not None or len(stored.shape) != 2:
+        if stored.strides is not None or len(stored.shape) != 2 or name in self._updates:
             return self[name][list(numbers)]
         step = stored.shape[1] * width_of(stored.kind) if stored.kind in KINDS else 0
         found = [replace(stored, start=stored.start + number * step, shape=stored.shape[1:]).read(name) for number in numbers]
