@@ -106,6 +106,33 @@ def test_a_graph_of_another_width_is_an_error_and_its_data_is_part_of_the_finger
     assert len(seen) == 2
 
 
+def test_an_ir_may_be_in_the_root_as_optimum_writes_it(tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / "mean", tmp_path / "model")
+    ov.save_model(ov.Core().read_model(folder / "onnx" / "model.onnx"), folder / "openvino_model.xml", compress_to_fp16=False)
+    shutil.rmtree(folder / "onnx")
+    (folder / "model.safetensors").unlink()
+    _, texts, vectors = golden("mean")
+    with Engine(folder, settings=Settings(device="ir", ir_file="openvino_model.xml")) as engine:
+        assert smallest_cosine(engine.embed(texts, normalize=False), vectors) > 0.99999
+
+
+def test_an_onnx_file_may_take_integers_of_32_bits(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    folder = shutil.copytree(GOLDEN / "mean", tmp_path / "model")
+    file = folder / "onnx" / "model.onnx"
+    model = onnx.load(file)
+    for given in model.graph.input:  # each is widened at once
+        given.type.tensor_type.elem_type = onnx.TensorProto.INT32
+        for node in model.graph.node:
+            node.input[:] = [f"{name}_64" if name == given.name else name for name in node.input]
+        cast = onnx.helper.make_node("Cast", [given.name], [f"{given.name}_64"], to=onnx.TensorProto.INT64)
+        model.graph.node.insert(0, cast)
+    onnx.save(model, file)
+    _, texts, vectors = golden("mean")
+    with Engine(folder, settings=Settings(device="onnx")) as engine:
+        assert smallest_cosine(engine.embed(texts, normalize=False), vectors) > 0.99999
+
+
 def test_positions_count_from_where_the_family_has_them() -> None:
     for config, first in (
         ({"model_type": "t5", "pad_token_id": 0}, 0),

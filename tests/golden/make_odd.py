@@ -480,6 +480,29 @@ def pylate_before_model_types() -> Path:
     return folder
 
 
+def family(label: str, config: type, model: type, **more: Any) -> Path:
+    """A family without another oddity, for texts with special tokens and around the limit."""
+    encode = cased_wordpiece(lower=True)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"max_position_embeddings": 32, "pad_token_id": 0}
+    made = stirred(model(config(vocab_size=encode.get_vocab_size(), **sizes, **more)))
+    return dense(label, mean(), Normalize(), base=saved(made, encode))
+
+
+def modernbert_texts() -> Path:
+    special = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    layers = ["full_attention", "sliding_attention"]
+    return family("modernbert_texts", t.ModernBertConfig, t.ModernBertModel, local_attention=6, layer_types=layers, **special)
+
+
+def nomic_texts() -> Path:
+    return family("nomic_texts", t.NomicBertConfig, t.NomicBertModel, head_dim=WIDTH // 2)
+
+
+def gte_texts() -> Path:
+    return family("gte_texts", t.GteConfig, t.GteModel)
+
+
 def lora_adapter() -> tuple[Path, Answers]:
     folder = dense("lora_adapter", mean())
     base = t.AutoModel.from_pretrained(folder)
@@ -618,6 +641,9 @@ CASES: Sequence[Callable[[], Path | tuple[Path, Answers]]] = (
     queries_by_table,
     pylate_before_model_types,
     deberta_pieces,
+    modernbert_texts,
+    nomic_texts,
+    gte_texts,
     lora_adapter,
     static_beside_tokenizer_config,
 )
