@@ -189,4 +189,12 @@ def model_errors(name: str) -> Generator[None]:
         raise ModelError(f"{name}: its files contradict one another, or contain a value that is not possible ({what})") from error
 
 
+def unread_error(what: str, key: str) -> ModelError:
+    """The refusal of a key or tensor that nothing reads, with the way out. what: the start of the message."""
+    return ModelError(
+        f"{what}, so vectors could differ from the model's own; if you know that it does not change them, set `accept_unread` to"
+        f" {key}"
+    )
+
+
 _LONGEST_CAUSE = 200

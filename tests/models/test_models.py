@@ -49,7 +49,7 @@ def test_a_plain_folder_needs_an_explicit_pooling(model: Path) -> None:
     [
         ("config.json", {"model_type": None}, "config.json: `model_type` is missing"),
         ("config.json", {"hidden_size": None}, "config.json: `hidden_size` is missing"),
-        ("config.json", {"max_position_embeddings": "many"}, "`max_position_embeddings` is `many`; npu-proxy computes a number"),
+        ("config.json", {"max_position_embeddings": "many"}, '`max_position_embeddings` is `"many"`; npu-proxy computes a number'),
         ("1_Pooling/config.json", {"pooling_mode": "median"}, "`pooling_mode` is `median`"),
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "found pooling_mode_cls_token and pooling_mode_mean_tokens"),
         (
@@ -89,8 +89,8 @@ def test_broken_and_dangerous_files_are_refused(model: Path) -> None:
 def test_an_unsupported_family_or_activation_is_named(model: Path) -> None:
     for changes, message in (
         ({"model_type": "llama"}, "model_type `llama` is not supported; known: .*bert"),
-        ({"model_type": "bert", "hidden_act": "xielu"}, "`hidden_act` is `xielu`"),
-        ({"hidden_act": "gelu", "position_embedding_type": "relative_key"}, "`position_embedding_type` is `relative_key`"),
+        ({"model_type": "bert", "hidden_act": "xielu"}, '`hidden_act` is `"xielu"`'),
+        ({"hidden_act": "gelu", "position_embedding_type": "relative_key"}, '`position_embedding_type` is `"relative_key"`'),
     ):
         spoil(model / "config.json", **changes)
         with pytest.raises(ModelError, match=message):

@@ -14,7 +14,7 @@ class EncodeOptions:
     """Everything that decides how a text is tokenized.
 
     prompt: put before each text (before the first text of a pair). unpooled_prompt: number of leading tokens of it that are not
-    pooled. document: whether a late-interaction model gets documents or queries; None for other models. limit: tokens per
+    pooled. document: whether texts are documents or queries; None if the model treats both alike. limit: tokens per
     text, including special tokens.
     """
 
@@ -41,8 +41,8 @@ class EncodeOptions:
 
 
 def has_prompt(spec: ModelSpec, input_type: str) -> bool:
-    """Whether a model has an instruction for an input type; late-interaction models mark queries and documents in other ways."""
-    return spec.late_interaction is not None or any(name in spec.prompts for name in PROMPT_NAMES.get(input_type, ()))
+    """Whether a model treats an input type in a way of its own: by an instruction, or because it has queries and documents."""
+    return spec.has_sides or any(name in spec.prompts for name in PROMPT_NAMES.get(input_type, ()))
 
 
 def find_prompt(spec: ModelSpec, request: EmbedRequest) -> str:

@@ -71,7 +71,8 @@ class UnusableTokens:
 
     def find(self, ids: Sequence[int]) -> InputError | None:
         """An error that names the first such token among ``ids``."""
-        found = next((number for number in ids if number >= self._vocabulary), None) if self._may_be_outside else None
+        outside = self._may_be_outside and max(ids, default=0) >= self._vocabulary
+        found = next(number for number in ids if number >= self._vocabulary) if outside else None
         if found is None and self._padding is not None and self._padding in ids:
             found = self._padding
         if found is None:

@@ -36,6 +36,7 @@ from npu_proxy.errors import (
     TooLongError,
     UnsupportedError,
 )
+from npu_proxy.models.json_files import MOST_TOKENS
 from npu_proxy.models.tokenizer_file import LONGEST_WORD, open_tokenizer
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedRequest, OutputType, Pair, Pooling, TextInput, Truncate
@@ -140,15 +141,19 @@ class RequestTokenizer:
             document = request.input_type != "query"
             config = spec.late_interaction
             limit = min(limit, config.document_length if document else config.query_length)
+        if spec.query_weights is not None:
+            document = not spec.query_weights.is_query(request.input_type)
+            if not document:
+                limit = min(request.max_tokens or MOST_TOKENS, spec.query_weights.limit) + len(self._special)
+        query = spec.query_weights is not None and document is False
+        if request.truncate is Truncate.CHUNK and (query or spec.pair_template is not None):
+            request = replace(request, truncate=Truncate.END)  # what is one text, or has no chunks, is cut
+        if spec.pair_template is not None:
+            _check_template_options(spec, request)
         chunking = request.chunking
         if request.truncate is Truncate.CHUNK:
             chunking = complete_chunking(chunking, spec, limit, self.special_tokens)
             limit = limit if chunking.late else min(limit, chunking.size or limit)
-        if spec.query_weights is not None:
-            document = not spec.query_weights.is_query(request.input_type)
-            limit = limit if document else spec.query_weights.limit + len(self._special)  # which a query does not have
-        if spec.pair_template is not None and request.truncate in (Truncate.CHUNK, Truncate.START):
-            request = replace(request, truncate=Truncate.END)  # its texts are one
         cut = Truncate.START if request.truncate is Truncate.END and spec.tokenizer.cuts_start else request.truncate
         return EncodeOptions(
             prompt=prompt,
@@ -207,7 +212,11 @@ class RequestTokenizer:
         if isinstance(text, Pair) or self._spec.pair_template is not None:
             return self._prepare_pair(text, truncate)
         if not isinstance(text, str):
-            return token_ids_error(text, self._spec.vocabulary) or self._special.add(text)
+            return token_ids_error(text, self._spec.vocabulary) or self._unusable.find(text) or self._special.add(text)
+        prepared = self._prepare_text(text, truncate)
+        return prompt + prepared if isinstance(prepared, str) else prepared
+
+    def _prepare_text(self, text: str, truncate: Truncate) -> str | NpuProxyError:
         if self._sanitize != "none":
             text = _sanitized(text, self._sanitize)
         if (error := text_error(text)) is not None:
@@ -217,14 +226,17 @@ class RequestTokenizer:
             if self._on_empty == "error":
                 return empty_text_error(text)
             text = PLACEHOLDER
-        return prompt + text
+        return text
 
     def _prepare_pair(self, text: TextInput, truncate: Truncate) -> _Prepared:
         template = self._spec.pair_template
         if not isinstance(text, Pair):
             return UnsupportedError(f"{self._spec.name} takes pairs of texts, a query and a document", param="input")
         if template is not None:
-            return text_error(text.first) or text_error(text.second) or self._bounded(template.join(*text), truncate)
+            first, second = (self._prepare_text(side, truncate) for side in text)
+            if not isinstance(first, str) or not isinstance(second, str):
+                return first if not isinstance(first, str) else second
+            return self._bounded(template.join(first, second), truncate)
         if self._pair is None:
             return UnsupportedError(f"{self._spec.name} takes single texts, not pairs", param="input")
         return _PreparedPair(text.first, self._prepare(text.second, "", truncate))
@@ -490,6 +502,15 @@ class RequestTokenizer:
             if characters > self._max_characters:
                 raise self._too_many_characters()
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+
+def _check_template_options(spec: ModelSpec, request: EmbedRequest) -> None:
+    """Raise UnsupportedError for what a model with a chat template cannot do."""
+    if request.truncate is Truncate.START:
+        raise UnsupportedError(f"{spec.name} reads a query and a document as one text, whose start cannot be cut", param="truncate")
+    given = next((name for name in ("prompt", "prompt_name", "instruction") if getattr(request, name) is not None), None)
+    if given is not None:
+        raise UnsupportedError(f"{spec.name} has its instruction in its chat template; `{given}` is not supported", param=given)
 
 
 def _sanitized(text: str, how: Sanitize) -> str:

@@ -21,7 +21,7 @@ from npu_proxy.graph.nodes import Config, Node, Weights, constant, integers, op
 class GraphContext:
     """The context that is passed from layer to layer.
 
-    config: normalized by the family (``normalize_config``), with ``max_length``. prefix: prepended to the names of weights;
+    config: read by the family's ``KEYS``, with ``max_length``. prefix: prepended to the names of weights;
     ``scope`` extends it.
     """
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from npu_proxy.graph.bert import classifier_pooling, finish_layer, vocabulary_logits
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import BatchInputs, LayerTokens, attention_mask
-from npu_proxy.graph.keys import REQUIRED, Keys, Stored, activation, count, flag, heads_of, one_of, only, real, refuse, size
+from npu_proxy.graph.keys import REQUIRED, Keys, Stored, activation, count, flag, heads_of, one_of, only, real, size, value_error
 from npu_proxy.graph.layers import Heads, attend, merge_heads, project
 from npu_proxy.graph.nodes import Config, Node, constant, integers, op
 
@@ -36,7 +36,7 @@ def _attention_kinds(stored: Stored) -> Sequence[str]:
     value = stored.get("pos_att_type") or []
     listed = value.lower().split("|") if isinstance(value, str) else value
     if not isinstance(listed, list) or not set(listed) <= {"c2p", "p2c"}:
-        raise refuse("pos_att_type", value, "only c2p and p2c")
+        raise value_error("pos_att_type", value, "only c2p and p2c")
     return [kind for kind in ("c2p", "p2c") if kind in listed]
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens
-from npu_proxy.graph.keys import Keys, Stored, flag, real, refuse, size
+from npu_proxy.graph.keys import Keys, Stored, flag, real, size, value_error
 from npu_proxy.graph.layers import Heads, Transform, rms_norm
 from npu_proxy.graph.nodes import Config, Node, op
 from npu_proxy.graph.rotary import Rotation
@@ -62,7 +62,7 @@ def decoder_keys(*, head_width: int) -> Keys:
 def is_causal(stored: Stored) -> bool:
     """Whether tokens attend to earlier tokens only, according to the key that all decoders of transformers obey."""
     if "is_causal" in stored and stored["is_causal"] is None:
-        raise refuse("is_causal", None, "only true and false; what null does depends on the batch")
+        raise value_error("is_causal", None, "only true and false; what null does depends on the batch")
     return bool(flag("is_causal", default=True)(stored))
 
 

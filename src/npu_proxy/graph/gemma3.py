@@ -14,7 +14,7 @@ from npu_proxy.errors import ModelError
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.decoder import DecoderAttention, decoder_keys, feed_forward, grouped_heads, is_causal
 from npu_proxy.graph.inputs import attention_mask
-from npu_proxy.graph.keys import Keys, Stored, activation, flag, only, real, refuse, size
+from npu_proxy.graph.keys import Keys, Stored, absent, activation, flag, real, size, value_error
 from npu_proxy.graph.layers import linear, rms_norm
 from npu_proxy.graph.nodes import Config, Node, constant, op
 from npu_proxy.graph.rotary import RotaryConfig, Rotation, layer_types, read_rotary
@@ -44,7 +44,7 @@ def _bidirectional(stored: Stored) -> bool:
 def _window(stored: Stored) -> int:
     """Tokens that are at most this far away are seen in local layers. `use_bidirectional_attention` halves the window."""
     if "sliding_window" in stored and stored["sliding_window"] is None:
-        raise refuse("sliding_window", None, "only numbers")
+        raise value_error("sliding_window", None, "only numbers")
     window: int = size("sliding_window", default=4096)(stored)
     if _bidirectional(stored):
         return window // 2 + (not is_causal(stored))
@@ -58,7 +58,7 @@ KEYS: Keys = {
     "layer_types": _layer_types,
     "rotary": _rotations,
     "tie_word_embeddings": flag("tie_word_embeddings", default=True),
-    "attn_logit_softcapping": only("attn_logit_softcapping", None),
+    "attn_logit_softcapping": absent("attn_logit_softcapping"),
     "causal": lambda stored: is_causal(stored) and not _bidirectional(stored),
     "window": _window,
 }

@@ -6,6 +6,7 @@ The reader (models/layout.py) refuses whatever no key has read.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,9 +32,9 @@ def read_keys(keys: Keys, stored: Stored) -> dict[str, Any]:
     return {name: key(stored) for name, key in keys.items()}
 
 
-def refuse(name: str, value: object, expected: str) -> ModelError:
-    """The error for a value that is not computed."""
-    return ModelError(f"config.json: `{name}` is `{str(value)[:60]}`; npu-proxy computes {expected}")
+def value_error(name: str, value: object, expected: str) -> ModelError:
+    """The error for a value that is not computed. expected: what is."""
+    return ModelError(f"config.json: `{name}` is `{json.dumps(value, default=str)[:60]}`; npu-proxy computes {expected}")
 
 
 def _key(names: tuple[str, ...], default: Any, check: Callable[[Any], bool], expected: str) -> Key:
@@ -49,7 +50,7 @@ def _key(names: tuple[str, ...], default: Any, check: Callable[[Any], bool], exp
             )
         for name, value in found.items():
             if not check(value):
-                raise refuse(name, value, expected)
+                raise value_error(name, value, expected)
         return next(iter(found.values()))
 
     return read
@@ -66,7 +67,7 @@ def heads_of(hidden: str, *names: str) -> Key:
     def read(stored: Stored) -> Any:
         heads, width = size(*names)(stored), stored.get(hidden)
         if isinstance(width, int) and width % heads:
-            raise refuse(names[0], heads, f"numbers by which `{hidden}`, {width}, can be divided")
+            raise value_error(names[0], heads, f"numbers by which `{hidden}`, {width}, can be divided")
         return heads
 
     return read
@@ -89,12 +90,17 @@ def flag(*names: str, default: bool) -> Key:
 
 def one_of(*names: str, values: tuple[Any, ...], default: Any) -> Key:
     """One of a few values."""
-    return _key(names, default, lambda value: _is_one_of(value, values), "only " + " or ".join(f"`{value}`" for value in values))
+    return _key(names, default, lambda value: _is_one_of(value, values), "only " + " or ".join(map(json.dumps, values)))
 
 
 def only(name: str, value: Any, *others: Any) -> Key:
     """A value that must be the default, or one of a few ``others`` that mean the same."""
     return one_of(name, values=(value, *others), default=value)
+
+
+def absent(name: str) -> Key:
+    """A key that must be missing or null."""
+    return _key((name,), None, lambda _: False, "no such value")
 
 
 def activation(*names: str, default: str = "gelu") -> Key:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
-from npu_proxy.graph.keys import Keys, Stored, activation, flag, heads_of, one_of, only, real, refuse, size
+from npu_proxy.graph.keys import Keys, Stored, activation, flag, heads_of, one_of, only, real, size, value_error
 from npu_proxy.graph.layers import Heads
 from npu_proxy.graph.nodes import Config, Node, op
 from npu_proxy.graph.rotary import RotaryConfig, Rotation, layer_types, read_rotary
@@ -29,7 +29,7 @@ def _layer_types(stored: Stored) -> Sequence[str]:
 
 def _rotations(stored: Stored) -> dict[str, RotaryConfig]:
     if "local_rope_theta" in stored and stored["local_rope_theta"] is None:
-        raise refuse("local_rope_theta", None, "only numbers; what null means has changed between releases")
+        raise value_error("local_rope_theta", None, "only numbers; what null means has changed between releases")
     return {kind: read_rotary(stored, _THETA_KEYS[kind], theta=theta, layer_type=kind) for kind, theta in _THETAS.items()}
 
 

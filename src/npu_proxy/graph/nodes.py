@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Config = Mapping[str, Any]
-"""The content of a model's config.json."""
+"""What config.json says, by the names of a family's ``KEYS``."""
 Weights = Mapping[str, npt.NDArray[Any]]
 """Tensors by name."""
 Node = Any  # ov.Node and ov.Output are interchangeable as operands; the bindings have no useful types for them

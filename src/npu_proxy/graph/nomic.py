@@ -10,7 +10,7 @@ from typing import Any
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.bert import classifier_pooling, label_logits, vocabulary_logits
 from npu_proxy.graph.gte import encode, even_heads
-from npu_proxy.graph.keys import Key, Keys, Stored, activation, count, flag, only, real, size
+from npu_proxy.graph.keys import Key, Keys, Stored, absent, activation, count, flag, only, real, size
 from npu_proxy.graph.rotary import read_rotary
 
 __all__ = [
@@ -83,12 +83,12 @@ KEYS: Keys = {
     "prenorm": only("prenorm", False),
     "rotary_emb_fraction": _stated("rotary_emb_fraction", only("rotary_emb_fraction", 1.0)),
     "rotary_emb_interleaved": only("rotary_emb_interleaved", False),
-    "rotary_emb_scale_base": only("rotary_emb_scale_base", None),
+    "rotary_emb_scale_base": absent("rotary_emb_scale_base"),
     "rotary_head_dim": only("rotary_head_dim", False),
     "qkv_proj_bias": _stated("qkv_proj_bias", only("qkv_proj_bias", False)),
     "mlp_fc1_bias": _stated("mlp_fc1_bias", only("mlp_fc1_bias", False)),
     "mlp_fc2_bias": _stated("mlp_fc2_bias", only("mlp_fc2_bias", False)),
-    "num_heads_kv": only("num_heads_kv", None),
+    "num_heads_kv": absent("num_heads_kv"),
     "parallel_block_tied_norm": only("parallel_block_tied_norm", False),
     "use_rms_norm": only("use_rms_norm", False),
     "parallel_block": only("parallel_block", False),

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.decoder import DecoderAttention, decoder_keys, feed_forward, grouped_heads, is_causal
 from npu_proxy.graph.inputs import attention_mask
-from npu_proxy.graph.keys import Keys, Stored, activation, flag, only, refuse, size
+from npu_proxy.graph.keys import Keys, Stored, activation, flag, only, size, value_error
 from npu_proxy.graph.layers import linear, rms_norm
 from npu_proxy.graph.nodes import Config, Node, op
 from npu_proxy.graph.rotary import Rotation, layer_types, read_rotary
@@ -29,7 +29,7 @@ def _is_causal(stored: Stored) -> bool:
         only("use_bidirectional_attention", False)(stored)
         return is_causal(stored)
     if not flag("use_bidirectional_attention", default=False)(stored):
-        raise refuse("use_bidirectional_attention", False, f"only true for {_BIDIRECTIONAL}")
+        raise value_error("use_bidirectional_attention", False, f"only true for {_BIDIRECTIONAL}")
     return False
 
 

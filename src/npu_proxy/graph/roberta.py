@@ -11,7 +11,7 @@ from npu_proxy.graph import bert
 from npu_proxy.graph.activations import gelu
 from npu_proxy.graph.bert import classifier_pooling
 from npu_proxy.graph.context import GraphContext
-from npu_proxy.graph.keys import Key, Keys, Stored, count, refuse, size
+from npu_proxy.graph.keys import Key, Keys, Stored, count, size, value_error
 from npu_proxy.graph.nodes import Node, op
 
 __all__ = [
@@ -39,7 +39,7 @@ def positions_after(first: Callable[[Stored], int]) -> Key:
     def read(stored: Stored) -> int:
         rows: int = size("max_position_embeddings")(stored)
         if rows <= first(stored):
-            raise refuse("max_position_embeddings", rows, f"tables of more than {first(stored)} rows for this family")
+            raise value_error("max_position_embeddings", rows, f"tables of more than {first(stored)} rows for this family")
         return rows - first(stored)
 
     return read

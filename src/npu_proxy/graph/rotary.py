@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.inputs import LayerTokens
-from npu_proxy.graph.keys import Stored, flag, one_of, real, refuse, size
+from npu_proxy.graph.keys import Stored, absent, flag, one_of, real, size, value_error
 from npu_proxy.graph.nodes import Node, constant, integers, op
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -91,21 +91,21 @@ def read_rotary(
     parameters = _parameters(stored, layer_type)
     found = [str(parameters[name]) for name in ("rope_type", "type") if parameters.get(name)] or ["default"]
     if any(kind not in kinds for kind in found) or len(set(found)) > 1:
-        raise refuse("rope_scaling", " and ".join(found), f"only rotations of type {', '.join(kinds)}")
+        raise value_error("rope_scaling", " and ".join(found), f"only rotations of type {', '.join(kinds)}")
     stated: float | None = real(*(theta_names or ("rope_theta",)), default=None)(stored)
     base: float = real("rope_theta", default=theta if stated is None else stated)(parameters)
     if base <= 1:
-        raise refuse("rope_theta", base, "numbers above 1")
+        raise value_error("rope_theta", base, "numbers above 1")
     kind = found[0]
     if layer_type:  # transformers reads it elsewhere
         one_of("truncate", values=(True,), default=True)(parameters)
     one_of("partial_rotary_factor", values=(1.0,), default=1.0)(parameters)
-    one_of("mixed_b", values=(), default=None)(parameters)
+    absent("mixed_b")(parameters)
     if kind == "default":
         return RotaryConfig(theta=base)
     factor: float = real("factor", default=1.0)(parameters)
     if factor < 1:
-        raise refuse("factor", factor, "numbers of at least 1")
+        raise value_error("factor", factor, "numbers of at least 1")
     positions: int = size("max_position_embeddings", "n_positions")(stored)
     trained: int = size("original_max_position_embeddings", default=positions)(parameters)
     if kind == "dynamic":  # as trained, up to the length from which on it would depend on the batch
@@ -114,12 +114,12 @@ def read_rotary(
         low: float = real("low_freq_factor")(parameters)
         high: float = real("high_freq_factor")(parameters)
         if high <= low:
-            raise refuse("high_freq_factor", high, "numbers above `low_freq_factor`")
+            raise value_error("high_freq_factor", high, "numbers above `low_freq_factor`")
         return RotaryConfig(theta=base, kind=kind, factor=factor, trained=trained, low_frequency=low, high_frequency=high)
     if kind != "yarn":
         return RotaryConfig(theta=base, kind=kind, factor=factor)
-    one_of("mscale", values=(), default=None)(parameters)
-    one_of("mscale_all_dim", values=(), default=None)(parameters)
+    absent("mscale")(parameters)
+    absent("mscale_all_dim")(parameters)
     return RotaryConfig(
         theta=base,
         kind=kind,
@@ -142,7 +142,7 @@ def _parameters(stored: Stored, layer_type: str) -> Any:
     if nested and layer_type:
         return parameters.get(layer_type) or {}
     if parameters and (nested or layer_type):  # which layers it is for depends on the release
-        raise refuse("rope_parameters", parameters.content, "one rotation per layer type only where layers differ")
+        raise value_error("rope_parameters", parameters.content, "one rotation per layer type only where layers differ")
     return parameters
 
 
@@ -151,7 +151,7 @@ def layer_types(stored: Stored, default: Callable[[int], str], allowed: Sequence
     layers: int = size("num_hidden_layers")(stored)
     types = stored.get("layer_types") or [default(number) for number in range(layers)]
     if not isinstance(types, list | tuple) or len(types) != layers or not set(types) <= set(allowed):
-        raise refuse("layer_types", types, f"one of {', '.join(allowed)} for each of the {layers} layers")
+        raise value_error("layer_types", types, f"one of {', '.join(allowed)} for each of the {layers} layers")
     return list(types)
 
 

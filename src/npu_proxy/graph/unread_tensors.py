@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import unread_error
 from npu_proxy.graph.nodes import Weights
 
 _HEADS = (
@@ -49,7 +49,4 @@ class ReadWeights(Weights):
         for name in self._weights:
             known = name in self._read or _HARMLESS.fullmatch(name)
             if not known and not any(fnmatchcase(name, pattern) for pattern in accept):
-                raise ModelError(
-                    f"nothing reads the tensor `{name}` of the weights, so vectors could differ from the model's own; if you know"
-                    f" that it does not change them, set `accept_unread` to {name}"
-                )
+                raise unread_error(f"nothing reads the tensor `{name}` of the weights", name)

@@ -71,6 +71,7 @@ def _special(spec: ModelSpec) -> dict[str, object]:
         "tokenizer_parts": dict(spec.tokenizer.parts),
         "cuts_start": spec.tokenizer.cuts_start,
         "adapter": spec.adapter_scale,
+        "queries": spec.query_weights and [spec.query_weights.limit, spec.query_weights.default],
         "dropped": sorted(spec.dropped_ids),
         "characters": spec.most_characters,
         "accepted": sorted(spec.accepted),

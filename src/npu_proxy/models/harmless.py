@@ -37,6 +37,10 @@ def _harmless(*groups: tuple[str, Mapping[str, Any] | str]) -> Harmless:
 
 
 _TOKEN_FLAGS = "*.__type *.content *.lstrip *.rstrip *.normalized *.single_word *.special *.id"
+_GTE = _harmless(
+    ("how it is computed, not what", "unpad_inputs use_memory_efficient_attention pack_qkv"),
+    ("only with `logn_attention_scale`, which is refused", "logn_attention_clip1"),
+)
 HARMLESS: Mapping[str, Harmless] = {
     "config.json": _harmless(
         (
@@ -86,7 +90,7 @@ HARMLESS: Mapping[str, Harmless] = {
         ),
         ("the files of the tokenizer say it", "tokenizer_class model_max_length"),
         (
-            "written by old releases, and read by none",
+            "written by old releases, and read by no code",
             (
                 "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"
                 " pooler_hidden_size _num_labels adapters encoder_type emb_size cell pre_trained structure training eos_token_ids"
@@ -101,14 +105,10 @@ HARMLESS: Mapping[str, Harmless] = {
     "config.json modernbert": _harmless(
         ("how it is computed, not what", "reference_compile repad_logits_with_grad deterministic_flash_attn"),
         ("only for training", "sparse_prediction sparse_pred_ignore_index"),
-        ("read by none", "layer_norm_eps position_embedding_type"),
+        ("no code reads it", "layer_norm_eps position_embedding_type"),
     ),
-    "config.json gte": _harmless(
-        ("how it is computed, not what", "unpad_inputs use_memory_efficient_attention pack_qkv logn_attention_clip1"),
-    ),
-    "config.json new": _harmless(
-        ("how it is computed, not what", "unpad_inputs use_memory_efficient_attention pack_qkv logn_attention_clip1"),
-    ),
+    "config.json gte": _GTE,
+    "config.json new": _GTE,
     "config.json nomic_bert": _harmless(
         (
             "how it is computed, not what",
@@ -119,17 +119,17 @@ HARMLESS: Mapping[str, Harmless] = {
             ),
         ),
         ("only beyond the trained length, where texts end", "rotary_scaling_factor"),
-        ("read by none", "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj"),
+        ("no code reads it", "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj"),
     ),
     "config.json deberta-v2": _harmless(
         ("only with a convolution", "conv_act conv_groups"),
-        ("read by none", "padding_idx z_steps is_decoder"),
+        ("no code reads it", "padding_idx z_steps is_decoder"),
     ),
     "config.json qwen3": _harmless(
         ("only with a sliding window", "max_window_layers sliding_window"),
-        ("read by none", "logit_scale attn_logit_softcapping"),
+        ("no code reads it", "logit_scale attn_logit_softcapping"),
     ),
-    "config.json gemma3_text": _harmless(("read by none", "_sliding_window_pattern hidden_act")),
+    "config.json gemma3_text": _harmless(("no code reads it", "_sliding_window_pattern hidden_act")),
     "config.json model2vec": _harmless(
         (
             "how the table was made",
@@ -144,7 +144,7 @@ HARMLESS: Mapping[str, Harmless] = {
     "sentence_bert_config.json": _harmless(
         ("how it is computed, not what", "unpad_inputs cache_dir backend"),
         (
-            "the usual",
+            "the value that text models have",
             {
                 "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
                 "module_output_name": "token_embeddings",
@@ -152,17 +152,20 @@ HARMLESS: Mapping[str, Harmless] = {
                 "processing_kwargs": {},
             },
         ),
-        ("the usual", {"modality_config": {"text": {"method": "forward", "method_output_name": "logits"}}}),
-        ("the usual", {"modality_config.text": {"method": "forward", "method_output_name": "logits"}}),
+        ("the value that text models have", {"modality_config": {"text": {"method": "forward", "method_output_name": "logits"}}}),
+        ("the value that text models have", {"modality_config.text": {"method": "forward", "method_output_name": "logits"}}),
         (
-            "the usual",
+            "the value that text models have",
             {
                 "modality_config.message.method": "forward",
                 "modality_config.message.method_output_name": "logits",
                 "module_output_name": "causal_logits",
             },
         ),
-        ("the usual", {"module_output_name": "scores", "query_expansion": None, "query_length": None, "document_length": None}),
+        (
+            "the value that text models have",
+            {"module_output_name": "scores", "query_expansion": None, "query_length": None, "document_length": None},
+        ),
         ("how the model is loaded", {"model_args": {}, "model_kwargs": {}}),
         *(
             ("how the model is loaded", f"{name}.{key}")
@@ -242,7 +245,6 @@ HARMLESS: Mapping[str, Harmless] = {
         ("a switch that is off", {"*": False}),
         ("a switch that is off", {"*": {}, "bias": "none"}),
     ),
-    "LogitScore": _harmless(),
     "Router": _harmless(("what a text without a route is", "parameters.allow_empty_key types.* structure.*")),
     "SparseStaticEmbedding": _harmless(("only for training", "frozen")),
     "SpladePooling": _harmless(("how it is computed, not what", "chunk_size")),

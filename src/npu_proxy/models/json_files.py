@@ -13,6 +13,8 @@ Json = Mapping[str, Any]
 
 MOST_TOKENS = 1 << 17
 """Largest limit of tokens per text, whatever a model states: position tables of this length already have 100 MB."""
+OWN_PATHS = ("sentence_transformers.", "pylate.")
+"""Where the classes come from that are computed here; a class of the same name from elsewhere is the model's own code."""
 _LARGEST = 16 << 20
 """Bytes of a configuration file; those of large label sets and indexes of shards have up to a few MB."""
 

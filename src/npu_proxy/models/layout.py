@@ -14,27 +14,26 @@ from typing import Any, cast
 
 from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.graph import static
-from npu_proxy.graph.build import FAMILIES, Family
+from npu_proxy.graph.build import FAMILIES
 from npu_proxy.graph.keys import read_keys
 from npu_proxy.models.catalog import INSTRUCTIONS
+from npu_proxy.models.classifier import with_classifier, with_score_modules
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.graph_files import find_weights, has_graph_file, normalize_config
 from npu_proxy.models.json_files import MOST_TOKENS, Json, read_object
 from npu_proxy.models.late_interaction import LateInteractionFiles, late_interaction_config, read_pylate, read_stanford
-from npu_proxy.models.logit_score import read_head, read_template
 from npu_proxy.models.lora import CONFIG, adapter_files, adapter_scale
 from npu_proxy.models.model_files import STATIC_LENGTH, ModelFiles, max_length, missing, number, read_files
 from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
 from npu_proxy.models.router import query_weights
 from npu_proxy.models.tokenizer_config import read_stored_tokenizer, read_tokenizer, with_markers
 from npu_proxy.models.weights import Tensors
-from npu_proxy.spec import Activation, ModelSpec, TruncateModule
+from npu_proxy.spec import ModelSpec, TruncateModule
 from npu_proxy.types import OutputType, Pooling, Similarity
 
-_ABOUT_LIMITS = "sentence_bert_config.json"
+_SENTENCE_BERT = "sentence_bert_config.json"
 _CLS_AFTER_PROMPT = 6
 """The first major version of sentence-transformers whose CLS pooling reads the first token after a prompt that is not pooled."""
-_MOST_LABELS = 100_000
 _BGE_M3 = ("sparse_linear.pt", "colbert_linear.pt")
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
@@ -68,7 +67,8 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
     weights, refused = find_weights(files.base, model_type, graph=graph)
     weights = [*weights, *adapter_files(files.transformer)]
     try:
-        config = read_keys(family.KEYS, files.config) if family else normalize_config(files.config.content)
+        with model_errors("config.json"):
+            config = read_keys(family.KEYS, files.config) if family else normalize_config(files.config.content)
     except ModelError as error:  # a graph file may compute what the family does not
         if not graph:
             raise
@@ -78,14 +78,14 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
     if spec.family in static.MODEL_TYPES:
         spec = _with_static_rules(spec, files, limit)
     if spec.output_type is OutputType.SCORES and files.scores_by_modules:
-        spec = _with_score_modules(spec, files)
+        spec = with_score_modules(spec, files)
     elif spec.output_type is OutputType.SCORES:
-        spec = _with_classifier(spec, family, files)
+        spec = with_classifier(spec, family, files)
     else:
         spec = _with_modules(spec, files, pooling, limit)
     _check_model_type(spec, files)
     try:
-        ignored = ("tokenizer_config.json", _ABOUT_LIMITS) if spec.family in static.MODEL_TYPES else ()
+        ignored = ("tokenizer_config.json", _SENTENCE_BERT) if spec.family in static.MODEL_TYPES else ()
         files.reader.refuse_unread(ignored=ignored if family and not refused else ("config.json",))
     except ModelError as error:
         if not graph:
@@ -350,94 +350,7 @@ def _pooling(spec: ModelSpec, stack: ModuleStack, setting: Pooling | None, *, ha
     return stated or setting or Pooling.MEAN
 
 
-# -- cross-encoders and classifiers --------------------------------------------------------------------------------------
-
-
-def _with_classifier(spec: ModelSpec, family: Family | None, files: ModelFiles) -> ModelSpec:
-    """Add the labels and the activation of a cross-encoder or classifier to the spec."""
-    names = cast("Mapping[str, str]", files.config.get("id2label") or {})
-    count = len(names) or int(files.config.get("num_labels") or 2)
-    if not 1 <= count <= _MOST_LABELS:
-        raise ModelError(f"config.json: a classifier has from 1 to {_MOST_LABELS} labels, not {count}")
-    if files.config.get("num_labels", count) not in (None, count):
-        raise ModelError(f"config.json: `num_labels` is {files.config['num_labels']}, but `id2label` has {count} names")
-    return replace(
-        spec,
-        pooling=family.classifier_pooling(spec.config) if family and not spec.refused else Pooling.CLS,
-        width=count,
-        hidden_width=count,
-        labels=[str(names.get(str(index), f"LABEL_{index}")) for index in range(count)],
-        activation=_activation(files, count),
-        type_ids=spec.tokenizer.types and int(spec.config.get("type_vocab_size") or 0) > 1,
-    )
-
-
-def _with_score_modules(spec: ModelSpec, files: ModelFiles) -> ModelSpec:
-    """Add the modules of a cross-encoder that ends in a Dense module for its scores, or in yes and no (LogitScore)."""
-    hidden = number(spec.config, "hidden_size", spec.folder)
-    if files.module_types[1:] == ["LogitScore"]:
-        return replace(
-            spec,
-            pooling=Pooling.LAST_TOKEN,
-            modules=[read_head(spec, files.modules[1], files.reader, hidden)],
-            pair_template=read_template(files.transformer, files.tokenizer_config, files.limits, spec),
-            hidden_width=hidden,
-            width=1,
-            labels=["LABEL_0"],
-            activation=_activation(files, 1),
-            special_tokens=False,
-            padding_id=None,
-        )
-    stack = ModuleStack(hidden, spec.vocabulary, files.reader)
-    stack.add(files.modules[1:], spec.folder)
-    if not stack.scores or stack.pooling is None:
-        raise ModelError("modules.json: this CrossEncoder has no Pooling module, or no module that gives `scores`")
-    return replace(
-        spec,
-        pooling=stack.pooling,
-        modules=stack.final_modules(),
-        token_modules=stack.token_modules,
-        hidden_width=hidden,
-        width=stack.width,
-        labels=[f"LABEL_{index}" for index in range(stack.width)],
-        activation=_activation(files, stack.width),
-        type_ids=spec.tokenizer.types and int(spec.config.get("type_vocab_size") or 0) > 1,
-    )
-
-
-_ACTIVATIONS: Mapping[str, Activation] = {
-    "torch.nn.modules.linear.Identity": "identity",
-    "torch.nn.modules.activation.Sigmoid": "sigmoid",
-    "torch.nn.modules.activation.Tanh": "tanh",
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.activation.Softplus": "softplus",
-}
-
-
-def _activation(files: ModelFiles, count: int) -> Activation:
-    """The activation that turns logits into scores.
-
-    One label: what sentence-transformers stores, else sigmoid; a plain classifier for regression gives its logit. Several labels:
-    sentence-transformers stores Identity, although users expect probabilities; so the problem type decides, as in transformers.
-    """
-    extra, problem = cast("Json", files.config.get("sentence_transformers") or {}), files.config.get("problem_type")
-    default = files.config.get("sbert_ce_default_activation_function")
-    stored: Any = (files.about.get("activation_fn") if files.modules else None) or extra.get("activation_fn") or default
-    known = str(stored or "").replace(
-        "torch.nn.", "torch.nn.modules.linear." if str(stored).endswith(".Identity") else "torch.nn.modules.activation."
-    )
-    known = str(stored or "") if str(stored or "").startswith("torch.nn.modules.") else known
-    if stored and known not in _ACTIVATIONS:
-        raise ModelError(f"the activation of scores is `{str(stored)[:60]}`; npu-proxy computes {', '.join(_ACTIVATIONS)}")
-    activation = _ACTIVATIONS.get(known)
-    if count == 1:
-        plain = activation is None and not files.modules and problem == "regression"
-        return "identity" if plain else activation or "sigmoid"
-    if activation not in (None, "identity"):
-        return activation
-    if problem not in (None, "regression", "single_label_classification", "multi_label_classification"):
-        raise ModelError(f"config.json: `problem_type` is `{str(problem)[:40]}`, which is not a problem type of transformers")
-    return "sigmoid" if problem == "multi_label_classification" else "identity" if problem == "regression" else "softmax"
+# -- instructions -------------------------------------------------------------------------------------------------------
 
 
 def instruction_template(spec: ModelSpec) -> str:

@@ -29,12 +29,14 @@ _FAMILIES = ("qwen3",)
 _QUERY, _DOCUMENT = "qqFirstTextqq", "ddSecondTextdd"
 _FILLERS = ((_QUERY, _DOCUMENT), ("0", "1 2 3 4"), ("  a <b> 'c'\n", '\t"d" & e  '), ("the cat", ""))
 _SECONDS, _MOST_BYTES = 10.0, 1 << 30
+_LARGEST = 1 << 20
 _RENDER = """
 import json, sys
 limit, text = sys.stdin.buffer.readline(), sys.stdin.buffer.read()
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 except ImportError:  # Windows
     pass
 from jinja2.ext import loopcontrols
@@ -45,8 +47,15 @@ def fail(message):
 environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
 environment.globals["raise_exception"] = fail
-template = environment.from_string(given["template"])
-print(json.dumps([template.render(messages=messages, **given["arguments"]) for messages in given["conversations"]]))
+try:
+    template = environment.from_string(given["template"])
+    texts = [template.render(messages=messages, **given["arguments"]) for messages in given["conversations"]]
+    if max(map(len, texts)) > 100_000:
+        fail("it makes over 100,000 characters")
+except Exception as error:
+    print(json.dumps([f"{type(error).__name__}: {error}"[:200]]))
+    sys.exit(1)
+print(json.dumps(texts))
 """
 
 
@@ -98,7 +107,7 @@ def read_head(spec: ModelSpec, module: JsonObject, reader: FolderReader, hidden:
 def read_template(folder: Path, settings: JsonObject, limits: JsonObject, spec: ModelSpec) -> PairTemplate:
     """What the chat template puts around a query and a document. settings: tokenizer_config.json. Raises ModelError."""
     file = folder / "chat_template.jinja"
-    template: Any = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    template: Any = _read(file) if file.is_file() else settings.get("chat_template")
     if not isinstance(template, str):
         raise ModelError(f"{folder.name}: chat_template.jinja is missing, which a LogitScore module needs")
     options, restores = _options(limits)
@@ -110,6 +119,15 @@ def read_template(folder: Path, settings: JsonObject, limits: JsonObject, spec: 
         if made.join(*texts) != text:
             raise ModelError(f"{file.name}: the template changes the texts that it gets, or depends on them; this is not supported")
     return PairTemplate(before=made.before, between=made.between, after=made.after, keeps_end=restores)
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ModelError(f"{file.name} has over {_LARGEST} bytes")
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file.name} cannot be read: {error}") from error
 
 
 def _options(limits: JsonObject) -> tuple[Json, bool]:
@@ -135,7 +153,8 @@ def _render(template: str, conversations: Sequence[Any], arguments: Json) -> Seq
     given = msgspec.json.encode({"template": template, "conversations": conversations, "arguments": arguments})
     code, printed = run_python(_RENDER, f"{_MOST_BYTES}\n".encode() + given, _SECONDS)
     if code != 0:
-        how = f"took over {_SECONDS:g} seconds" if code is None else "failed"
+        reason = printed.strip()[2:-2] or f"exit code {code}"
+        how = f"took over {_SECONDS:g} seconds" if code is None else f"failed ({reason})"
         raise ModelError(f"chat_template.jinja: rendering it with a query and a document {how}")
     return msgspec.json.decode(printed, type=list[str])
 

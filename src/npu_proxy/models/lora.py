@@ -48,6 +48,8 @@ def read_updates(found: Mapping[str, StoredTensor], folder: Path) -> dict[str, U
         if not name.endswith(_HALVES) or not name.startswith(_PREFIX):
             raise ModelError(f"{STEM}: tensor `{name[:80]}` is not supported, only lora_A and lora_B of linear layers")
         if name.endswith(_HALVES[1]):
+            if name.removesuffix(_HALVES[1]) + _HALVES[0] not in found:
+                raise ModelError(f"{STEM}: tensor `{name[:80]}` has no lora_A")
             continue
         second = found.get(name.removesuffix(_HALVES[0]) + _HALVES[1])
         if second is None or len(first.shape) != 2 or len(second.shape) != 2:

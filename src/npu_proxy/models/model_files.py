@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import ModelError, model_errors, unread_error
 from npu_proxy.graph.keys import LARGEST
-from npu_proxy.models.json_files import MOST_TOKENS, Json, JsonObject, inside, read_json, short_path
+from npu_proxy.models.json_files import MOST_TOKENS, OWN_PATHS, Json, JsonObject, inside, read_json, short_path
 from npu_proxy.models.late_interaction import PYLATE_KEYS
 from npu_proxy.models.lora import CONFIG, adapter_scale, base_folder
 from npu_proxy.models.router import without_router
-from npu_proxy.models.unread import FolderReader, unread_error
+from npu_proxy.models.unread import FolderReader
 from npu_proxy.models.weights import Tensors, weight_files
 
-OWN_PATHS = ("sentence_transformers.", "pylate.")
-"""Where the classes come from that are computed here; a class of the same name from elsewhere is the model's own code."""
 _FIRST_MODULES = ("Transformer", "MLMTransformer", "StaticEmbedding")
 STATIC_LENGTH = 512
 """Maximum number of tokens per text of model2vec, unless config.json says otherwise."""
@@ -67,7 +65,10 @@ class ModelFiles:
     @property
     def architecture(self) -> str:
         """The first entry of config.json's architectures, or ""."""
-        return str((self.config.get("architectures") or [""])[0])
+        stated: Any = self.config.get("architectures") or [""]
+        if not isinstance(stated, list):
+            raise ModelError(f"config.json: `architectures` is `{str(stated)[:40]}`, not a list")
+        return str(cast("list[Any]", stated)[0])
 
     @property
     def is_late(self) -> bool:
@@ -115,6 +116,8 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
     base = _base_of_adapter(transformer, reader)
     limits = _read_limits(transformer, reader)
     config = _read_config(folder, base, modules, reader)
+    with model_errors(_LIMITS[0]):
+        config_changes, tokenizer_changes = _overrides(limits, "config"), _overrides(limits, "tokenizer", "processor")
     tokenizer_config = reader.object(transformer / "tokenizer_config.json", optional=True)
     files = ModelFiles(
         reader=reader,
@@ -127,8 +130,8 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
         limits=limits,
         # sentence-transformers reads it only together with modules.json.
         about=reader.object(folder / "config_sentence_transformers.json", optional=True) if modules else JsonObject({}),
-        config=reader.replace(config, _overrides(limits, "config")),
-        tokenizer_config=reader.replace(tokenizer_config, _overrides(limits, "tokenizer", "processor")),
+        config=reader.replace(config, config_changes),
+        tokenizer_config=reader.replace(tokenizer_config, tokenizer_changes),
     )
     _check_code(files)
     return files
@@ -233,6 +236,8 @@ def _read_modules(folder: Path) -> Sequence[Json]:
     for module in listed:
         if not isinstance(module, dict) or not {"type", "path"} <= set(cast("Json", module)):
             raise ModelError("modules.json: each module needs `type` and `path`")
+        if not isinstance(module["path"], str) or not isinstance(module["type"], str):
+            raise ModelError("modules.json: `type` and `path` of a module must be texts")
     return listed
 
 

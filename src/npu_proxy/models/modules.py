@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from npu_proxy.errors import ModelError, model_errors
+from npu_proxy.errors import ModelError, model_errors, unread_error
 from npu_proxy.graph.activations import TORCH_ACTIVATIONS
-from npu_proxy.models.json_files import Json, JsonObject, inside, short_path
-from npu_proxy.models.model_files import OWN_PATHS
+from npu_proxy.models.json_files import OWN_PATHS, Json, JsonObject, inside, short_path
 from npu_proxy.models.tokenizer_file import open_tokenizer
-from npu_proxy.models.unread import FolderReader, unread_error
+from npu_proxy.models.unread import FolderReader
 from npu_proxy.models.weights import Tensors, weight_files
 from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, SpladeConfig, TokenizerSource
 from npu_proxy.types import Pooling
@@ -252,6 +251,8 @@ def skipped_ids(mask: Json, side: str, source: TokenizerSource) -> frozenset[int
     if side not in ([tasks] if isinstance(tasks, str) else tasks):
         return frozenset()
     words: Any = mask.get("skiplist_words") or []
+    if not words:
+        return frozenset()
     tokenizer, _ = open_tokenizer(source)
     ids = (tokenizer.token_to_id(str(word)) for word in words)
     return frozenset(token_id for token_id in ids if token_id is not None)

