@@ -105,7 +105,9 @@ class TokenizerSource:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryWeights:
-    """The weight of each token of a query, which is not computed by the model: ``layer.weight`` [tokens].
+    """The weight of each token of a query, which the model does not compute: ``layer.weight`` [tokens].
+
+    A query still takes a place in a batch, so that it has one way through the engine; what the device computes of it is not used.
 
     limit: tokens of a query, without special tokens. default: whether a text is a query if the request does not say what it is.
     """

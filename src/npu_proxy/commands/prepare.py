@@ -179,7 +179,7 @@ def convert(model: str = "", /, *, output: Path, trust_remote_code: bool = False
 def compare(
     model: str = "", /, *, trust_remote_code: bool = False, json: bool = False, settings: SharedSettings = DEFAULTS
 ) -> None:
-    """Compare a model with what its own library computes, over 60 texts that are easily computed wrongly.
+    """Compare a model with what its own library computes, over about 60 texts that are easily computed wrongly.
 
     The library must be installed beside npu-proxy: pip install sentence-transformers (or model2vec). Exit code 1 if any text
     differs.

@@ -114,8 +114,8 @@ def _read(files: Sequence[Path], settings: JsonObject, config: Json, reader: Fol
         raise ModelError(f"{folder.name}: tokenizer.json is missing, which a tokenizer of class `{name}` needs")
     if chosen is not None and stored.model.type not in (chosen.model, None):
         raise ModelError(
-            f"tokenizer.json has a {stored.model.type} model, but {name}Tokenizer (`tokenizer_class` in tokenizer_config.json, or the"
-            f" class of the model type) has {chosen.model}"
+            f"tokenizer.json has a {stored.model.type} model, but {name}Tokenizer (`tokenizer_class` in tokenizer_config.json, or"
+            f" the class of the model type) has {chosen.model}"
         )
     if chosen is not None and chosen.template is None and files[0].name != "tokenizer.json":
         wanted = next((key for key in ("add_bos_token", "add_eos_token") if settings.get(key)), None)
