@@ -106,6 +106,7 @@ class RequestTokenizer:
         self._tokenizer, growth = open_tokenizer(spec.tokenizer)
         self._max_characters = int(_MAX_CHARACTERS / growth)
         self._unusable = UnusableTokens(self._tokenizer, spec)
+        self._named_ids = {self._tokenizer.token_to_id(token) for token in spec.tokenizer.tokens.values()}
         self._special = find_special_tokens(self._tokenizer, spec) if spec.special_tokens else SpecialTokens([], [])
         if spec.max_length <= len(self._special):
             raise ModelError(f"{spec.name}: a limit of {spec.max_length} tokens leaves no room for text (`max_length`)")
@@ -167,8 +168,7 @@ class RequestTokenizer:
     def _count_prompt(self, prompt: str) -> int:
         """Number of leading tokens in a prompt, including special tokens before it, as counted by sentence-transformers."""
         ids = self._tokenizer.encode(prompt, add_special_tokens=self._spec.special_tokens).ids
-        after = self._special.after
-        return len(ids) - bool(after and ids[-1] == after[-1])
+        return len(ids) - (bool(ids) and ids[-1] in self._named_ids)
 
     # -- texts to encodings --------------------------------------------------------------------------------------
 

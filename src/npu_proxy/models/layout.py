@@ -107,8 +107,9 @@ _CLASSES: Mapping[OutputType, Sequence[str]] = {
 
 def _check_model_type(spec: ModelSpec, files: ModelFiles) -> None:
     """Raise ModelError if another class wrote the folder: sentence-transformers then takes other modules than the stored ones."""
-    stated = files.about.content.get("model_type", "")
-    if "model_type" in files.about and stated not in _CLASSES[spec.output_type]:
+    stated = files.about.content.get("model_type", "SentenceTransformer")
+    needed = "model_type" in files.about or (spec.output_type is OutputType.SPARSE and bool(files.about))
+    if needed and stated not in _CLASSES[spec.output_type]:
         expected = " or ".join(_CLASSES[spec.output_type])
         found = f"`model_type` is `{str(stated)[:40]}`, but the modules are those of {expected}"
         raise ModelError(f"config_sentence_transformers.json: {found}")

@@ -152,6 +152,9 @@ def _word_piece(stored: ClassInputs) -> Mapping[str, Any]:
     return {"unk_token": stored.tokens["unk_token"], "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
 
 
+_PLAIN_MERGES = {"continuing_subword_prefix": None, "end_of_word_suffix": None, "dropout": None}
+
+
 def _deberta_v2_unknown(stored: ClassInputs) -> Mapping[str, Any]:
     if stored.scores.get(stored.tokens["unk_token"]) != 0.0:  # transformers then takes the argument `unk_id`
         raise ModelError(
@@ -161,7 +164,7 @@ def _deberta_v2_unknown(stored: ClassInputs) -> Mapping[str, Any]:
 
 
 def _no_unknown(_: ClassInputs) -> Mapping[str, Any]:
-    return {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **_PLAIN_MERGES}
 
 
 def _nothing(_: ClassInputs) -> None:
@@ -253,7 +256,7 @@ CLASSES: Mapping[str, TokenizerClass] = {
         normalizer=lambda _: {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
         pre_tokenizer=_gemma_words,
         template=None,
-        unknown=lambda stored: {"unk_token": stored.tokens["unk_token"], "fuse_unk": True, "byte_fallback": True},
+        unknown=lambda stored: {"unk_token": stored.tokens["unk_token"], "fuse_unk": True, "byte_fallback": True, **_PLAIN_MERGES},
     ),
     "Llama": TokenizerClass(
         model="BPE",
@@ -262,7 +265,7 @@ CLASSES: Mapping[str, TokenizerClass] = {
         normalizer=_nothing,
         pre_tokenizer=lambda stored: _metaspace(stored, scheme="always" if stored.flag("legacy", False) else "first", split=False),
         template=None,
-        unknown=lambda _: {"unk_token": None, "fuse_unk": True, "byte_fallback": True},
+        unknown=lambda _: {"unk_token": None, "fuse_unk": True, "byte_fallback": True, **_PLAIN_MERGES},
     ),
     "T5": TokenizerClass(
         model="Unigram",

@@ -56,6 +56,8 @@ class _Model(msgspec.Struct):
     unk_id: int | None = None
     continuing_subword_prefix: str | None = None
     max_input_chars_per_word: int | None = None
+    end_of_word_suffix: str | None = None
+    dropout: float | None = None
     fuse_unk: bool = False
     byte_fallback: bool = False
     ignore_merges: bool = False
@@ -117,6 +119,8 @@ def _read(files: Sequence[Path], settings: JsonObject, config: Json, reader: Fol
             f"tokenizer.json has a {stored.model.type} model, but {name}Tokenizer (`tokenizer_class` in tokenizer_config.json, or"
             f" the class of the model type) has {chosen.model}"
         )
+    if chosen is None and stored.model.dropout:
+        raise ModelError("tokenizer.json: `dropout` makes token ids random; set it to null")
     if chosen is not None and chosen.template is None and files[0].name != "tokenizer.json":
         wanted = next((key for key in ("add_bos_token", "add_eos_token") if settings.get(key)), None)
         if wanted is not None:  # without tokenizer.json, transformers obeys it
@@ -132,8 +136,9 @@ def _read(files: Sequence[Path], settings: JsonObject, config: Json, reader: Fol
         parts |= _lowered(parts.get("normalizer", stored.normalizer))
     _refuse_switches(settings)
     inputs: Any = settings.get("model_input_names")
-    if inputs is not None and not isinstance(inputs, list):
-        raise ModelError(f"tokenizer_config.json: `model_input_names` is `{str(inputs)[:40]}`, not a list")
+    if inputs is not None and not (isinstance(inputs, list) and {"input_ids", "attention_mask"} <= set(map(str, inputs))):
+        found = str(inputs)[:60]
+        raise ModelError(f"tokenizer_config.json: `model_input_names` is `{found}`, without input_ids or attention_mask")
     types = "token_type_ids" in inputs if isinstance(inputs, list) else bool(chosen and chosen.types)
     return TokenizerSource(
         files=files,
@@ -261,7 +266,9 @@ def _rebuilt(
         if _lists(template) != _lists(template_of(stored.post_processor)):
             names = {number: token for token in tokens.values() if (number := vocabulary.find(token)) is not None}
             parts["post_processor"] = post_processor(template, names)
-    unknown = {key: value for key, value in chosen.unknown(made).items() if value != _usual(key, getattr(stored.model, key))}
+    unknown = {
+        key: value for key, value in chosen.unknown(made).items() if _usual(key, value) != _usual(key, getattr(stored.model, key))
+    }
     return {**parts, "model": unknown} if unknown else parts
 
 
@@ -280,7 +287,7 @@ def _sequence(normalizer: Any) -> list[Any]:
 
 
 def _usual(key: str, value: Any) -> Any:
-    return "##" if key == "continuing_subword_prefix" and value is None else value
+    return None if key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") and not value else value
 
 
 def _precompiled(part: Any) -> Any:
