@@ -47,7 +47,7 @@ class ModuleStack:
         self.modules: list[Module] = []
         """Modules after the pooling."""
         self.include_prompt: bool = True
-        self.splade = SpladeConfig()
+        self.splade: SpladeConfig = SpladeConfig()
         self.scores: bool = False
         """Whether the last module gives scores."""
         self.mask: Json = {}
