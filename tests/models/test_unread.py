@@ -118,6 +118,23 @@ def test_what_cannot_change_numbers_changes_none(copied: Folder, model: str, fil
         np.testing.assert_array_equal(engine.embed(["the cat sleeps"]), before)
 
 
+def test_a_graph_file_contains_what_config_json_says_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shutil.copytree(GOLDEN / "mean", tmp_path / "copy")  # with its ONNX file
+    change(folder / "config.json", brand_new=True, auto_map={"AutoModel": "my_code.MyBert"})
+    with Engine(folder, settings=Settings()) as engine:
+        assert engine.device.reports()[0].kind == "onnx"
+    assert "is served from its own graph file" in caplog.text
+    assert "MyBert" in refusal(folder)
+    change(folder / "config.json", auto_map=...)
+    assert "brand_new" in refusal(folder)
+    for file in ("1_Pooling/config.json", ABOUT, LIMITS, TOKENIZER):
+        before = (folder / file).read_text() if (folder / file).exists() else "{}"
+        change(folder / file, other=True)
+        with pytest.raises(ModelError, match="`other` is `True`"):
+            read_spec(folder)
+        (folder / file).write_text(before)
+
+
 def test_tensors_are_named_if_nothing_reads_them_or_they_are_missing(copied: Folder) -> None:
     folder = copied("mean")
     tensors(folder, lambda stored: stored.update({"linear.weight": np.ones((32, 32), np.float32)}))

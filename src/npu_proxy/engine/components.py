@@ -42,7 +42,7 @@ def load_components(settings: Settings, stopping: threading.Event) -> EngineComp
 
     settings, spec = resolve(settings)
     if spec.refused:
-        _log.info("%s is served from its own graph file with padding (device %s): %s", spec.name, settings.device, spec.refused)
+        _log.warning("%s is served from its own graph file with padding (device %s): %s", spec.name, settings.device, spec.refused)
     with model_errors(spec.name):
         tokenizer = RequestTokenizer(spec, sanitize=settings.sanitize, on_empty=settings.on_empty)
         golden = GoldenBatches(tokenizer, spec)

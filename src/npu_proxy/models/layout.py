@@ -23,7 +23,7 @@ from npu_proxy.models.graph_files import find_weights, has_graph_file, normalize
 from npu_proxy.models.json_files import MOST_TOKENS, Json, read_object
 from npu_proxy.models.late_interaction import LateInteractionFiles, late_interaction_config, read_pylate, read_stanford
 from npu_proxy.models.lora import CONFIG, adapter_files, adapter_scale
-from npu_proxy.models.model_files import STATIC_LENGTH, ModelFiles, max_length, missing, number, read_files
+from npu_proxy.models.model_files import STATIC_LENGTH, ModelFiles, check_code, max_length, missing, number, read_files
 from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
 from npu_proxy.models.router import query_weights
 from npu_proxy.models.tokenizer_config import read_stored_tokenizer, read_tokenizer, with_markers
@@ -68,6 +68,7 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
     weights = [*weights, *adapter_files(files.transformer)]
     try:
         with model_errors("config.json"):
+            check_code(files)
             config = read_keys(family.KEYS, files.config) if family else normalize_config(files.config.content)
     except ModelError as error:  # a graph file may compute what the family does not
         if not graph:
@@ -84,13 +85,15 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
     else:
         spec = _with_modules(spec, files, pooling, limit)
     _check_model_type(spec, files)
-    try:
-        ignored = ("tokenizer_config.json", _SENTENCE_BERT) if spec.family in static.MODEL_TYPES else ()
-        files.reader.refuse_unread(ignored=ignored if family and not refused else ("config.json",))
-    except ModelError as error:
-        if not graph:
-            raise
-        spec = replace(spec, refused=spec.refused or str(error))
+    beside = ("tokenizer_config.json", _SENTENCE_BERT) if spec.family in static.MODEL_TYPES else ()
+    files.reader.refuse_unread(ignored=("config.json", *beside))
+    if family is not None and not refused:
+        try:
+            files.reader.refuse_unread(only="config.json")
+        except ModelError as error:  # a graph file contains what it says
+            if not graph:
+                raise
+            spec = replace(spec, refused=str(error))
     spec = replace(spec, accept_unread=tuple(accept), accepted=_accepted(spec, files))
     return replace(spec, fingerprint=fingerprint(spec))
 

@@ -119,7 +119,7 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
     with model_errors(_LIMITS[0]):
         config_changes, tokenizer_changes = _overrides(limits, "config"), _overrides(limits, "tokenizer", "processor")
     tokenizer_config = reader.object(transformer / "tokenizer_config.json", optional=True)
-    files = ModelFiles(
+    return ModelFiles(
         reader=reader,
         query_folder=query_folder,
         query_default=query_default,
@@ -133,8 +133,6 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
         config=reader.replace(config, config_changes),
         tokenizer_config=reader.replace(tokenizer_config, tokenizer_changes),
     )
-    _check_code(files)
-    return files
 
 
 def _read_limits(transformer: Path, reader: FolderReader) -> JsonObject:
@@ -161,7 +159,7 @@ def _base_of_adapter(transformer: Path, reader: FolderReader) -> Path:
     return base_folder(transformer, config)
 
 
-def _check_code(files: ModelFiles) -> None:
+def check_code(files: ModelFiles) -> None:
     """Raise ModelError for a model with code of its own that is not computed here."""
     auto_map = files.config.get("auto_map") or {}
     known = _OWN_CODE.get(str(files.config.get("model_type")), ())

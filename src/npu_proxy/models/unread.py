@@ -44,13 +44,13 @@ class FolderReader:
         self._files = [(kind, shown, changed if old is tracked else old) for kind, shown, old in self._files]
         return changed
 
-    def refuse_unread(self, *, ignored: Sequence[str] = ()) -> None:
+    def refuse_unread(self, *, ignored: Sequence[str] = (), only: str = "") -> None:
         """Raise ModelError for a key that was not read, is not harmless, and is not accepted.
 
-        ignored: files that do not count: a graph file contains what config.json says; static models read few files.
+        ignored: files that do not count, such as those that the libraries of static models do not open. only: the file that counts.
         """
         for kind, shown, tracked in self._files:
-            if kind in ignored:
+            if kind in ignored or only not in ("", kind):
                 continue
             kinds = (kind, f"{kind} {tracked.content.get('model_type')}")
             for key, value in tracked.unread():
