@@ -191,6 +191,8 @@ class ModelSpec:
     """Applied in their order to pooled vectors, or to token vectors if nothing is pooled. bge-m3: its two heads."""
     token_modules: Sequence[Module] = ()
     """Applied to token vectors before they are pooled."""
+    module_tensors: Sequence[str] = ()
+    """Tensors that modules read of the transformer's own weight files (Stanford's ColBERT)."""
     hidden_width: int = 0
     """Numbers per token vector of the transformer."""
     width: int

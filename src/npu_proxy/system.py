@@ -29,13 +29,29 @@ def child_environment() -> Mapping[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-def run_python(code: str, content: bytes, seconds: float) -> tuple[int | None, str]:
+_LIMIT_MEMORY = """
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, ({0}, {0}))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except ImportError:  # Windows
+    pass
+"""
+
+
+def run_python(code: str, content: bytes, seconds: float, most_bytes: int | None = None) -> tuple[int | None, str]:
     """Run code with ``content`` on standard input. Returns its exit code (None if it exceeds ``seconds``) and what it printed.
 
-    A process that is stuck in a driver cannot be killed; it is abandoned rather than waited for.
+    most_bytes: of its memory, where the system can limit it. A process that is stuck in a driver cannot be killed; it is abandoned
+    rather than waited for.
     """
+    limited = "" if most_bytes is None else _LIMIT_MEMORY.format(most_bytes)
     process = subprocess.Popen(  # noqa: S603
-        python_command(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=child_environment()
+        python_command(limited + code),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=child_environment(),
     )
     try:
         printed, _ = process.communicate(content, timeout=seconds)

@@ -12,8 +12,9 @@ from conftest import GOLDEN, golden
 from npu_proxy.batch import Encoding
 from npu_proxy.engine.chunking import ChunkedText, chunk_ranges
 from npu_proxy.engine.encode_options import EncodeOptions
+from npu_proxy.engine.preparer import Sanitize
 from npu_proxy.engine.special_tokens import longest_first
-from npu_proxy.engine.tokenize import RequestTokenizer, Sanitize
+from npu_proxy.engine.tokenize import RequestTokenizer
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError, TooLongError
 from npu_proxy.models.layout import read_spec
 from npu_proxy.types import Chunking, TextInput, Truncate

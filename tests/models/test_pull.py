@@ -22,7 +22,7 @@ from npu_proxy.models import catalog, hub
 from npu_proxy.models import pull as pull_module
 from npu_proxy.models.catalog import CatalogModel
 from npu_proxy.models.layout import read_spec
-from npu_proxy.models.pull import pull
+from npu_proxy.models.pull import model_files, pull
 from npu_proxy.models.store import ModelStore
 from npu_proxy.server.http.clients import read_keys
 from npu_proxy.system import private_folder
@@ -289,3 +289,16 @@ def test_what_every_user_may_write_to_is_refused(tmp_path: Path, model: Path) ->
         read_keys(Settings(api_key_file=keys))
     keys.chmod(0o600)
     assert len(read_keys(Settings(api_key_file=keys))) == 1
+
+
+def test_everything_that_the_reader_reads_is_pulled() -> None:
+    files = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "artifact.metadata", "added_tokens.json"]
+    files += [
+        "1_LogitScore/config.json",
+        "document_0_Transformer/tokenizer.json",
+        "query_0_SparseStaticEmbedding/model.safetensors",
+    ]
+    files += ["router_config.json", "vocab.txt", "merges.txt", "adapter_config.json", "adapter_model.safetensors"]
+    assert model_files([*files, "README.md", "image.png"]) == sorted(files)
+    exported = ["config.json", "openvino_model.xml", "openvino_model.bin", "tokenizer.json"]
+    assert model_files(exported) == sorted(exported)

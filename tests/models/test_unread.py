@@ -147,6 +147,29 @@ def test_tensors_are_named_if_nothing_reads_them_or_they_are_missing(copied: Fol
     assert "encoder.layer.0.output.dense.bias" in refusal(folder)
 
 
+def test_a_head_that_is_used_is_read_whole(copied: Folder) -> None:
+    folder = copied("bert_rerank")
+    tensors(folder, lambda stored: stored.update({"classifier.extra.weight": np.ones((3, 3), np.float32)}))
+    assert "`classifier.extra.weight`" in refusal(folder)
+
+
+def test_only_stanfords_layout_has_a_projection_among_its_weights(copied: Folder) -> None:
+    folder = copied("colbert")
+    tensors(folder, lambda stored: stored.update({"linear.weight": np.ones((16, 32), np.float32)}))
+    assert "`linear.weight`" in refusal(folder)
+
+
+def test_a_tensor_is_accepted_by_the_name_that_the_refusal_says(copied: Folder) -> None:
+    folder = copied("qwen3_last")
+    before = read_spec(folder).fingerprint
+    tensors(folder, lambda stored: stored.update({"model.layers.0.extra.weight": np.ones(3, np.float32)}))
+    name = "layers.0.extra.weight"
+    assert f"set `accept_unread` to {name}" in refusal(folder)
+    with Engine(folder, settings=Settings(device="cpu", accept_unread=(name,))) as engine:
+        assert engine.spec.accepted == [name]
+        assert engine.spec.fingerprint != before
+
+
 def test_a_tensor_that_is_there_under_two_names_is_refused(copied: Folder) -> None:
     folder = copied("mean")
     name = "embeddings.word_embeddings.weight"

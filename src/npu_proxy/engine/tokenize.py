@@ -6,10 +6,9 @@ pairs and token ids, whole, cut and in chunks, must agree to the token, so they 
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding as Tokens
@@ -17,6 +16,7 @@ from tokenizers import Encoding as Tokens
 from npu_proxy.batch import Encoding
 from npu_proxy.engine.chunking import ChunkedText, TokenizedText, complete_chunking, sentence_starts, split_text, word_starts
 from npu_proxy.engine.encode_options import EncodeOptions, find_prompt
+from npu_proxy.engine.preparer import Prepared, PreparedPair, Sanitize, TextPreparer
 from npu_proxy.engine.special_tokens import (
     SpecialTokens,
     UnusableTokens,
@@ -26,7 +26,7 @@ from npu_proxy.engine.special_tokens import (
     template_end,
     unknown_token_ids,
 )
-from npu_proxy.engine.validation import PLACEHOLDER, OnEmpty, empty_text_error, text_error, token_ids_error
+from npu_proxy.engine.validation import OnEmpty, text_error
 from npu_proxy.errors import (
     EmptyInputError,
     InputError,
@@ -41,22 +41,14 @@ from npu_proxy.models.tokenizer_file import LONGEST_WORD, open_tokenizer
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedRequest, OutputType, Pair, Pooling, TextInput, Truncate
 
-Sanitize = Literal["none", "basic", "nfkc"]
-
 _CHARACTERS_PER_TOKEN = 16
 """Characters of a long text that are tokenized at first per token that may be kept; more if that is not enough."""
 _WORD_TOKENS = LONGEST_WORD
 """A word with more characters than this is one unknown token."""
 _COUNTED_CHARACTERS = 200_000
 """Texts up to this many characters are tokenized completely if an error must state their length."""
-_MAX_CHARACTERS = 4_000_000
-"""Maximum characters per text that are tokenized, after normalizing; a tokenizer needs some hundred bytes per character."""
 _MAX_CHUNKED = 1_000_000
 """Maximum characters of a text that is chunked; each of its tokens becomes several Python objects."""
-_SAMPLED = 16
-"""Number of characters that are looked at first to see whether a text has letters."""
-_PART = 4096
-"""Number of characters that are tokenized at once to see whether a text has tokens."""
 _DECODED_AT_ONCE = 1000
 """Token ids that are decoded without looking at how long their tokens are."""
 _COMPARED_IDS = 256
@@ -84,27 +76,12 @@ class _FirstText:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class _PreparedPair:
-    """A pair whose second text is prepared; the first one is prepared once for all pairs that have it."""
-
-    first: str
-    second: _Prepared
-
-
-_Prepared = str | list[int] | _PreparedPair | NpuProxyError
-"""A text that is ready for the tokenizer, token ids with special tokens, a pair, or what is wrong with it."""
-
-
 class RequestTokenizer:
     """Turns the texts of requests into encodings, with a model's tokenizer and prompts. Thread-safe."""
 
     def __init__(self, spec: ModelSpec, *, sanitize: Sanitize = "none", on_empty: OnEmpty = "error") -> None:
         self._spec = spec
-        self._sanitize: Sanitize = sanitize
-        self._on_empty: OnEmpty = on_empty
         self._tokenizer, growth = open_tokenizer(spec.tokenizer)
-        self._max_characters = int(_MAX_CHARACTERS / growth)
         self._unusable = UnusableTokens(self._tokenizer, spec)
         self._named_ids = {self._tokenizer.token_to_id(token) for token in spec.tokenizer.tokens.values()}
         self._special = find_special_tokens(self._tokenizer, spec) if spec.special_tokens else SpecialTokens([], [])
@@ -112,6 +89,11 @@ class RequestTokenizer:
             raise ModelError(f"{spec.name}: a limit of {spec.max_length} tokens leaves no room for text (`max_length`)")
         separated = spec.output_type is OutputType.SCORES and spec.pair_template is None
         self._pair = find_pair_special_tokens(self._tokenizer, spec) if separated else None
+        preparer = TextPreparer(
+            spec, self._tokenizer, self._special, self._unusable, sanitize=sanitize, on_empty=on_empty, growth=growth
+        )
+        self._prepare = preparer.prepare
+        self._max_characters = preparer.most
         self._end = template_end(self._tokenizer, spec.pair_template) if spec.pair_template else []
         self.vocabulary: int = spec.vocabulary
         """Number of token ids."""
@@ -188,17 +170,10 @@ class RequestTokenizer:
         prepared = [self._prepare(text, options.prompt, options.truncate) for text in texts]
         if options.truncate is Truncate.CHUNK:
             return [text if isinstance(text, NpuProxyError) else self._chunk(text, options) for text in prepared]
-        sides = (text.second if isinstance(text, _PreparedPair) else text for text in prepared)
+        sides = (text.second if isinstance(text, PreparedPair) else text for text in prepared)
         strings = [side for side in sides if isinstance(side, str)]
         encoded = iter(self._encode_strings(strings, options.truncate, options.limit))
         return [self._fit_prepared(text, encoded, options) for text in prepared]
-
-    def _bounded(self, text: str, truncate: Truncate) -> str:
-        """The part of an endless text that shows that it is too long, and that can be tokenized if its words are split."""
-        if self._spec.most_characters is not None and truncate is not Truncate.ERROR:
-            text = text[: self._spec.most_characters]
-        most = self._max_characters + 1
-        return text if len(text) <= most else text[-most:] if truncate is Truncate.START else text[:most]
 
     def plain(self, texts: Sequence[TextInput]) -> list[Encoding]:
         """Encode texts without a prompt, cut to the model's limit; texts that cannot be encoded are left out."""
@@ -208,53 +183,12 @@ class RequestTokenizer:
         encodings = self.encode(texts, EncodeOptions(limit=self._spec.max_length, document=document))
         return [encoding for encoding in encodings if isinstance(encoding, Encoding)]
 
-    def _prepare(self, text: TextInput, prompt: str, truncate: Truncate) -> _Prepared:
-        if isinstance(text, Pair) or self._spec.pair_template is not None:
-            return self._prepare_pair(text, truncate)
-        if not isinstance(text, str):
-            return token_ids_error(text, self._spec.vocabulary) or self._unusable.find(text) or self._special.add(text)
-        prepared = self._prepare_text(text, truncate)
-        return prompt + prepared if isinstance(prepared, str) else prepared
-
-    def _prepare_text(self, text: str, truncate: Truncate) -> str | NpuProxyError:
-        if self._sanitize != "none":
-            text = _sanitized(text, self._sanitize)
-        if (error := text_error(text)) is not None:
-            return error
-        text = self._bounded(text, truncate)
-        if self._on_empty != "embed" and self._is_empty(text):
-            if self._on_empty == "error":
-                return empty_text_error(text)
-            text = PLACEHOLDER
-        return text
-
-    def _prepare_pair(self, text: TextInput, truncate: Truncate) -> _Prepared:
-        template = self._spec.pair_template
-        if not isinstance(text, Pair):
-            return UnsupportedError(f"{self._spec.name} takes pairs of texts, a query and a document", param="input")
-        if template is not None:
-            first, second = (self._prepare_text(side, truncate) for side in text)
-            if not isinstance(first, str) or not isinstance(second, str):
-                return first if not isinstance(first, str) else second
-            return self._bounded(template.join(first, second), truncate)
-        if self._pair is None:
-            return UnsupportedError(f"{self._spec.name} takes single texts, not pairs", param="input")
-        return _PreparedPair(text.first, self._prepare(text.second, "", truncate))
-
-    def _is_empty(self, text: str) -> bool:
-        """Whether a text has no tokens but special ones. A letter or digit always gives one, so few texts are tokenized twice."""
-        if any(map(str.isalnum, text[:_SAMPLED])):
-            return False
-        visible = text.strip()[: self._max_characters] or text[:_SAMPLED]
-        parts = (visible[start : start + _PART] for start in range(0, len(visible), _PART))
-        return not any(self._tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
-
     def _fit_prepared(
-        self, text: _Prepared, encoded: Iterator[list[int] | NpuProxyError], options: EncodeOptions
+        self, text: Prepared, encoded: Iterator[list[int] | NpuProxyError], options: EncodeOptions
     ) -> Encoding | NpuProxyError:
         if isinstance(text, NpuProxyError):
             return text
-        if isinstance(text, _PreparedPair):
+        if isinstance(text, PreparedPair):
             first, second = self._first_text(text.first, options), text.second
             second = next(encoded) if isinstance(second, str) else second
             if isinstance(first, NpuProxyError):
@@ -401,9 +335,9 @@ class RequestTokenizer:
         last = int(np.nonzero(ids != self._padding_id)[0][-1]) + 1
         return replace(encoding, ids=ids[:last], type_ids=None if encoding.type_ids is None else encoding.type_ids[:last])
 
-    def _chunk(self, text: str | list[int] | _PreparedPair, options: EncodeOptions) -> ChunkedText | NpuProxyError:
+    def _chunk(self, text: str | list[int] | PreparedPair, options: EncodeOptions) -> ChunkedText | NpuProxyError:
         """Split a text into chunks; each chunk of a pair begins with the pair's first text."""
-        if isinstance(text, _PreparedPair):
+        if isinstance(text, PreparedPair):
             return self._chunk_pair(text, options)
         tokenized = self._tokenize(text, options, prompted=isinstance(text, str))
         if isinstance(tokenized, NpuProxyError):
@@ -417,7 +351,7 @@ class RequestTokenizer:
             lambda ids: self._encoding(special.add(ids), options, truncated=False),
         )
 
-    def _chunk_pair(self, text: _PreparedPair, options: EncodeOptions) -> ChunkedText | NpuProxyError:
+    def _chunk_pair(self, text: PreparedPair, options: EncodeOptions) -> ChunkedText | NpuProxyError:
         assert self._pair is not None
         pair, typed = self._pair, self._spec.type_ids
         given = self._first_text(text.first, replace(options, truncate=Truncate.END))
@@ -511,9 +445,3 @@ def _check_template_options(spec: ModelSpec, request: EmbedRequest) -> None:
     given = next((name for name in ("prompt", "prompt_name", "instruction") if getattr(request, name) is not None), None)
     if given is not None:
         raise UnsupportedError(f"{spec.name} has its instruction in its chat template; `{given}` is not supported", param=given)
-
-
-def _sanitized(text: str, how: Sanitize) -> str:
-    """Remove NUL and lone surrogates ("basic"), and also normalize to NFKC ("nfkc")."""
-    text = "".join(character for character in text if character != "\0" and not "\ud800" <= character <= "\udfff")
-    return unicodedata.normalize("NFKC", text) if how == "nfkc" else text

@@ -13,7 +13,7 @@ import numpy as np
 
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
-from npu_proxy.graph.keys import Keys, activation, count, flag, heads_of, only, real, size
+from npu_proxy.graph.keys import Keys, activation, count, flag, model_sizes, only, real
 from npu_proxy.graph.layers import Heads
 from npu_proxy.graph.nodes import Config, Node, constant, integers, op
 from npu_proxy.types import Pooling
@@ -22,12 +22,7 @@ MODEL_TYPES: tuple[str, ...] = ("bert",)
 """Values of ``model_type`` in config.json that this file builds."""
 
 KEYS: Keys = {
-    "vocab_size": size("vocab_size"),
-    "hidden_size": size("hidden_size"),
-    "num_hidden_layers": size("num_hidden_layers"),
-    "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
-    "intermediate_size": size("intermediate_size"),
-    "max_position_embeddings": size("max_position_embeddings"),
+    **model_sizes(),
     "type_vocab_size": count("type_vocab_size", default=2),
     "hidden_act": activation("hidden_act"),
     "layer_norm_eps": real("layer_norm_eps", default=1e-12),

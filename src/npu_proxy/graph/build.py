@@ -63,8 +63,6 @@ _MODULES: tuple[Family, ...] = (bert, roberta, mpnet, distilbert, modernbert, no
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
 """Model families by ``model_type`` of config.json."""
 
-_STANFORD = ("linear.weight",)
-"""The projection of Stanford's ColBERT, which is among the weights of the transformer, and in ``ModelSpec.modules``."""
 OUTPUT = "embeddings"
 """The name of the graph's output."""
 
@@ -118,7 +116,7 @@ def _build(spec: ModelSpec, weights: Weights, shape: GraphShape, style: GraphSty
         case OutputType.MULTI:
             lexical, late = (module for module in spec.modules if isinstance(module, DenseModule))
             output = heads.multi_output(hidden, inputs, lexical, late, spec.width)
-    read.refuse_unread([*spec.accept_unread, *(_STANFORD if spec.late_interaction else ())])
+    read.refuse_unread([*spec.accept_unread, *spec.module_tensors])
     result = op.result(output)
     result.output(0).set_names({OUTPUT})
     model_class: Any = import_module("openvino").Model  # the type annotations of the bindings contradict each other

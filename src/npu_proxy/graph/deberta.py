@@ -14,7 +14,7 @@ import numpy.typing as npt
 from npu_proxy.graph.bert import classifier_pooling, finish_layer, vocabulary_logits
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import BatchInputs, LayerTokens, attention_mask
-from npu_proxy.graph.keys import REQUIRED, Keys, Stored, activation, count, flag, heads_of, one_of, only, real, size, value_error
+from npu_proxy.graph.keys import REQUIRED, Keys, Stored, activation, count, flag, model_sizes, one_of, only, real, size, value_error
 from npu_proxy.graph.layers import Heads, attend, merge_heads, project
 from npu_proxy.graph.nodes import Config, Node, constant, integers, op
 
@@ -52,12 +52,7 @@ def _buckets(stored: Stored) -> int:
 
 
 KEYS: Keys = {
-    "vocab_size": size("vocab_size"),
-    "hidden_size": size("hidden_size"),
-    "num_hidden_layers": size("num_hidden_layers"),
-    "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
-    "intermediate_size": size("intermediate_size"),
-    "max_position_embeddings": size("max_position_embeddings"),
+    **model_sizes(),
     "type_vocab_size": count("type_vocab_size", default=0),
     "hidden_act": activation("hidden_act"),
     "pooler_hidden_act": activation("pooler_hidden_act"),

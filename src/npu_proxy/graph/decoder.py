@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens
-from npu_proxy.graph.keys import Keys, Stored, flag, real, size, value_error
+from npu_proxy.graph.keys import Keys, Stored, flag, model_sizes, real, size, value_error
 from npu_proxy.graph.layers import Heads, Transform, rms_norm
 from npu_proxy.graph.nodes import Config, Node, op
 from npu_proxy.graph.rotary import Rotation
@@ -45,14 +45,10 @@ class DecoderAttention:
 def decoder_keys(*, head_width: int) -> Keys:
     """The keys that decoders share. head_width: transformers' default of ``head_dim``."""
     return {
-        "vocab_size": size("vocab_size"),
-        "hidden_size": size("hidden_size"),
-        "num_hidden_layers": size("num_hidden_layers"),
-        "num_attention_heads": size("num_attention_heads"),
+        **model_sizes(),
+        "num_attention_heads": size("num_attention_heads"),  # `head_dim` is stated
         "num_key_value_heads": lambda stored: size("num_key_value_heads", default=stored.get("num_attention_heads"))(stored),
         "head_dim": size("head_dim", default=head_width),
-        "intermediate_size": size("intermediate_size"),
-        "max_position_embeddings": size("max_position_embeddings"),
         "rms_norm_eps": real("rms_norm_eps", default=1e-6),
         "attention_bias": flag("attention_bias", default=False),
         "is_causal": is_causal,

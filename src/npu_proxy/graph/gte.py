@@ -9,7 +9,7 @@ from npu_proxy.graph.activations import gelu
 from npu_proxy.graph.bert import classifier_pooling, label_logits
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
-from npu_proxy.graph.keys import Keys, Stored, activation, count, flag, heads_of, one_of, only, real, size
+from npu_proxy.graph.keys import Keys, Stored, activation, count, flag, model_sizes, one_of, only, real, size
 from npu_proxy.graph.layers import FusedLinear, Heads
 from npu_proxy.graph.nodes import Node, constant, integers, op
 from npu_proxy.graph.rotary import ROTARY_KINDS, RotaryConfig, Rotation, read_rotary
@@ -41,12 +41,7 @@ def even_heads(stored: Stored) -> int:
 
 
 KEYS: Keys = {
-    "vocab_size": size("vocab_size"),
-    "hidden_size": size("hidden_size"),
-    "num_hidden_layers": size("num_hidden_layers"),
-    "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
-    "intermediate_size": size("intermediate_size"),
-    "max_position_embeddings": size("max_position_embeddings"),
+    **model_sizes(),
     "type_vocab_size": count("type_vocab_size", default=1),
     "hidden_act": activation("hidden_act"),
     "layer_norm_eps": real("layer_norm_eps", default=1e-12),

@@ -78,6 +78,18 @@ def count(*names: str, default: Any = REQUIRED) -> Key:
     return _key(names, default, lambda value: type(value) is int and 0 <= value <= LARGEST, f"a number from 0 to {LARGEST}")
 
 
+def model_sizes() -> dict[str, Key]:
+    """The sizes of a model, under the names that most families have."""
+    return {
+        "vocab_size": size("vocab_size"),
+        "hidden_size": size("hidden_size"),
+        "num_hidden_layers": size("num_hidden_layers"),
+        "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
+        "intermediate_size": size("intermediate_size"),
+        "max_position_embeddings": size("max_position_embeddings"),
+    }
+
+
 def real(*names: str, default: Any = REQUIRED) -> Key:
     """A finite number of at least 0."""
     return _key(names, default, _is_number, "a number of at least 0")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from npu_proxy.graph.context import GraphContext
 from npu_proxy.graph.inputs import LayerTokens, attention_mask
-from npu_proxy.graph.keys import Keys, Stored, activation, flag, heads_of, one_of, only, real, size, value_error
+from npu_proxy.graph.keys import Keys, Stored, activation, flag, model_sizes, one_of, only, real, size, value_error
 from npu_proxy.graph.layers import Heads
 from npu_proxy.graph.nodes import Config, Node, op
 from npu_proxy.graph.rotary import RotaryConfig, Rotation, layer_types, read_rotary
@@ -34,12 +34,7 @@ def _rotations(stored: Stored) -> dict[str, RotaryConfig]:
 
 
 KEYS: Keys = {
-    "vocab_size": size("vocab_size"),
-    "hidden_size": size("hidden_size"),
-    "num_hidden_layers": size("num_hidden_layers"),
-    "num_attention_heads": heads_of("hidden_size", "num_attention_heads"),
-    "intermediate_size": size("intermediate_size"),
-    "max_position_embeddings": size("max_position_embeddings"),
+    **model_sizes(),
     "hidden_activation": activation("hidden_activation"),
     "norm_eps": real("norm_eps", default=1e-5),
     "norm_bias": flag("norm_bias", default=False),

@@ -17,6 +17,8 @@ _HEADS = (
     r"|classifier|score|qa_outputs|head|decoder|sequence_summary|generator_predictions|generator_lm_head"
     r"|discriminator_predictions"
 )
+_ONE_HEAD = ("pre_classifier", "classifier", "score")
+"""Heads of one task each: if a graph reads one of its tensors, it must read all."""
 _HARMLESS = re.compile(
     rf"({_HEADS})\..*"  # heads of other tasks, and of training
     r"|(.*\.)?(position_ids|token_type_ids|inv_freq|masked_bias)"  # buffers, which follow from the configuration
@@ -46,7 +48,8 @@ class ReadWeights(Weights):
 
     def refuse_unread(self, accept: Sequence[str]) -> None:
         """Raise ModelError for a tensor that was not read, is not harmless, and matches no pattern of ``accept``."""
+        used = {name.partition(".")[0] for name in self._read} & {*_ONE_HEAD}
         for name in self._weights:
-            known = name in self._read or _HARMLESS.fullmatch(name)
-            if not known and not any(fnmatchcase(name, pattern) for pattern in accept):
+            harmless = _HARMLESS.fullmatch(name) and name.partition(".")[0] not in used
+            if name not in self._read and not harmless and not any(fnmatchcase(name, pattern) for pattern in accept):
                 raise unread_error(f"nothing reads the tensor `{name}` of the weights", name)

@@ -106,19 +106,6 @@ CATALOG: tuple[CatalogModel, ...] = (
     CatalogModel(name="thenlper/gte-small", aliases=("gte-small",)),
 )
 
-INSTRUCTIONS: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            "intfloat/multilingual-e5-large-instruct",
-            "intfloat/e5-mistral-7b-instruct",
-            "alibaba-nlp/gte-qwen2-1.5b-instruct",
-            "alibaba-nlp/gte-qwen2-7b-instruct",
-        ),
-        "Instruct: {task}\nQuery: ",
-    ),
-}
-"""Instruction templates of models whose files do not contain one, by full name in lower case."""
-
 _BY_NAME = {name.lower(): entry for entry in CATALOG for name in (entry.name, *entry.aliases)}
 
 

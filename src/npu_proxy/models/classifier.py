@@ -8,9 +8,10 @@ from typing import Any, cast
 
 from npu_proxy.errors import ModelError
 from npu_proxy.graph.build import Family
+from npu_proxy.graph.keys import size
 from npu_proxy.models.json_files import Json
 from npu_proxy.models.logit_score import read_head, read_template
-from npu_proxy.models.model_files import ModelFiles, number
+from npu_proxy.models.model_files import ModelFiles
 from npu_proxy.models.modules import ModuleStack
 from npu_proxy.spec import Activation, ModelSpec
 from npu_proxy.types import Pooling
@@ -41,7 +42,7 @@ def with_classifier(spec: ModelSpec, family: Family | None, files: ModelFiles) -
 
 def with_score_modules(spec: ModelSpec, files: ModelFiles) -> ModelSpec:
     """Add the modules of a cross-encoder that ends in a Dense module for its scores, or in yes and no (LogitScore)."""
-    hidden = number(spec.config, "hidden_size", spec.folder)
+    hidden = size("hidden_size")(spec.config)
     if files.module_types[1:] == ["LogitScore"]:
         return replace(
             spec,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from npu_proxy.spec import ModelSpec
+
 _SENTENCE = "Represent this sentence for searching relevant passages: "
 _SENTENCE_ZH = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001 (a fullwidth colon, and no space)
 _SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
@@ -103,3 +105,30 @@ DOCUMENTED: Mapping[str, Documentation] = {
     ),
 }
 """By full name in lower case."""
+
+_TEMPLATES: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "intfloat/multilingual-e5-large-instruct",
+            "intfloat/e5-mistral-7b-instruct",
+            "alibaba-nlp/gte-qwen2-1.5b-instruct",
+            "alibaba-nlp/gte-qwen2-7b-instruct",
+        ),
+        "Instruct: {task}\nQuery: ",
+    ),
+}
+"""Instruction templates of models whose files do not contain one, by full name in lower case."""
+
+
+def instruction_template(spec: ModelSpec) -> str:
+    """The template that turns a task into a prompt: from its documentation, or derived from the model's own prompts."""
+    template = _TEMPLATES.get(spec.name.lower())
+    if template:
+        return template
+    for prompt in spec.prompts.values():
+        head, newline, rest = prompt.partition("\n")
+        if head.startswith("Instruct: ") and newline and rest.startswith("Query:"):
+            return "Instruct: {task}\n" + rest
+        if head.startswith("task: ") and "|" in head and prompt.endswith("query: "):  # EmbeddingGemma
+            return "task: {task} | query: "
+    return ""

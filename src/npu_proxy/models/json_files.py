@@ -93,6 +93,14 @@ def read_object(file: Path, *, optional: bool = False) -> Json:
     return cast("Json", content)
 
 
+def read_flag(content: Json, key: str, file: str, *, default: bool = False) -> bool:
+    """A switch in a file, ``default`` if it is missing. Raises ModelError if it is not true or false."""
+    value: Any = content.get(key, default)
+    if not isinstance(value, bool):
+        raise ModelError(f"{file}: `{key}` is `{json.dumps(value, default=str)[:40]}`, not true or false")
+    return value
+
+
 def inside(folder: Path, path: str, *, by: str = "modules.json") -> Path:
     """A path in the model's folder. Raises ModelError if it leads out of the folder, naming the file (``by``) that contains it.
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from tokenizers import Tokenizer
+
 from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.models.json_files import Json
 from npu_proxy.models.tokenizer_file import open_tokenizer
@@ -34,7 +36,8 @@ class LateInteractionFiles:
     """Contents of the files. Lengths are in tokens; None means the model's limit. expanded_length: 0 for no expansion.
 
     markers: texts before queries and documents that are one token if the vocabulary has them. normalizes: whether token vectors
-    are normalized although no module says so.
+    are normalized although no module says so. by_stanford: whether the folder has the layout of Stanford's code. mask: the
+    config.json of a MultiVectorMask.
     """
 
     query_length: int | None
@@ -44,6 +47,7 @@ class LateInteractionFiles:
     prompts: Mapping[str, str]
     markers: Sequence[str] = ()
     normalizes: bool = False
+    by_stanford: bool = False
     mask: Json = field(default_factory=dict[str, Any])
 
 
@@ -102,6 +106,7 @@ def read_stanford(about: Json) -> LateInteractionFiles:
         prompts={"query": f"{markers[0]} ", "document": f"{markers[1]} "},
         markers=markers,
         normalizes=True,
+        by_stanford=True,
         mask={"skiplist_words": list(string.punctuation) if about.get("mask_punctuation", True) else []},
     )
 
@@ -114,9 +119,9 @@ def late_interaction_config(
     limits: tokens of a text that has no length of its own, and of any text.
     """
     usual, most = limits
+    tokenizer, _ = open_tokenizer(source)
     mask_id = 0
     if late.expanded_length:
-        tokenizer, _ = open_tokenizer(source)
         ids = [tokenizer.token_to_id(token) for token in (source.tokens.get("mask_token"), "[MASK]", "<mask>") if token]
         first_id = next((token_id for token_id in ids if token_id is not None), None)
         if first_id is None or first_id >= vocabulary:
@@ -124,10 +129,23 @@ def late_interaction_config(
                 "tokenizer.json: queries are expanded with mask tokens, but the tokenizer has none, or one without vector"
             )
         mask_id = first_id
+    skip_ids, query_skip_ids = (_skipped_ids(late.mask, side, tokenizer) for side in ("document", "query"))
     return LateInteractionConfig(
         query_length=min(late.query_length or usual, most),
         document_length=min(late.document_length or usual, most),
         expanded_length=min(late.expanded_length, most),
         attend_to_expansion=late.attend_to_expansion,
         mask_id=mask_id,
+        skip_ids=skip_ids,
+        query_skip_ids=query_skip_ids,
     )
+
+
+def _skipped_ids(mask: Json, side: str, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of the words in a MultiVectorMask that get no vector on this ``side``, if they are in the vocabulary."""
+    tasks: Any = mask.get("skiplist_tasks") or ["document"]
+    if side not in ([tasks] if isinstance(tasks, str) else tasks):
+        return frozenset()
+    words: Any = mask.get("skiplist_words") or []
+    ids = (tokenizer.token_to_id(str(word)) for word in words)
+    return frozenset(token_id for token_id in ids if token_id is not None)

@@ -14,23 +14,27 @@ from typing import Any, cast
 
 from npu_proxy.errors import ModelError, model_errors
 from npu_proxy.graph import static
-from npu_proxy.graph.build import FAMILIES
-from npu_proxy.graph.keys import read_keys
-from npu_proxy.models.catalog import INSTRUCTIONS
+from npu_proxy.graph.build import FAMILIES, tensor_name
+from npu_proxy.graph.keys import read_keys, size
+from npu_proxy.models.added_tokens import with_markers
 from npu_proxy.models.classifier import with_classifier, with_score_modules
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.graph_files import find_weights, has_graph_file, normalize_config
-from npu_proxy.models.json_files import MOST_TOKENS, Json, read_object
+from npu_proxy.models.instructions import instruction_template
+from npu_proxy.models.json_files import MOST_TOKENS, Json, read_flag
 from npu_proxy.models.late_interaction import LateInteractionFiles, late_interaction_config, read_pylate, read_stanford
-from npu_proxy.models.lora import CONFIG, adapter_files, adapter_scale
-from npu_proxy.models.model_files import STATIC_LENGTH, ModelFiles, check_code, max_length, missing, number, read_files
-from npu_proxy.models.modules import ModuleStack, read_dense, skipped_ids
+from npu_proxy.models.lora import adapter_files
+from npu_proxy.models.model_files import ModelFiles, check_code, max_length, missing, read_files
+from npu_proxy.models.modules import ModuleStack, read_dense
 from npu_proxy.models.router import query_weights
-from npu_proxy.models.tokenizer_config import read_stored_tokenizer, read_tokenizer, with_markers
+from npu_proxy.models.static_files import read_stored_tokenizer, with_static_rules
+from npu_proxy.models.tokenizer_config import read_tokenizer
 from npu_proxy.models.weights import Tensors
 from npu_proxy.spec import ModelSpec, TruncateModule
 from npu_proxy.types import OutputType, Pooling, Similarity
 
+_STANFORD = "linear."
+"""The projection of Stanford's ColBERT, which is among the weights of the transformer."""
 _SENTENCE_BERT = "sentence_bert_config.json"
 _CLS_AFTER_PROMPT = 6
 """The first major version of sentence-transformers whose CLS pooling reads the first token after a prompt that is not pooled."""
@@ -77,7 +81,7 @@ def _read_spec(folder: Path, name: str, pooling: Pooling | None, limit: int | No
     spec = _transformer_spec(files, config, model_type, name, pooling, limit)
     spec = replace(spec, weight_files=weights, refused=refused)
     if spec.family in static.MODEL_TYPES:
-        spec = _with_static_rules(spec, files, limit)
+        spec = with_static_rules(spec, files, limit)
     if spec.output_type is OutputType.SCORES and files.scores_by_modules:
         spec = with_score_modules(spec, files)
     elif spec.output_type is OutputType.SCORES:
@@ -121,7 +125,7 @@ def _check_model_type(spec: ModelSpec, files: ModelFiles) -> None:
 def _accepted(spec: ModelSpec, files: ModelFiles) -> Sequence[str]:
     """The patterns of `accept_unread` that this model needs, or that match one of its tensors."""
     accept = files.reader.accept
-    names = Tensors(spec.weight_files) if accept and not spec.refused else ()
+    names = Tensors(spec.weight_files, tensor_name(spec.family)) if accept and not spec.refused else ()
     tensors = {pattern for pattern in accept if any(fnmatchcase(name, pattern) for name in names)}
     return sorted(files.reader.accepted | tensors)
 
@@ -139,10 +143,10 @@ def _transformer_spec(
     """The spec of the transformer; weights, pooling, modules and fingerprint are filled in later."""
     output_type, about = _output_type(files, pooling), files.about
     own_limit = max_length(config, files)
+    lower = read_flag(files.limits, "do_lower_case", _SENTENCE_BERT)
     if model_type in static.MODEL_TYPES:
         tokenizer = read_stored_tokenizer(files.transformer)
     else:
-        lower = files.flag("do_lower_case")
         tokenizer = read_tokenizer(files.transformer, files.tokenizer_config, files.config, files.reader, lower=lower)
     padding = files.config.get("pad_token_id")
     similarity = about.get("similarity_fn_name")
@@ -159,9 +163,9 @@ def _transformer_spec(
         modules=(),
         width=0,
         max_length=min(own_limit, limit or own_limit),
-        vocabulary=number(config, "vocab_size", files.transformer),
+        vocabulary=size("vocab_size")(config),
         normalizes=False,
-        lower_case=files.flag("do_lower_case"),
+        lower_case=lower,
         prompts=_prompts(about),
         default_prompt=about.get("default_prompt_name"),
         fingerprint="",
@@ -170,7 +174,7 @@ def _transformer_spec(
         similarity=similarity if similarity in _SIMILARITIES else usual,
         special_tokens=model_type != "model2vec",
         padding_id=padding if isinstance(padding, int) else None,
-        adapter_scale=adapter_scale(read_object(files.transformer / CONFIG)) if (files.transformer / CONFIG).is_file() else 0.0,
+        adapter_scale=files.adapter_scale,
         matryoshka=_matryoshka(files.config),
     )
     if spec.default_prompt is not None and spec.default_prompt not in spec.prompts:
@@ -216,7 +220,7 @@ def _output_type(files: ModelFiles, pooling: Pooling | None) -> OutputType:
 
 def _with_modules(spec: ModelSpec, files: ModelFiles, pooling: Pooling | None, limit: int | None) -> ModelSpec:
     """Add pooling, modules and late interaction to the spec."""
-    hidden = int(spec.config.get("projected_size") or number(spec.config, "hidden_size", spec.folder))
+    hidden = int(spec.config.get("projected_size") or size("hidden_size")(spec.config))
     stack, late = _read_stack(spec, files, hidden)
     pooling = _pooling(spec, stack, pooling, has_modules=bool(files.modules))
     spec = replace(
@@ -264,7 +268,7 @@ def _read_stack(spec: ModelSpec, files: ModelFiles, hidden: int) -> tuple[Module
     tokens = spec.output_type is OutputType.TOKENS
     stack = ModuleStack(hidden, spec.vocabulary, files.reader, late=files.is_late)
     if (tokens and (spec.folder / "artifact.metadata").exists()) or files.architecture == "HF_ColBERT":
-        dense = read_dense(Tensors(spec.weight_files), "linear.")
+        dense = read_dense(Tensors(spec.weight_files), _STANFORD)
         stack.token_modules.append(dense)
         stack.width = dense.shape[0]
         return stack, read_stanford(files.reader.object(spec.folder / "artifact.metadata", optional=True))
@@ -279,52 +283,25 @@ def _read_stack(spec: ModelSpec, files: ModelFiles, hidden: int) -> tuple[Module
     return stack, read_pylate(files.about, files.limits, stack.mask) if is_late else None
 
 
-def _with_static_rules(spec: ModelSpec, files: ModelFiles, limit: int | None) -> ModelSpec:
-    """A static model by the rules of the library that wrote it.
-
-    model2vec cuts texts by characters, then by tokens, then drops unknown tokens. sentence-transformers keeps them, and has no
-    limit but that in tokenizer.json. Source: model2vec 0.10 ``model.py``, sentence-transformers 6.2 ``static_embedding.py``.
-    """
-    if not files.by_model2vec:
-        most = min(spec.tokenizer.stored_limit or MOST_TOKENS, MOST_TOKENS)
-        return replace(spec, max_length=min(most, limit or most), tokenizer=replace(spec.tokenizer, cuts_start=False))
-    own: Any = files.config.get("max_length", STATIC_LENGTH)
-    if own is not None and (type(own) is not int or own < 1):
-        raise ModelError(f"config.json: `max_length` is `{str(own)[:40]}`, not a number of at least 1")
-    most = min(own or MOST_TOKENS, MOST_TOKENS)
-    unknown = spec.tokenizer.unknown_id
-    return replace(
-        spec,
-        max_length=min(most, limit or most),
-        most_characters=None if own is None else own * max(1, spec.tokenizer.middle_length),
-        by_model2vec=True,
-        dropped_ids=frozenset() if unknown is None else frozenset([unknown]),
-        normalizes=_switch(files.config, "normalize"),
-        tokenizer=replace(spec.tokenizer, cuts_start=False),
-    )
-
-
-def _switch(config: Json, key: str) -> bool:
-    value: Any = config.get(key, False)
-    if not isinstance(value, bool):
-        raise ModelError(f"config.json: `{key}` is `{str(value)[:40]}`, not true or false")
-    return value
-
-
 def _with_late_interaction(spec: ModelSpec, late: LateInteractionFiles, own: int, limit: int | None) -> ModelSpec:
     """Add queries and documents to the spec. own: the limit of texts without a length of their own. limit: the setting's."""
     # These lengths count instead of the tokenizer's limit, not besides it.
     stated = [length for length in (late.query_length, late.document_length, late.expanded_length) if length]
-    most = min(max([spec.max_length, *stated]), number(spec.config, "max_position_embeddings", spec.folder), limit or MOST_TOKENS)
+    most = min(max([spec.max_length, *stated]), size("max_position_embeddings")(spec.config), limit or MOST_TOKENS)
     spec = replace(spec, max_length=max(most, spec.max_length))
-    spec = replace(spec, tokenizer=with_markers(spec.tokenizer, late.markers), normalizes=spec.normalizes or late.normalizes)
+    stanford = [f"{_STANFORD}weight"] if late.by_stanford else []
+    spec = replace(
+        spec,
+        module_tensors=stanford,
+        tokenizer=with_markers(spec.tokenizer, late.markers),
+        normalizes=spec.normalizes or late.normalizes,
+    )
     config = late_interaction_config(late, (own, spec.max_length), spec.tokenizer, spec.vocabulary)
-    skip_ids, query_skip_ids = (skipped_ids(late.mask, side, spec.tokenizer) for side in ("document", "query"))
     return replace(
         spec,
         output_type=OutputType.TOKENS,
         pooling=Pooling.NONE,
-        late_interaction=replace(config, skip_ids=skip_ids, query_skip_ids=query_skip_ids),
+        late_interaction=config,
         prompts={**spec.prompts, **late.prompts},
     )
 
@@ -352,20 +329,3 @@ def _pooling(spec: ModelSpec, stack: ModuleStack, setting: Pooling | None, *, ha
     if stated is not None and setting not in (None, stated):
         raise ModelError(f"modules.json has pooling `{stated}`, but the setting `pooling` is `{setting}`; leave it unset")
     return stated or setting or Pooling.MEAN
-
-
-# -- instructions -------------------------------------------------------------------------------------------------------
-
-
-def instruction_template(spec: ModelSpec) -> str:
-    """The template that turns a task into a prompt: from the catalog, or derived from the model's own prompts."""
-    template = INSTRUCTIONS.get(spec.name.lower())
-    if template:
-        return template
-    for prompt in spec.prompts.values():
-        head, newline, rest = prompt.partition("\n")
-        if head.startswith("Instruct: ") and newline and rest.startswith("Query:"):
-            return "Instruct: {task}\n" + rest
-        if head.startswith("task: ") and "|" in head and prompt.endswith("query: "):  # EmbeddingGemma
-            return "task: {task} | query: "
-    return ""

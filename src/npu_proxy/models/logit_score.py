@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,9 @@ _SECONDS, _MOST_BYTES = 10.0, 1 << 30
 _LARGEST = 1 << 20
 _RENDER = """
 import json, sys
-limit, text = sys.stdin.buffer.readline(), sys.stdin.buffer.read()
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-except ImportError:  # Windows
-    pass
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-given = json.loads(text)
+given = json.loads(sys.stdin.buffer.read())
 def fail(message):
     raise ValueError(message)
 environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
@@ -150,8 +144,12 @@ def _messages(system: str, query: str, document: str) -> Sequence[Mapping[str, s
 
 def _render(template: str, conversations: Sequence[Any], arguments: Json) -> Sequence[str]:
     """Render in a process with limited memory and time: a template is a program."""
-    given = msgspec.json.encode({"template": template, "conversations": conversations, "arguments": arguments})
-    code, printed = run_python(_RENDER, f"{_MOST_BYTES}\n".encode() + given, _SECONDS)
+    return _rendered(msgspec.json.encode({"template": template, "conversations": conversations, "arguments": arguments}))
+
+
+@lru_cache(maxsize=16)
+def _rendered(given: bytes) -> Sequence[str]:
+    code, printed = run_python(_RENDER, given, _SECONDS, _MOST_BYTES)
     if code != 0:
         reason = printed.strip()[2:-2] or f"exit code {code}"
         how = f"took over {_SECONDS:g} seconds" if code is None else f"failed ({reason})"

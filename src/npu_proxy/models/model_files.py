@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from npu_proxy.errors import ModelError, model_errors, unread_error
-from npu_proxy.graph.keys import LARGEST
+from npu_proxy.graph.keys import size
 from npu_proxy.models.json_files import MOST_TOKENS, OWN_PATHS, Json, JsonObject, inside, read_json, short_path
 from npu_proxy.models.late_interaction import PYLATE_KEYS
 from npu_proxy.models.lora import CONFIG, adapter_scale, base_folder
@@ -38,8 +38,9 @@ _OWN_CODE = {"nomic_bert": ("NomicBert",), "new": ("New",), "gte": ("Gte",), "qw
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """Contents of the files. transformer: the folder of the transformer. base: of its config.json and weights.
+    """Contents of the files.
 
+    transformer: the folder of the transformer. base: of its config.json and weights. adapter_scale: of a LoRA adapter, else 0.
     modules: modules.json, or empty if it is missing. limits: sentence_bert_config.json. about: config_sentence_transformers.json.
     config: config.json. tokenizer_config: tokenizer_config.json. reader: what was not read of them. query_folder: of the table of
     weights, if queries are not computed; query_default: whether texts are queries by default.
@@ -51,6 +52,7 @@ class ModelFiles:
     folder: Path
     transformer: Path
     base: Path
+    adapter_scale: float
     modules: Sequence[JsonObject]
     limits: JsonObject
     about: JsonObject
@@ -97,13 +99,6 @@ class ModelFiles:
         classifies = self.limits.get("transformer_task") == "sequence-classification"
         return bool(self.modules) and self.about.get("model_type") == "CrossEncoder" and not classifies
 
-    def flag(self, key: str) -> bool:
-        """A switch of sentence_bert_config.json, off if it is missing. Raises ModelError if it is not true or false."""
-        value = self.limits.get(key)
-        if not isinstance(value, bool | None):
-            raise ModelError(f"sentence_bert_config.json: `{key}` is `{str(value)[:40]}`, not true or false")
-        return bool(value)
-
 
 def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
     """Read the files of a model folder. accept: keys that may be unread. Raises ModelError naming the file at fault."""
@@ -113,7 +108,7 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
     modules = [module if isinstance(module, JsonObject) else JsonObject(module) for module in stored]
     _check_first(modules)
     transformer = inside(folder, str(modules[0]["path"])) if modules else folder
-    base = _base_of_adapter(transformer, reader)
+    base, scale = _base_of_adapter(transformer, reader)
     limits = _read_limits(transformer, reader)
     config = _read_config(folder, base, modules, reader)
     with model_errors(_LIMITS[0]):
@@ -126,6 +121,7 @@ def read_files(folder: Path, accept: Sequence[str] = ()) -> ModelFiles:
         folder=folder,
         transformer=transformer,
         base=base,
+        adapter_scale=scale,
         modules=modules,
         limits=limits,
         # sentence-transformers reads it only together with modules.json.
@@ -150,13 +146,12 @@ def _overrides(limits: JsonObject, *parts: str) -> Json:
     }
 
 
-def _base_of_adapter(transformer: Path, reader: FolderReader) -> Path:
-    """The folder of config.json and the weights: the transformer's, unless that is a LoRA adapter's. Raises ModelError."""
+def _base_of_adapter(transformer: Path, reader: FolderReader) -> tuple[Path, float]:
+    """The folder of config.json and the weights, and the factor of a LoRA adapter's updates; 0 if there is no adapter."""
     if not (transformer / CONFIG).exists():
-        return transformer
+        return transformer, 0.0
     config = reader.object(transformer / CONFIG)
-    adapter_scale(config)
-    return base_folder(transformer, config)
+    return base_folder(transformer, config), adapter_scale(config)
 
 
 def check_code(files: ModelFiles) -> None:
@@ -174,7 +169,7 @@ def check_code(files: ModelFiles) -> None:
 
 def max_length(config: Json, files: ModelFiles) -> int:
     """The model's own limit in tokens: from sentence_bert_config.json or the tokenizer's config, up to its number of positions."""
-    positions = number(config, "max_position_embeddings", files.transformer)
+    positions: int = size("max_position_embeddings")(config)
     stated = files.limits.get("max_seq_length")
     if stated is None:
         stated = files.tokenizer_config.get("model_max_length", positions)
@@ -184,17 +179,6 @@ def max_length(config: Json, files: ModelFiles) -> int:
             f"{files.transformer.name}: `max_seq_length` or `model_max_length` is `{found}`, not a number of at least 1"
         )
     return int(min(stated, positions, MOST_TOKENS))
-
-
-def number(config: Json, key: str, folder: Path) -> int:
-    """A positive integer in config.json. Raises ModelError if it is missing, or anything else."""
-    value = config.get(key)
-    if value is None:
-        missing(folder / "config.json", key)
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        found = str(value)[:40]
-        raise ModelError(f"{short_path(folder / 'config.json')}: `{key}` is `{found}`, not a number from 1 to {LARGEST}")
-    return value
 
 
 def missing(file: Path, key: str) -> NoReturn:

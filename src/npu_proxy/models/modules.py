@@ -13,11 +13,10 @@ from typing import Any
 
 from npu_proxy.errors import ModelError, model_errors, unread_error
 from npu_proxy.graph.activations import TORCH_ACTIVATIONS
-from npu_proxy.models.json_files import OWN_PATHS, Json, JsonObject, inside, short_path
-from npu_proxy.models.tokenizer_file import open_tokenizer
+from npu_proxy.models.json_files import OWN_PATHS, Json, JsonObject, inside, read_flag, short_path
 from npu_proxy.models.unread import FolderReader
 from npu_proxy.models.weights import Tensors, weight_files
-from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, SpladeConfig, TokenizerSource
+from npu_proxy.spec import DenseModule, LayerNormModule, Module, NormalizeModule, SpladeConfig
 from npu_proxy.types import Pooling
 
 _POOLING_FLAGS = {
@@ -99,7 +98,7 @@ class ModuleStack:
                     f"{short_path(file)}: `{name}` is {width}, but the transformer's token vectors have {self.width} numbers"
                     " (`hidden_size`)"
                 )
-        self.include_prompt = _flag(config, "include_prompt", file, default=True)
+        self.include_prompt = read_flag(config, "include_prompt", short_path(file), default=True)
 
     def add_splade(self, folder: Path) -> None:
         file = folder / "config.json"
@@ -126,10 +125,14 @@ class ModuleStack:
                 f"{short_path(file)}: `activation_function` `{activation}` is not supported; known: {', '.join(TORCH_ACTIVATIONS)}"
             )
         self._check_names(config, file, scores=True)
-        residual = _flag(config, "use_residual", file, default=False)
+        residual = read_flag(config, "use_residual", short_path(file), default=False)
         module = read_dense(_tensors(folder), "linear.", activation, residual=residual)
         sizes, biased = (config.get("out_features"), config.get("in_features")), f"{module.prefix}bias" in module.tensors
-        if module.shape != sizes or module.shape[1] != self.width or _flag(config, "bias", file, default=True) != biased:
+        if (
+            module.shape != sizes
+            or module.shape[1] != self.width
+            or read_flag(config, "bias", short_path(file), default=True) != biased
+        ):
             raise ModelError(
                 f"{short_path(file)}: linear.weight has the shape {module.shape} and {'a' if biased else 'no'} bias, unlike"
                 f" `out_features`, `in_features` or `bias`, or unlike the {self.width} numbers of the module before"
@@ -223,17 +226,10 @@ def _pooling_mode(config: JsonObject, file: Path) -> Pooling:
         if len(modes) == 1 and modes[0] in _STORED:
             return Pooling(modes[0])
         raise ModelError(f"{short_path(file)}: `pooling_mode` is `{named}`; exactly one is supported of {', '.join(_STORED)}")
-    flags = {name: pooling for name, pooling in _POOLING_FLAGS.items() if _flag(config, name, file, default=False)}
+    flags = {name: pooling for name, pooling in _POOLING_FLAGS.items() if read_flag(config, name, short_path(file), default=False)}
     if len(flags) > 1:
         raise ModelError(f"{short_path(file)}: exactly one pooling mode is needed, found {' and '.join(flags)}")
     return next(iter(flags.values()), Pooling.MEAN)
-
-
-def _flag(config: JsonObject, key: str, file: Path, *, default: bool) -> bool:
-    value: Any = config.get(key, default)
-    if not isinstance(value, bool):
-        raise ModelError(f"{short_path(file)}: `{key}` is `{str(value)[:40]}`, not true or false")
-    return value
 
 
 def read_dense(tensors: Tensors, prefix: str, activation: str = _IDENTITY, *, residual: bool = False) -> DenseModule:
@@ -243,16 +239,3 @@ def read_dense(tensors: Tensors, prefix: str, activation: str = _IDENTITY, *, re
     if len(shape) != 2 or 0 in shape or bias != shape[:1]:
         raise ModelError(f"the linear layer `{prefix}weight` has shape {shape}, and its bias {bias}")
     return DenseModule(tensors=tensors, prefix=prefix, shape=shape, activation=activation, residual=residual)
-
-
-def skipped_ids(mask: Json, side: str, source: TokenizerSource) -> frozenset[int]:
-    """Ids of the words in a MultiVectorMask that get no vector on this ``side``, if they are in the vocabulary."""
-    tasks: Any = mask.get("skiplist_tasks") or ["document"]
-    if side not in ([tasks] if isinstance(tasks, str) else tasks):
-        return frozenset()
-    words: Any = mask.get("skiplist_words") or []
-    if not words:
-        return frozenset()
-    tokenizer, _ = open_tokenizer(source)
-    ids = (tokenizer.token_to_id(str(word)) for word in words)
-    return frozenset(token_id for token_id in ids if token_id is not None)

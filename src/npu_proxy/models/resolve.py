@@ -13,8 +13,8 @@ from pathlib import Path
 from npu_proxy.errors import ModelError, SettingsError
 from npu_proxy.models.fingerprint import fingerprint
 from npu_proxy.models.graph_files import available_devices, from_graph_file
-from npu_proxy.models.instructions import DOCUMENTED
-from npu_proxy.models.layout import instruction_template, read_spec
+from npu_proxy.models.instructions import DOCUMENTED, instruction_template
+from npu_proxy.models.layout import read_spec
 from npu_proxy.models.quantized import int8_spec
 from npu_proxy.models.store import ModelStore
 from npu_proxy.models.tuning import apply_profile

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from npu_proxy.errors import ModelError, model_errors, unread_error
 from npu_proxy.models.json_files import MOST_TOKENS, OWN_PATHS, Json, JsonObject, inside, read_object, short_path
-from npu_proxy.models.tokenizer_file import read_tokenizer_file
+from npu_proxy.models.tokenizer_json import read_tokenizer_file
 from npu_proxy.models.unread import FolderReader
 from npu_proxy.models.weights import KeptTensors, weight_files
 from npu_proxy.spec import ModelSpec, QueryWeights, StoredLayer

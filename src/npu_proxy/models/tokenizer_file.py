@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, cast
 
 import msgspec
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 
 from npu_proxy.errors import ModelError
 from npu_proxy.models.catalog import CATALOG
-from npu_proxy.models.json_files import existing
+from npu_proxy.models.tokenizer_json import read_tokenizer_file
 from npu_proxy.spec import TokenizerSource
 from npu_proxy.system import run_python
 
@@ -32,22 +31,14 @@ _LONGEST_TOKEN = 1000
 """Characters of a token, of which a text of unknown words, special tokens or ids may have many."""
 _UNICODE_GROWTH = 32
 """How many characters a table of Unicode's own forms makes of one at most; the longest has 18."""
-_LARGEST = 256 << 20
 _TRIAL_SECONDS = 20.0
 _TRIAL_BYTES, _BYTES_PER_BYTE = 1 << 30, 60
 """Memory for the trial: some, and more for each byte of the file."""
 _TRIAL = """
 import os, sys
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-limit, text = sys.stdin.buffer.readline(), sys.stdin.buffer.read()
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-except ImportError:  # Windows
-    pass
 from tokenizers import Tokenizer
-tokenizer = Tokenizer.from_buffer(text)
+tokenizer = Tokenizer.from_buffer(sys.stdin.buffer.read())
 tokenizer.no_truncation()
 tokenizer.no_padding()
 for text in ("a" * 10_000, "The cat sat. " * 500, "".join(map(chr, range(32, 3000))), " \\t\\n" * 1000, "\\u6771\\u4eac" * 1000):
@@ -102,42 +93,6 @@ def open_tokenizer(source: TokenizerSource) -> tuple[Tokenizer, float]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, growth
-
-
-def read_tokenizer_file(files: Sequence[Path]) -> bytes:
-    """The content of tokenizer.json, or what it would be for a vocabulary (and its merges) alone. Raises ModelError."""
-    first = files[0]
-    try:
-        texts = [_read(file) for file in files]
-        if first.name == "vocab.txt":
-            return msgspec.json.encode(_word_piece(texts[0].decode("utf-8")))
-        if first.name == "vocab.json":
-            return msgspec.json.encode(_byte_pairs(texts[0], texts[1].decode("utf-8")))
-        return texts[0]
-    except (ValueError, RecursionError, OSError) as error:
-        raise ModelError(f"{first.name} cannot be read: {str(error)[:200]}") from error
-
-
-def _read(file: Path) -> bytes:
-    if (size := existing(file).stat().st_size) > _LARGEST:
-        raise ModelError(f"{file.name} has {size} bytes; at most {_LARGEST} are allowed")
-    return file.read_bytes()
-
-
-def _word_piece(text: str) -> dict[str, Any]:
-    """A tokenizer.json with the tokens of vocab.txt, one per line; the line's number is the id."""
-    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    vocabulary = {line.rstrip(): number for number, line in enumerate(lines)}
-    return {"version": "1.0", "model": {"type": "WordPiece", "unk_token": "[UNK]", **_WORD_PIECE, "vocab": vocabulary}}
-
-
-def _byte_pairs(vocabulary: bytes, merges: str) -> dict[str, Any]:
-    """A tokenizer.json with the tokens of vocab.json, and the pairs of merges.txt, one per line."""
-    lines = [line for line in merges.replace("\r\n", "\n").split("\n") if line and not line.startswith("#version")]
-    return {"version": "1.0", "model": {"type": "BPE", "vocab": msgspec.json.decode(vocabulary), "merges": lines}}
-
-
-_WORD_PIECE = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
 
 
 def _with_parts(text: bytes, parts: Mapping[str, Any]) -> bytes:
@@ -239,7 +194,7 @@ def _try(text: bytes, name: str) -> None:
 
 
 def _run_trial(text: bytes, name: str, limit: int) -> None:
-    code, printed = run_python(_TRIAL, f"{limit}\n".encode() + text, _TRIAL_SECONDS)
+    code, printed = run_python(_TRIAL, text, _TRIAL_SECONDS, limit)
     if code is None:
         raise ModelError(f"{name}: encoding a few texts took over {_TRIAL_SECONDS:g} seconds")
     if "ok" not in printed:
