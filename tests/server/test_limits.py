@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -319,16 +320,28 @@ def test_a_stray_byte_does_not_keep_a_connection_open(server: Server) -> None:
             assert time.monotonic() - start < 10
 
 
-def test_an_upgrade_that_is_not_known_is_ignored(server: Server) -> None:
+UPGRADE_HEAD = (
+    "POST /embed HTTP/1.1\r\nhost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n{upgrade}: h2c\r\n"
+    "HTTP2-Settings: AAEAAEAAAAIAAAAA\r\ncontent-length: {size}\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("upgrade", ["upgrade", "Upgrade", "UPGRADE"])
+@pytest.mark.parametrize("cuts", [[], [10], [90], [92], [94], [150], [10, 60, 90, 120, 170], [190], "head"], ids=str)
+def test_an_upgrade_that_is_not_known_is_ignored_however_it_arrives(server: Server, upgrade: str, cuts: list[int] | str) -> None:
     body = b'{"inputs": ["the cat"]}'
-    head = "POST /embed HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
-    head += f"content-length: {len(body)}\r\n\r\n"
-    for parts in ([head.encode() + body], [head.encode(), body]):
-        with connect(server) as connection:
-            for part in parts:
-                connection.sendall(part)
-                time.sleep(0.05)
-            assert b" 200 " in connection.recv(65536).splitlines()[0]
+    head = UPGRADE_HEAD.format(upgrade=upgrade, size=len(body)).encode()
+    request = head + body
+    places = [0, *([len(head)] if isinstance(cuts, str) else cuts), len(request)]
+    with connect(server) as connection:
+        for start, stop in pairwise(places):
+            connection.sendall(request[start:stop])
+            time.sleep(0.02)
+        assert b" 200 " in connection.recv(65536).splitlines()[0]
+        connection.sendall(request + request + b"GET /health/live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        answer = read_all(connection)
+    assert answer.count(b"HTTP/1.1 200") == 3
+    assert answer.endswith(b'{"live":true}')
 
 
 def test_large_requests_may_follow_each_other_on_a_connection(server: Server) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from npu_proxy.server.http.responses import ABORT
@@ -16,7 +16,6 @@ _FRAMING = 8
 """Bytes of framing allowed per byte of a body; a chunk of one byte has five."""
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class Protocol(HttpToolsProtocol):
@@ -49,12 +48,9 @@ class Protocol(HttpToolsProtocol):
         """Parse the data; close the connection if there are too many bytes of headers or of framing."""
         if self.transport.is_closing():
             return
-        if self._head_open and b"pgrade:" in data:  # a server may ignore an upgrade; hide it from the parser
-            head, end, body = data.partition(b"\r\n\r\n")
-            data = _UPGRADE.sub(b"\r\nx-upgra:", head) + end + body
         self._receiving, self._began_here, bodies = True, False, self._bodies
         try:
-            super().data_received(data)
+            self._parse(data)
         finally:
             self._receiving = False
         if self._head_open:
@@ -64,6 +60,19 @@ class Protocol(HttpToolsProtocol):
         allowed = 2 * _HEADER_BYTES + _FRAMING * (self._bodies - self._bodies_before)
         if self._head_bytes > _HEADER_BYTES or self._framing > allowed:
             self._refuse(_LARGE)
+
+    def _parse(self, data: bytes) -> None:
+        """Parse the data as if no request asked for an upgrade, such as that of Java's client to h2c, which a server may ignore."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser has stopped after the head, and takes no body: a new one reads the same request without the upgrade.
+            head = [self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()]
+            head += [name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"http2-settings")]
+            self.parser = httptools.HttpRequestParser(self)
+            self._parse(b"\r\n".join([*head, b"", data[upgrade.args[0] :]]))
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
 
     def on_message_begin(self) -> None:
         """Start the time limit on the headers of a request."""
@@ -82,6 +91,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """End the time limit; the rest of the request has its own limits."""
+        if self._asks_for_upgrade():
+            return
         self._head_open = False
         self._stop_timer()
         self._receiving = False
@@ -93,6 +104,15 @@ class Protocol(HttpToolsProtocol):
         """Count a piece of the body."""
         self._bodies += len(body)
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note the end of the body."""
+        if not self._asks_for_upgrade():
+            super().on_message_complete()
+
+    def _asks_for_upgrade(self) -> bool:
+        """Whether the head that was just read asks for another protocol; CONNECT, which asks for a tunnel, is refused as usual."""
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def _unset_keepalive_if_required(self) -> None:
         """Stop the idle timeout only for a request whose headers are complete, not for any byte."""
