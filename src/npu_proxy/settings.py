@@ -328,11 +328,13 @@ class Settings:
 
     allowed_hosts: tuple[str, ...] = _setting("Security", ())
     """Accepted names in the Host header, so that a web page cannot reach the server through a host name of its own. Default: the
-    names of this machine if only this machine can reach the server, any name otherwise. `*` means any name, and `*.example.org`
-    every subdomain of example.org."""
+    names and addresses that no web page can own (localhost, this machine's name, *.localhost, *.internal, private addresses) if
+    only this machine can reach the server, any name otherwise. `*` means any name, and `*.example.org` every subdomain of
+    example.org. Health routes accept any name."""
 
     cors_allow_origin: tuple[str, ...] = _setting("Security", ())
-    """Origins of web pages that may read responses, such as https://app.example.org; `*` means any."""
+    """Origins of web pages that may use the server, such as https://app.example.org, in addition to pages of this machine and of
+    desktop applications; `*` stands for any letters, alone for any origin."""
 
     ssl_certfile: Path | None = _setting("Security", None)
     """PEM file of the certificate; if set, the server uses HTTPS."""

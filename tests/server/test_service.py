@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -34,7 +35,7 @@ from npu_proxy.models.store import ModelStore
 from npu_proxy.server.apis.common import header_text
 from npu_proxy.server.apis.ollama import EmbedBody, keep_alive
 from npu_proxy.server.http import app as app_module
-from npu_proxy.server.http.auth import allowed_hosts, is_allowed
+from npu_proxy.server.http.hosts import allowed_hosts
 from npu_proxy.server.ops import logs
 from npu_proxy.server.ops.tracing import Tracer, open_tracer
 
@@ -63,43 +64,43 @@ def call(path: str, body: object = None, method: str = "POST", headers: dict | N
 # -- the door --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:8080", "LOCALHOST", "127.0.0.1:1", "[::1]", "[::1]:80", "localhost."])
-def test_names_of_this_machine_are_asked(host: str) -> None:
-    assert is_allowed(host, allowed_hosts(Settings()))
+MACHINE = socket.gethostname()
 
 
 @pytest.mark.parametrize(
     "host",
-    [
-        "",
-        "evil.example",
-        "localhost.evil.example",
-        "evil.localhost",
-        "127.0.0.1.evil.example",
-        "[::2]",
-        "localhost:evil",
-        "a@localhost",
-    ],
+    ["", "localhost", "localhost:8080", "LOCALHOST", "localhost.", "host.docker.internal:8080", "a.localhost:1", "127.0.0.1:1"]
+    + ["127.8.9.1", "0.0.0.0:8080", "10.0.0.7", "172.17.0.1:8080", "192.168.1.5:8080", "[::1]", "[::1]:80", "[::]:80", "[fd00::1]"]
+    + [MACHINE, f"{MACHINE}:8080", MACHINE.upper(), f"{MACHINE.partition('.')[0]}.local:8080"],
+)
+def test_names_that_no_web_page_can_own_are_admitted(host: str) -> None:
+    assert allowed_hosts(Settings()).admits(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil.local", "internal", "evilinternal", "8.8.8.8"]
+    + ["[2606:4700::1]", "localhost:evil", "a@localhost", ":8080", ".", "::1", "[::1", "[127.0.0.1]", "127.1", "2130706433"]
+    + ["localhost,evil.example", "127.0.0.1 evil.example", "localhost\x00"],
 )
 def test_other_names_are_not(host: str) -> None:
-    assert not is_allowed(host, allowed_hosts(Settings()))
+    assert not allowed_hosts(Settings()).admits(host)
 
 
 def test_hosts_by_setting_and_on_open_addresses() -> None:
-    assert allowed_hosts(Settings(host="0.0.0.0", insecure=True)) == ("*",)
+    assert allowed_hosts(Settings(host="0.0.0.0", insecure=True)).any
     named = allowed_hosts(Settings(allowed_hosts=("api.example.org", "*.lan")))
-    assert [is_allowed(host, named) for host in ("api.example.org:443", "box.lan", "lan", "localhost")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    admitted = [named.admits(host) for host in ("api.example.org:443", "box.lan", "lan", "localhost", "", "127.0.0.1")]
+    assert admitted == [True, True, False, False, False, False]
 
 
-def test_a_foreign_host_is_refused_before_anything_else() -> None:
-    for path in ("/health", "/v1/embeddings", "/metrics"):
+def test_a_foreign_host_is_refused_before_anything_but_health() -> None:
+    for path in ("/v1/embeddings", "/metrics", "/v1/models", "/"):
         assert call(path, method="GET", headers={"host": "evil.example"}).status_code == 421
-    assert call("/health", method="GET", headers={"host": "evil.example"}, allowed_hosts=("*",)).status_code == 200
+    for path in ("/health", "/health/ready", "/ping/", "/npu/health"):
+        prefix = "npu" if path.startswith("/npu") else ""
+        assert call(path, method="GET", headers={"host": "evil.example"}, url_prefix=prefix).status_code == 200
+    assert call("/v1/models", method="GET", headers={"host": "evil.example"}, allowed_hosts=("*",)).status_code == 200
 
 
 def test_a_prefix_is_taken_off() -> None:
@@ -109,21 +110,64 @@ def test_a_prefix_is_taken_off() -> None:
         assert call(path, {"input": "a"}, url_prefix="/npu").status_code == 404
 
 
-def test_pages_of_other_origins_may_read_only_where_they_are_named() -> None:
+OWN_PAGES = [
+    "http://localhost:3000",
+    "https://localhost",
+    "http://127.0.0.1:5173",
+    "http://0.0.0.0:80",
+    "http://[::1]:9",
+    "http://a.localhost",
+]
+APPLICATIONS = ["app://obsidian.md", "tauri://localhost", "vscode-webview://x", "vscode-file://x", "file://"]
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+
+
+@pytest.mark.parametrize("origin", OWN_PAGES + APPLICATIONS)
+@pytest.mark.parametrize("exposed", [False, True])
+def test_pages_of_this_machine_may_read_answers(origin: str, exposed: bool) -> None:
+    settings: dict[str, Any] = {"host": "0.0.0.0", "insecure": True} if exposed else {}
+    answer = call("/v1/embeddings", {"input": "a"}, headers={"origin": origin}, **settings)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, origin)
+    assert answer.headers["access-control-expose-headers"] == "*"
+    asked = {"origin": origin, **PREFLIGHT, "access-control-request-private-network": "true"}
+    answer = call("/v1/embeddings", method="OPTIONS", headers=asked, **settings)
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert answer.headers["access-control-allow-origin"] == origin
+    assert answer.headers["access-control-allow-headers"] == "authorization, content-type"
+    assert answer.headers["access-control-allow-private-network"] == "true"
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "http://localhost.evil.example",
+        "http://192.168.1.5",
+        "http://host.docker.internal",
+        "http://evil.local",
+    ]
+    + ["null", "http://127.0.0.1.evil.example", "http://"],
+)
+def test_other_pages_are_refused_unless_they_are_named(origin: str) -> None:
+    assert call("/v1/embeddings", {"input": "a"}, headers={"origin": origin}).status_code == 403  # it could act without reading
+    assert call("/v1/embeddings", method="OPTIONS", headers={"origin": origin, **PREFLIGHT}).status_code == 403
+    for named in ((origin,), ("*",)):
+        answer = call("/v1/embeddings", {"input": "a"}, headers={"origin": origin}, cors_allow_origin=named)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*" if named == ("*",) else origin)
+
+
+def test_named_pages_may_be_patterns_and_need_the_key() -> None:
     origin = {"origin": "https://app.example.org"}
-    asked = {**origin, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-    assert call("/v1/embeddings", {"input": "a"}, headers=origin).status_code == 403  # it could act without reading
-    for own in ("http://localhost:3000", "http://127.0.0.1", "vscode-webview://x", "app://obsidian.md"):
-        assert call("/v1/embeddings", {"input": "a"}, headers={"origin": own}).status_code == 200
-    assert call("/v1/embeddings", {"input": "a"}, headers={"origin": "null"}).status_code == 403
-    allowed: dict[str, Any] = {"cors_allow_origin": ("https://app.example.org",), "api_key": ("secret",)}
-    assert call("/v1/embeddings", method="OPTIONS", headers=asked, **allowed).status_code == 200
+    allowed: dict[str, Any] = {"cors_allow_origin": ("https://*.example.org", "chrome-extension://*"), "api_key": ("secret",)}
+    assert call("/v1/embeddings", method="OPTIONS", headers={**origin, **PREFLIGHT}, **allowed).status_code == 204
+    assert call("/v1/embeddings", {"input": "a"}, headers=origin, **allowed).status_code == 401
     answer = call("/v1/embeddings", {"input": "a"}, headers={**origin, "authorization": "Bearer secret"}, **allowed)
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://app.example.org")
-    other = call(
-        "/v1/embeddings", {"input": "a"}, headers={"origin": "https://evil.example"}, cors_allow_origin=allowed["cors_allow_origin"]
-    )
-    assert other.status_code == 403
+    assert call("/v1/models", method="GET", headers={"origin": "https://example.org"}, **allowed).status_code == 403
+    extension = {"origin": "chrome-extension://abc"}
+    assert call("/v1/models", method="GET", headers=extension).status_code == 200
+    assert "access-control-allow-origin" not in call("/v1/models", method="GET", headers=extension).headers
+    assert call("/v1/models", method="OPTIONS", headers={**extension, **PREFLIGHT}, **allowed).status_code == 204
 
 
 # -- log and trace ---------------------------------------------------------------------------------------------------

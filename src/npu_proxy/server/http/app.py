@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 import numpy as np
 from starlette.applications import Starlette
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route as StarletteRoute
@@ -36,7 +35,7 @@ from npu_proxy.server.apis.contract import (
     model_of,
 )
 from npu_proxy.server.errors import ClientGoneError, MethodNotAllowedError, RouteNotFoundError
-from npu_proxy.server.http.auth import allowed_hosts
+from npu_proxy.server.http.hosts import allowed_hosts
 from npu_proxy.server.http.clients import ApiKey, identify, lane_of, read_keys
 from npu_proxy.server.http.exchange import (
     Exchange,
@@ -113,11 +112,8 @@ def create_app(
     router = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: missing, 405: missing})
     router.router.redirect_slashes = False
     router.state.npu_proxy = state
-    app: ASGIApp = ExactRouter(routes, router)
-    if settings.cors_allow_origin:
-        app = CORSMiddleware(app, allow_origins=settings.cors_allow_origin, allow_methods=["*"], allow_headers=["*"])
-    hosts, origins = allowed_hosts(settings), settings.cors_allow_origin
-    return HostGuard(app, hosts=hosts, origins=origins, prefix=settings.url_prefix)
+    app = ExactRouter(routes, router)
+    return HostGuard(app, hosts=allowed_hosts(settings), origins=settings.cors_allow_origin, prefix=settings.url_prefix)
 
 
 def _operations_routes(state: AppState) -> list[StarletteRoute]:

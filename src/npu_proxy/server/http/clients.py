@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from npu_proxy.errors import InputError, SettingsError
 from npu_proxy.server.errors import UnauthorizedError
-from npu_proxy.server.http.auth import is_exposed
+from npu_proxy.server.http.hosts import is_exposed
 from npu_proxy.settings import Settings
 from npu_proxy.system import check_not_public
 from npu_proxy.types import Client, Lane

@@ -6,21 +6,30 @@ import re
 from collections.abc import Sequence
 
 import msgspec
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from npu_proxy.server.http.auth import is_allowed
+from npu_proxy.server.http.hosts import HostNames, is_local_origin, matches_origin
+
+HEALTH_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/v2/health/live", "/v2/health/ready")
+"""Paths that are answered under any Host, since the programs that probe them use whatever name or address they know."""
 
 
 class HostGuard:
-    """Passes on requests whose Host is in ``hosts`` (`*` allows any), and strips the prefix that a proxy added to the path."""
+    """Passes on requests whose Host is in ``hosts``, and strips the prefix that a proxy added to the path.
 
-    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], origins: Sequence[str], prefix: str) -> None:
+    origins: the setting `cors_allow_origin`.
+    """
+
+    def __init__(self, app: ASGIApp, *, hosts: HostNames, origins: Sequence[str], prefix: str) -> None:
         self._app = app
+        self._for_pages = _Cors(app, origins)
         self._origins = origins
-        self._hosts = None if "*" in hosts else tuple(host.lower() for host in hosts)
+        self._hosts = hosts
         self._prefix = "/" + prefix.strip("/") if prefix.strip("/") else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,34 +43,63 @@ class HostGuard:
                 host = f"{host},{value.decode('latin-1')}" if host else value.decode("latin-1")  # two headers never match
             elif name == b"origin":
                 origin = value.decode("latin-1")
-        if self._hosts is not None and not is_allowed(host, self._hosts):
+        path: str = scope["path"]
+        if self._prefix:
+            if path != self._prefix and not path.startswith(self._prefix + "/"):
+                await _refusal(f"every path on this server begins with {self._prefix}", 404)(scope, receive, send)
+                return
+            path = path[len(self._prefix) :] or "/"
+            raw: bytes = scope.get("raw_path") or scope["path"].encode()
+            scope = {**scope, "path": path, "raw_path": raw[len(self._prefix) :] or b"/", "root_path": ""}
+        if not self._hosts.admits(host) and path.rstrip("/") not in HEALTH_PATHS:
             await _refusal("this server does not accept that Host; see `allowed_hosts`", 421)(scope, receive, send)
             return
         if origin and not self._is_allowed_origin(origin, host):
             await _refusal("web pages of that origin may not use this server; see `cors_allow_origin`", 403)(scope, receive, send)
             return
-        if self._prefix:
-            path: str = scope["path"]
-            if path != self._prefix and not path.startswith(self._prefix + "/"):
-                await _refusal(f"every path on this server begins with {self._prefix}", 404)(scope, receive, send)
-                return
-            scope = {**scope, "path": path[len(self._prefix) :] or "/", "root_path": ""}
-        await self._app(scope, receive, send)
+        await (self._for_pages if origin else self._app)(scope, receive, send)
 
     def _is_allowed_origin(self, origin: str, host: str) -> bool:
         """Whether a web page of that origin may send requests.
 
-        Allows the origins in the setting, the server's own origin, and origins on an allowed host unless every host is allowed.
+        Allows the origins in the setting, pages of this machine, and the server's own origin. Programs send no origin, or one that
+        is not a web address.
 
-        A page can send a request without being able to read the response, and downloading a model needs no response. Programs
-        send no origin, or one that is not a web address.
+        A page can send a request without being able to read the response, and downloading a model needs no response.
         """
-        if origin in self._origins or "*" in self._origins:
-            return True
         scheme, _, site = origin.partition("://")
-        if scheme not in ("http", "https"):
-            return origin != "null"
-        return site == host or (self._hosts is not None and is_allowed(site, self._hosts))
+        if scheme not in ("http", "https") and origin != "null":
+            return True
+        named = not self._hosts.any and not self._hosts.addresses and self._hosts.admits(site)
+        return site == host or named or is_local_origin(origin) or matches_origin(origin, self._origins)
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's CORS headers for pages of this machine and for those in the setting `cors_allow_origin`."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["*"],
+        )
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        """Whether pages of that origin may read responses."""
+        return is_local_origin(origin) or matches_origin(origin, self.allow_origins)  # type: ignore[arg-type]
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Return the answer to a preflight, which has no content if it is allowed."""
+        response = super().preflight_response(request_headers)
+        if response.status_code != 200:
+            return response
+        about_content = ("content-length", "content-type")
+        return Response(
+            status_code=204, headers={name: text for name, text in response.headers.items() if name not in about_content}
+        )
 
 
 class ExactRouter:
