@@ -7,6 +7,7 @@ NpuProxyError
 │   ├── NothingLeftError       the token limit leaves no room for the text
 │   ├── ModelNotFoundError     no model of that name is served or stored
 │   ├── AnswerTooLargeError    the result would have more numbers than allowed
+│   ├── RequestTooLargeError   the texts cannot be computed within the request's time
 │   ├── UnsupportedError       the model does not support what was requested
 │   └── FingerprintError       the model is not the one that the request expects
 ├── SettingsError              a setting is unknown, malformed or contradicts another
@@ -100,6 +101,12 @@ class ModelNotFoundError(InputError):
     """No model of that name is served or stored."""
 
     kind = "model_not_found"
+
+
+class RequestTooLargeError(InputError):
+    """The texts of the request cannot be computed within its time, at the measured speed."""
+
+    kind = "too_large"
 
 
 class UnsupportedError(InputError):

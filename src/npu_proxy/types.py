@@ -124,7 +124,8 @@ class Chunking:
     sentence boundary if there is one in its second half. spans: return each chunk's position in the text and its own vector
     (such texts bypass the cache). late: the model reads as much of the text at once as it can, and the tokens of each chunk are
     pooled separately, so that a chunk's vector reflects its context; for models that pool by mean or maximum. Late chunks do
-    not overlap.
+    not overlap. boundaries: for late chunking, the characters at which a chunk begins, after the first one, in place of a size; the
+    text must then fit into the model's limit.
     Source: Guenther et al. 2024 (late chunking).
     """
 
@@ -133,6 +134,7 @@ class Chunking:
     sentences: bool = False
     spans: bool = False
     late: bool = False
+    boundaries: tuple[int, ...] = ()
 
 
 DEFAULT_CHUNKING = Chunking()
@@ -169,10 +171,14 @@ class EmbedRequest:
     """Used with truncate=`chunk`."""
     max_tokens: int | None = None
     """Maximum number of tokens per text, including special tokens, if less than the model's limit."""
+    max_document_tokens: int | None = None
+    """Maximum number of tokens of each document, without special tokens: of the second text of a pair, or of each single text."""
     dtype: DType = DType.FLOAT32
     lane: Lane | None = None
     """None means interactive for up to ``Settings.interactive_texts`` texts, and bulk for more."""
     client: Client = NO_CLIENT
+    on_empty: Literal["error", "placeholder", "embed"] | None = None
+    """What to do with a text without tokens; None uses the setting `on_empty`."""
     expect_fingerprint: str | None = None
     """The fingerprint that the model must have; with any other, the request is refused."""
     deadline: float | None = None
@@ -190,7 +196,11 @@ class EmbedRequest:
                 raise InputError(f"`{name}` is {value!r}; it must be one of {', '.join(enum)}", param=name) from None
         if isinstance(self.texts, str):
             raise InputError("`texts` is a string; put a single text in a list", param="texts")
-        for name, least in (("dimensions", -math.inf), ("max_tokens", 1)):  # the bounds of dimensions depend on the model
+        for name, least in (
+            ("dimensions", -math.inf),
+            ("max_tokens", 1),
+            ("max_document_tokens", 1),
+        ):  # the bounds of dimensions depend on the model
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and value >= least):
                 raise InputError(f"`{name}` is {value!r}; it must be an integer of at least 1", param=name)
@@ -198,6 +208,9 @@ class EmbedRequest:
             raise InputError(f"`chunking` is {self.chunking!r}; it must be a Chunking(...)", param="chunking")
         if self.truncate is not Truncate.CHUNK and self.chunking != DEFAULT_CHUNKING:
             raise InputError("`chunking` has no effect unless `truncate` is `chunk`", param="chunking")
+        if self.truncate is Truncate.CHUNK and self.max_document_tokens is not None:
+            message = "`max_document_tokens` cuts documents, and `truncate=chunk` splits them; send one of them"
+            raise InputError(message, param="max_document_tokens")
 
 
 # -- results -------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Admission is arithmetic: what is refused, what never is, and that more work or less time never helps."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_proxy import OverloadedError, Pair
-from npu_proxy.engine.admission import QueueLimits, QueueLoad, RecentRatio, check_admission, estimated_tokens
+from npu_proxy import OverloadedError, Pair, RequestTooLargeError
+from npu_proxy.engine.admission import QueueLimits, QueueLoad, RecentRatio, check_admission, estimated_tokens, time_limit
 from npu_proxy.types import NO_CLIENT, Client
 
 speeds = st.floats(1, 1e5)
@@ -29,6 +31,37 @@ def refusal(
     except OverloadedError as error:
         return error
     return None
+
+
+# -- time ----------------------------------------------------------------------------------------------------------------
+
+
+@given(st.none() | st.floats(0, 1e6), st.floats(0.1, 1e3), st.floats(0.1, 1e4))
+def test_a_large_request_has_more_time_up_to_the_bulk_limit(seconds: float | None, timeout: float, bulk: float) -> None:
+    limit = time_limit(seconds, timeout=timeout, bulk_timeout=bulk)
+    assert timeout <= limit <= max(timeout, bulk)
+    assert seconds is None or limit >= min(bulk, seconds)
+    if seconds is not None:
+        assert time_limit(2 * seconds, timeout=timeout, bulk_timeout=bulk) >= limit
+
+
+@given(st.integers(1, 10**4), st.floats(0.1, 1e3), st.floats(1, 1e7), speeds, st.integers(0, 3))
+def test_what_cannot_be_computed_in_time_is_refused_with_what_can(
+    count: int, seconds: float, own: float, speed: float, waiting: int
+) -> None:
+    def ask(count: int, own: float) -> None:
+        load = QueueLoad(texts=waiting, tokens=0, ahead=0, client_texts=0, own=own)
+        check_admission(count, NO_CLIENT, seconds, load=load, limits=ROOMY, tokens_per_second=speed)
+
+    if own / speed <= seconds:
+        ask(count, own)
+    elif own / speed > 2 * seconds:
+        with pytest.raises(RequestTooLargeError, match="send up to") as error:
+            ask(count, own)
+        fitting = int(re.findall(r"up to (\d+) such", str(error.value))[0])
+        assert 1 <= fitting <= count
+        if fitting > 1:
+            ask(fitting, own * fitting / count)
 
 
 # -- room ----------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from conftest import GOLDEN
 from npu_proxy import Chunking, EmbedRequest, Engine, InputError, OutputType, Pair, Pooling, Settings, UnsupportedError
-from npu_proxy.engine.scoring import sigmoid
+from npu_proxy.engine.scoring import rerank_requests, rerank_results, sigmoid
 from npu_proxy.engine.similarity import max_sim, similarity
 from npu_proxy.types import Truncate
 
@@ -162,6 +163,64 @@ def test_late_chunks_are_pooled_from_tokens_that_saw_the_whole_text(tmp_path: Pa
         padded.embed([text], truncate="chunk", chunking=chunking)
     with engine("cls") as other, pytest.raises(InputError, match="mean or maximum"):
         other.embed([text], truncate="chunk", chunking=chunking)
+
+
+def test_late_chunks_begin_where_the_request_says(tmp_path: Path) -> None:
+    parts = ["the cat sleeps", "in the red", "house the cat sleeps in the sea"]
+    text, boundaries = " ".join(parts), (len(parts[0]) + 1, len(parts[0]) + len(parts[1]) + 2)
+    plain = shutil.copytree(GOLDEN / "mean", tmp_path / "plain", ignore=shutil.ignore_patterns("modules.json", "onnx"))
+    with Engine(plain, settings=Settings(device="cpu", pooling=Pooling.NONE)) as tokens:
+        every = tokens.embed_tokens([text], normalize=False)[0]
+        counts = [len(vectors) - 2 for vectors in tokens.embed_tokens(parts, normalize=False)]
+    ends = [0, counts[0] + 1, counts[0] + counts[1] + 1, len(every)]
+    chunking = Chunking(late=True, spans=True, boundaries=boundaries)
+
+    def asked(text: str, **more: Any) -> EmbedRequest:
+        return EmbedRequest(texts=[text], truncate=Truncate.CHUNK, chunking=replace(chunking, **more))
+
+    with engine("mean") as dense:
+        (chunks,) = dense.submit(asked(text)).result().raise_first().chunks
+        assert [text[chunk.start : chunk.stop].strip() for chunk in chunks] == parts
+        for chunk, start, stop in zip(chunks, ends, ends[1:], strict=False):
+            mean = every[start:stop].mean(axis=0)
+            np.testing.assert_allclose(chunk.vector, mean / np.linalg.norm(mean), atol=1e-5)
+        prompted = dense.submit(replace(asked(text), prompt="sea: ")).result().raise_first().chunks[0]
+        assert [text[chunk.start : chunk.stop].strip() for chunk in prompted] == parts
+        many = tuple(range(4, 4 * 8, 4))  # more chunks than a bin of the text's own length has segments
+        assert len(dense.submit(asked("sea " * 8, boundaries=many)).result().raise_first().chunks[0]) == 8
+        for wrong, error in (
+            (asked("sea " * 5000), "5002 tokens"),
+            (asked(text, boundaries=(5, 5)), "part 1 of the text has no tokens"),
+            (asked("sea " * 9, boundaries=tuple(range(4, 4 * 9, 4))), "up to 8 chunks"),
+        ):
+            with pytest.raises(InputError, match=error):
+                dense.submit(wrong).result().raise_first()
+
+
+def test_a_limit_on_documents_leaves_the_query_alone() -> None:
+    query, documents = QUERY, [LONG, "the cat"]
+    with engine("bert_rerank") as ranker:
+
+        def scores(**options: Any) -> dict[int, float]:
+            requests = rerank_requests(ranker.spec, query, documents, **options)
+            ranked = rerank_results(ranker.spec, [ranker.submit(request).result() for request in requests], raw=True)
+            return {result.index: result.score for result in ranked}
+
+        words = " ".join(LONG.split()[:5])
+        wanted = {result.index: result.score for result in ranker.rerank(query, [words, "the cat"], raw=True)}
+        found = scores(max_document_tokens=5)
+        assert found == pytest.approx(wanted, abs=1e-5)
+        assert scores(max_document_tokens=1000) == pytest.approx(scores(), abs=1e-6)
+        with pytest.raises(InputError, match="5"):
+            scores(max_document_tokens=5, truncate=Truncate.ERROR)
+
+
+@pytest.mark.parametrize("name", ["bert_rerank", "colbert"])
+def test_an_empty_document_has_a_score_like_any_other(name: str) -> None:
+    with engine(name) as ranker:
+        ranked = ranker.rerank(QUERY, ["the cat", "", "  "])
+        assert sorted(result.index for result in ranked) == [0, 1, 2]
+        assert all(np.isfinite(result.score) for result in ranked)
 
 
 def test_a_ranker_takes_the_best_chunk() -> None:

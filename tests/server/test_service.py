@@ -69,9 +69,29 @@ MACHINE = socket.gethostname()
 
 @pytest.mark.parametrize(
     "host",
-    ["", "localhost", "localhost:8080", "LOCALHOST", "localhost.", "host.docker.internal:8080", "a.localhost:1", "127.0.0.1:1"]
-    + ["127.8.9.1", "0.0.0.0:8080", "10.0.0.7", "172.17.0.1:8080", "192.168.1.5:8080", "[::1]", "[::1]:80", "[::]:80", "[fd00::1]"]
-    + [MACHINE, f"{MACHINE}:8080", MACHINE.upper(), f"{MACHINE.partition('.')[0]}.local:8080"],
+    [
+        "",
+        "localhost",
+        "localhost:8080",
+        "LOCALHOST",
+        "localhost.",
+        "host.docker.internal:8080",
+        "a.localhost:1",
+        "127.0.0.1:1",
+        "127.8.9.1",
+        "0.0.0.0:8080",
+        "10.0.0.7",
+        "172.17.0.1:8080",
+        "192.168.1.5:8080",
+        "[::1]",
+        "[::1]:80",
+        "[::]:80",
+        "[fd00::1]",
+        MACHINE,
+        f"{MACHINE}:8080",
+        MACHINE.upper(),
+        f"{MACHINE.partition('.')[0]}.local:8080",
+    ],
 )
 def test_names_that_no_web_page_can_own_are_admitted(host: str) -> None:
     assert allowed_hosts(Settings()).admits(host)
@@ -79,9 +99,28 @@ def test_names_that_no_web_page_can_own_are_admitted(host: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil.local", "internal", "evilinternal", "8.8.8.8"]
-    + ["[2606:4700::1]", "localhost:evil", "a@localhost", ":8080", ".", "::1", "[::1", "[127.0.0.1]", "127.1", "2130706433"]
-    + ["localhost,evil.example", "127.0.0.1 evil.example", "localhost\x00"],
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "evil.local",
+        "internal",
+        "evilinternal",
+        "8.8.8.8",
+        "[2606:4700::1]",
+        "localhost:evil",
+        "a@localhost",
+        ":8080",
+        ".",
+        "::1",
+        "[::1",
+        "[127.0.0.1]",
+        "127.1",
+        "2130706433",
+        "localhost,evil.example",
+        "127.0.0.1 evil.example",
+        "localhost\x00",
+    ],
 )
 def test_other_names_are_not(host: str) -> None:
     assert not allowed_hosts(Settings()).admits(host)
@@ -145,8 +184,10 @@ def test_pages_of_this_machine_may_read_answers(origin: str, exposed: bool) -> N
         "http://192.168.1.5",
         "http://host.docker.internal",
         "http://evil.local",
-    ]
-    + ["null", "http://127.0.0.1.evil.example", "http://"],
+        "null",
+        "http://127.0.0.1.evil.example",
+        "http://",
+    ],
 )
 def test_other_pages_are_refused_unless_they_are_named(origin: str) -> None:
     assert call("/v1/embeddings", {"input": "a"}, headers={"origin": origin}).status_code == 403  # it could act without reading

@@ -59,8 +59,8 @@ class Call(Generic[Answer]):
 
 
 def embed_call(settings: Settings, texts: object, batch_size: int, options: RequestOptions) -> Call[Array]:
-    """Vectors [n, width] of n texts, in the requested dtype. Up to ``batch_size`` texts have the setting `timeout`."""
-    requests, patience = _requests(settings, texts, batch_size, options, OutputType.DENSE, settings.timeout)
+    """Vectors [n, width] of n texts, in the requested dtype."""
+    requests, patience = _requests(settings, texts, batch_size, options, OutputType.DENSE)
 
     def combine(results: Sequence[EmbedResult]) -> Array:
         return np.concatenate([np.asarray(result.embeddings) for result in results])
@@ -157,13 +157,12 @@ def _requests(
     batch_size: int,
     options: RequestOptions,
     output_type: OutputType,
-    timeout: float | None = None,
 ) -> tuple[Iterable[EmbedRequest], float]:
-    """The requests for texts, and the patience. timeout: of a single request, None for the setting `bulk_timeout`."""
+    """The requests for texts, and the patience. Each has as much time as its size needs."""
     check_batch_size(batch_size)
     items = text_list(texts)
     if len(items) <= batch_size:
-        request = make_request(items, options, settings.bulk_timeout if timeout is None else timeout)
+        request = make_request(items, options, None)
         return [replace(request, output_type=output_type)], 0.0
     make_request(items[:1], options, 0.0)  # a wrong option is an error before any text is computed
     requests = stream_requests(settings, batches(items, batch_size), options)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from npu_proxy.batch import Encoding
 from npu_proxy.engine.encode_options import EncodeOptions
 from npu_proxy.engine.outputs import largest_entries, relevance, requested_output
 from npu_proxy.engine.similarity import normalize
-from npu_proxy.errors import EmptyInputError, InputError, NothingLeftError, NpuProxyError
+from npu_proxy.errors import EmptyInputError, InputError, NothingLeftError, NpuProxyError, TooLongError
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import Chunking, EmbedRequest, OutputType, Pooling, Span, TextChunk, TextResult
 
@@ -73,6 +75,8 @@ def complete_chunking(chunking: Chunking, spec: ModelSpec, limit: int, special_t
         raise InputError(f"{message} and {spec.pooling} pooling", param="late")
     if chunking.overlap:
         raise InputError("late chunks already see the text around them, so they cannot overlap; remove `overlap`", param="overlap")
+    if chunking.boundaries:
+        return replace(chunking, size=limit, overlap=0)
     size, smallest = chunking.size or _LATE_SIZE, max(_MIN_LATE_SIZE, -(-limit // _MAX_LATE_CHUNKS))
     if chunking.size is None:
         size = max(size, smallest)
@@ -102,16 +106,34 @@ def split_text(
         return NothingLeftError(f"a limit of {options.limit} tokens leaves no room for text in a chunk", param="max_tokens")
     if len(text.ids) <= lead:
         return EmptyInputError("the model's tokenizer produces no tokens for the text", param="input")
+    if chunking.boundaries and len(text.ids) > room:
+        return TooLongError(limit=options.limit, tokens=len(text.ids) + sum(special_tokens))
     ranges = chunk_ranges(lead, len(text.ids), room - lead, overlap, text.sentences, text.words)
     encodings = [wrap([*text.ids[:lead], *text.ids[start:stop]]) for start, stop in ranges]
     if chunking.late:
         size, (before, after) = chunking.size or 0, special_tokens
         if before + lead + after >= size:
             return NothingLeftError(f"the prompt leaves no room for text in chunks of {size} tokens", param="size")
+        if chunking.boundaries:
+            return _bounded_chunks(text, encodings[0], chunking.boundaries, before)
         encodings, ranges = late_chunks(encodings, ranges, before + lead, after, size, text.sentences, text.words)
     shift = text.lead_characters
     spans: list[Span] = [(text.offsets[start][0] - shift, text.offsets[stop - 1][1] - shift) for start, stop in ranges]
     return ChunkedText(encodings=encodings, spans=spans)
+
+
+def _bounded_chunks(text: TokenizedText, encoding: Encoding, boundaries: Sequence[int], before: int) -> ChunkedText | NpuProxyError:
+    """Divide a text that is one encoding at its ``boundaries``; the special tokens count towards its first and last chunk."""
+    starts = [start - text.lead_characters for start, _ in text.offsets]
+    firsts = [bisect_left(starts, boundary, lo=text.lead) for boundary in (0, *boundaries)]
+    ranges = list(pairwise([*firsts, len(text.ids)]))
+    empty = next((number for number, (start, stop) in enumerate(ranges) if start >= stop), None)
+    if empty is not None:
+        return EmptyInputError(f"the part {empty} of the text has no tokens", param="input")
+    ends = [0, *(before + first for first in firsts[1:]), encoding.tokens]
+    spans: list[Span] = [(text.offsets[start][0], text.offsets[stop - 1][1]) for start, stop in ranges]
+    shifted = [(start - text.lead_characters, stop - text.lead_characters) for start, stop in spans]
+    return ChunkedText(encodings=[replace(encoding, spans=tuple(pairwise(ends)))], spans=shifted)
 
 
 def chunk_ranges(

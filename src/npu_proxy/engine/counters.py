@@ -76,10 +76,14 @@ def _add(counts: dict[Any, int], key: object, count: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """A snapshot of a pipeline: its counters, its queue, and whether each stage's thread is alive."""
+    """A snapshot of a pipeline: its counters, its queue, and whether each stage's thread is alive.
+
+    tokens_per_second: recent speed of full batches; 0 if it is unknown, as after a start.
+    """
 
     counters: Counters
     depth: Depth
     lane_tokens: dict[Lane, int]
     open_texts: int
     stages: dict[str, bool]
+    tokens_per_second: float

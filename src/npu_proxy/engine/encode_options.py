@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from npu_proxy.errors import InputError
 from npu_proxy.spec import PROMPT_NAMES, ModelSpec
@@ -15,7 +16,8 @@ class EncodeOptions:
 
     prompt: put before each text (before the first text of a pair). unpooled_prompt: number of leading tokens of it that are not
     pooled. document: whether texts are documents or queries; None if the model treats both alike. limit: tokens per
-    text, including special tokens.
+    text, including special tokens. document_limit: tokens of the second text of a pair, without special tokens.
+    on_empty: in place of the setting.
     """
 
     prompt: str = ""
@@ -23,6 +25,8 @@ class EncodeOptions:
     document: bool | None = None
     truncate: Truncate = Truncate.END
     limit: int
+    document_limit: int | None = None
+    on_empty: Literal["error", "placeholder", "embed"] | None = None
     chunking: Chunking = DEFAULT_CHUNKING
 
     @property
@@ -36,7 +40,11 @@ class EncodeOptions:
         special = [] if self.document is None else [self.document]
         if self.truncate is Truncate.CHUNK:
             special += [self.chunking.overlap, self.chunking.sentences]
-            special += [self.chunking.size, "late"] if self.chunking.late else []
+            special += [self.chunking.size, "late", *self.chunking.boundaries] if self.chunking.late else []
+        if self.document_limit is not None:
+            special += ["document", self.document_limit]
+        if self.on_empty is not None:
+            special += ["empty", self.on_empty]
         return (self.prompt, self.truncate, self.limit, *special)
 
 

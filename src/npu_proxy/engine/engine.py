@@ -29,7 +29,7 @@ from npu_proxy.cache.tiers import open_cache
 from npu_proxy.cache.vectors import VectorCache
 from npu_proxy.devices.base import Device
 from npu_proxy.devices.fallback import Fallback
-from npu_proxy.engine.admission import QueueLimits
+from npu_proxy.engine.admission import QueueLimits, estimated_tokens, time_limit
 from npu_proxy.engine.calls import (
     BATCH_SIZE,
     Call,
@@ -284,7 +284,9 @@ class Engine:
 
         now = time.monotonic()
         if deadline is None:
-            deadline = now + self.settings.timeout if request.deadline is None else request.deadline
+            deadline = request.deadline
+        if deadline is None:
+            deadline = now + self._time_limit(request, options, pipeline)
         pending = PendingRequest(request, deadline, now, on_done)
         if self._cache is not None and self._cache_keys is not None and not request.chunking.spans:
             scope = (f"client {request.client.name}",) if self.settings.cache_scope == "key" else ()
@@ -401,6 +403,14 @@ class Engine:
                 offset += len(result.errors)
         return call.combine(results)
 
+    def _time_limit(self, request: EmbedRequest, options: EncodeOptions, pipeline: Pipeline) -> float:
+        """Seconds for a request that sets no limit, by its size."""
+        settings = self.settings
+        seconds = pipeline.seconds_for(estimated_tokens(request.texts, options.limit))
+        if seconds is None and len(request.texts) <= settings.interactive_texts:
+            return settings.timeout
+        return time_limit(seconds, timeout=settings.timeout, bulk_timeout=settings.bulk_timeout)
+
     def _checked(self, request: EmbedRequest, components: EngineComponents) -> EncodeOptions:
         """How to tokenize a request. Raises InputError if the model or the device cannot do what it asks for."""
         spec = components.spec
@@ -411,6 +421,9 @@ class Engine:
         if options.late_chunking and all(shape.segments == 1 for shape in components.device.shapes):
             message = "late chunking needs several vectors per text; turn on `packing` and set `device` to one without a graph file"
             raise InputError(message, param="late")
+        most = max(shape.segments for shape in components.device.shapes)
+        if len(options.chunking.boundaries) >= most:
+            raise InputError(f"late chunking has up to {most} chunks with `boundaries`; send fewer", param="boundaries")
         if cuts_untrained(spec, request) and not self._warned_of_cut:
             self._warned_of_cut = True
             message = "%s was not trained for fewer dimensions than %d (Matryoshka), which costs quality (docs/dimensions.md)"

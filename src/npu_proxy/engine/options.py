@@ -26,12 +26,16 @@ class RequestOptions(TypedDict, total=False):
     expect_fingerprint: str | None
     lane: Lane | Literal["interactive", "bulk"] | None
     timeout: float | None
-    """Seconds until DeadlineError; None uses the setting `timeout` (when streaming, `bulk_timeout` per batch)."""
+    """Seconds until DeadlineError; None: the setting `timeout`, and for many texts more, up to `bulk_timeout` (which
+    streams have per batch)."""
 
 
-def make_request(texts: Sequence[TextInput], options: RequestOptions, timeout: float) -> EmbedRequest:
-    """Make a request from options; its deadline is in ``timeout`` seconds unless they set one. Raises InputError."""
+def make_request(texts: Sequence[TextInput], options: RequestOptions, timeout: float | None) -> EmbedRequest:
+    """Make a request from options; its deadline is in ``timeout`` seconds unless they set one. Raises InputError.
+
+    timeout: None leaves it to the engine, which goes by the size of the request.
+    """
     check_options(options, RequestOptions.__annotations__)
     fields: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"}
-    seconds = options.get("timeout")
-    return EmbedRequest(texts=texts, deadline=time.monotonic() + (timeout if seconds is None else seconds), **fields)
+    seconds = timeout if options.get("timeout") is None else options.get("timeout")
+    return EmbedRequest(texts=texts, deadline=None if seconds is None else time.monotonic() + seconds, **fields)

@@ -169,6 +169,11 @@ class Pipeline:
             self._slices_of[request.number] = set(slices)
             self._slices_changed.notify()
 
+    def seconds_for(self, tokens: int) -> float | None:
+        """Seconds that texts of about so many tokens take at the recent speed; None if that is unknown."""
+        speed = self._tokens_per_second.value
+        return (self._tokens_per_estimate.value or 1.0) * tokens / speed if speed else None
+
     def limit(self, queue: QueueLimits) -> None:
         """Use these limits for new requests."""
         self._limits = replace(self._limits, queue=queue)
@@ -179,11 +184,13 @@ class Pipeline:
         # Vectors from disk or a server cost no inference; which texts have one is not known yet.
         unknown = self._cache is not None and self._cache.has_tiers
         untokenized = 0 if unknown else self._slices.ahead(client, rank) + tokens
+        ratio = self._tokens_per_estimate.value or 1.0
         return QueueLoad(
             texts=self._pending.texts,
             tokens=self._jobs.depth.tokens,
             client_texts=self._pending.by_client[client.name],
-            ahead=self._jobs.ahead(client, rank) + (self._tokens_per_estimate.value or 1.0) * untokenized,
+            ahead=self._jobs.ahead(client, rank) + ratio * untokenized,
+            own=0.0 if unknown else ratio * tokens,
         )
 
     def forget(self, request: PendingRequest) -> None:
@@ -211,6 +218,7 @@ class Pipeline:
                 lane_tokens=dict(self._jobs.tokens),
                 open_texts=self._pending.texts,
                 stages={thread.name.removeprefix("npu-proxy-"): thread.is_alive() for thread in self._threads},
+                tokens_per_second=self._tokens_per_second.value,
             )
 
     def stop(self, drain: float) -> None:

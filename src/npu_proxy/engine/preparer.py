@@ -8,6 +8,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from npu_proxy.engine.encode_options import EncodeOptions
 from npu_proxy.engine.special_tokens import SpecialTokens, UnusableTokens
 from npu_proxy.engine.validation import PLACEHOLDER, OnEmpty, empty_text_error, text_error, token_ids_error
 from npu_proxy.errors import NpuProxyError, UnsupportedError
@@ -66,39 +67,43 @@ class TextPreparer:
         most = self.most + 1
         return text if len(text) <= most else text[-most:] if truncate is Truncate.START else text[:most]
 
-    def prepare(self, text: TextInput, prompt: str, truncate: Truncate) -> Prepared:
-        """A text, token ids or a pair, ready for the tokenizer. prompt: put before a text."""
+    def prepare(self, text: TextInput, options: EncodeOptions, *, side: bool = False) -> Prepared:
+        """A text, token ids or a pair, ready for the tokenizer. side: whether it is the first text of a pair."""
         if isinstance(text, Pair) or self._spec.pair_template is not None:
-            return self._prepare_pair(text, truncate)
+            return self._prepare_pair(text, options)
         if not isinstance(text, str):
             return token_ids_error(text, self._spec.vocabulary) or self._unusable.find(text) or self._special.add(text)
-        prepared = self._prepare_text(text, truncate)
-        return prompt + prepared if isinstance(prepared, str) else prepared
+        prepared = self._prepare_text(text, options, side=side)
+        return options.prompt + prepared if isinstance(prepared, str) else prepared
 
-    def _prepare_text(self, text: str, truncate: Truncate) -> str | NpuProxyError:
+    def _prepare_text(self, text: str, options: EncodeOptions, *, side: bool = False) -> str | NpuProxyError:
+        """side: whether it is one text of a pair, which may be empty if the other is not."""
+        truncate, on_empty = options.truncate, options.on_empty or self._on_empty
         if self._sanitize != "none":
             text = _sanitized(text, self._sanitize)
         if (error := text_error(text)) is not None:
             return error
         text = self._bounded(text, truncate)
-        if self._on_empty != "embed" and self._is_empty(text):
-            if self._on_empty == "error":
+        if on_empty != "embed" and not (side and on_empty == "error") and self._is_empty(text):
+            if on_empty == "error":
                 return empty_text_error(text)
             text = PLACEHOLDER
         return text
 
-    def _prepare_pair(self, text: TextInput, truncate: Truncate) -> Prepared:
+    def _prepare_pair(self, text: TextInput, options: EncodeOptions) -> Prepared:
         template = self._spec.pair_template
         if not isinstance(text, Pair):
             return UnsupportedError(f"{self._spec.name} takes pairs of texts, a query and a document", param="input")
+        if (options.on_empty or self._on_empty) == "error" and all(map(self._is_empty, text)):
+            return empty_text_error(text.second)
         if template is not None:
-            first, second = (self._prepare_text(side, truncate) for side in text)
+            first, second = (self._prepare_text(side, options, side=True) for side in text)
             if not isinstance(first, str) or not isinstance(second, str):
                 return first if not isinstance(first, str) else second
-            return self._bounded(template.join(first, second), truncate)
+            return self._bounded(template.join(first, second), options.truncate)
         if self._spec.output_type is not OutputType.SCORES:
             return UnsupportedError(f"{self._spec.name} takes single texts, not pairs", param="input")
-        return PreparedPair(text.first, self.prepare(text.second, "", truncate))
+        return PreparedPair(text.first, self._prepare_text(text.second, options, side=True))
 
     def _is_empty(self, text: str) -> bool:
         """Whether a text has no tokens but special ones. A letter or digit always gives one, so few texts are tokenized twice."""

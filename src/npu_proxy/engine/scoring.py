@@ -47,15 +47,19 @@ def rerank_requests(
     truncate: Truncate = Truncate.END,
     chunking: Chunking = DEFAULT_CHUNKING,
     max_tokens: int | None = None,
+    max_document_tokens: int | None = None,
+    empty_query: bool = False,
     deadline: float | None = None,
     lane: Lane | None = None,
 ) -> list[EmbedRequest]:
     """Make the requests for ``rerank_results``: pairs for a cross-encoder, queries and documents for late interaction.
 
+    An empty document is scored like any other; so is an empty query if ``empty_query``, unless the document is empty, too.
+
     Raises InputError if the input is empty, UnsupportedError if the model cannot rank.
     """
     check_top_n(top_n)
-    if not query:
+    if not query and not empty_query:
         raise EmptyInputError("the query is empty", param="query")
     if isinstance(documents, str):
         raise InputError("documents must be a list of texts; put a single document in a list", param="documents")
@@ -64,7 +68,15 @@ def rerank_requests(
     check_reranker(spec)
     if spec.output_type is OutputType.SCORES:
         texts: Sequence[TextInput] = [Pair(query, document) for document in documents]
-        requests = [EmbedRequest(texts=texts, output_type=OutputType.SCORES, truncate=truncate, chunking=chunking)]
+        requests = [
+            EmbedRequest(
+                texts=texts,
+                output_type=OutputType.SCORES,
+                truncate=truncate,
+                chunking=chunking,
+                max_document_tokens=max_document_tokens,
+            )
+        ]
     elif OutputType.TOKENS in spec.output_types:
         # A query is one sequence of vectors, so it is truncated, not chunked.
         query_truncate = Truncate.END if truncate is Truncate.CHUNK else truncate
@@ -76,6 +88,8 @@ def rerank_requests(
                 input_type="document",
                 truncate=truncate,
                 chunking=chunking,
+                max_document_tokens=max_document_tokens,
+                on_empty="embed",
             ),
         ]
     else:

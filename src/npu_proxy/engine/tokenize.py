@@ -128,6 +128,9 @@ class RequestTokenizer:
             document = not spec.query_weights.is_query(request.input_type)
             if not document:
                 limit = min(request.max_tokens or MOST_TOKENS, spec.query_weights.limit) + len(self._special)
+        document_limit = request.max_document_tokens
+        if document_limit is not None and spec.output_type is not OutputType.SCORES:
+            limit, document_limit = min(limit, document_limit + self.special_tokens), None
         query = spec.query_weights is not None and document is False
         if request.truncate is Truncate.CHUNK and (query or spec.pair_template is not None):
             request = replace(request, truncate=Truncate.END)  # what is one text, or has no chunks, is cut
@@ -144,6 +147,8 @@ class RequestTokenizer:
             document=document,
             truncate=cut,
             limit=limit,
+            document_limit=document_limit,
+            on_empty=request.on_empty,
             chunking=chunking,
         )
 
@@ -167,7 +172,9 @@ class RequestTokenizer:
             return [InputError(message, param="input")]
 
     def _encode(self, texts: Sequence[TextInput], options: EncodeOptions) -> list[Encoding | ChunkedText | NpuProxyError]:
-        prepared = [self._prepare(text, options.prompt, options.truncate) for text in texts]
+        if options.document_limit is not None and self._spec.pair_template is not None:
+            texts = [self._short_document(text, options.document_limit) for text in texts]
+        prepared = [self._prepare(text, options) for text in texts]
         if options.truncate is Truncate.CHUNK:
             return [text if isinstance(text, NpuProxyError) else self._chunk(text, options) for text in prepared]
         sides = (text.second if isinstance(text, PreparedPair) else text for text in prepared)
@@ -198,6 +205,13 @@ class RequestTokenizer:
             return self._fit_pair(first, self._special.strip(second), options)
         ids = next(encoded) if isinstance(text, str) else text
         return ids if isinstance(ids, NpuProxyError) else self._fit(ids, options)
+
+    def _short_document(self, text: TextInput, most: int) -> TextInput:
+        """Cut the document of a pair that a template joins after so many tokens of its own."""
+        if not isinstance(text, Pair) or len(text.second) <= most:
+            return text
+        offsets = self._tokens(text.second[: _CHARACTERS_PER_TOKEN * (most + _WORD_TOKENS)], special=False).offsets
+        return Pair(text.first, text.second[: offsets[most - 1][1]]) if len(offsets) > most else text
 
     def _encode_strings(self, texts: list[str], truncate: Truncate, limit: int) -> list[list[int] | NpuProxyError]:
         """Token ids of each text with special tokens. Of a long text, only the part that decides which tokens are kept is encoded.
@@ -284,7 +298,7 @@ class RequestTokenizer:
         key, known = (text, options), self._first
         if known is not None and known[0] == key:
             return known[1]
-        prepared = self._prepare(text, options.prompt, options.truncate)
+        prepared = self._prepare(text, options, side=True)
         if isinstance(prepared, str):
             (prepared,) = self._encode_strings([prepared], options.truncate, options.limit)
         first: _FirstText | NpuProxyError
@@ -299,10 +313,16 @@ class RequestTokenizer:
     def _fit_pair(self, given: _FirstText, second: list[int], options: EncodeOptions) -> Encoding | NpuProxyError:
         """Encode two texts together, cut to the limit like the `longest_first` truncation of tokenizers."""
         assert self._pair is not None
-        room = options.limit - len(self._pair)
+        room, most = options.limit - len(self._pair), options.document_limit
+        long_document = False
+        if most is not None and len(second) > most:
+            long_document = True
+            if options.truncate is Truncate.ERROR:
+                return TooLongError(limit=most, tokens=len(second))
+            second = second[-most:] if options.truncate is Truncate.START else second[:most]
         first, tokens = list(given.ids), given.count + len(second)
-        truncated = tokens > room
-        if truncated:
+        truncated = long_document or tokens > room
+        if tokens > room:
             if options.truncate is Truncate.ERROR:
                 return TooLongError(limit=options.limit, tokens=tokens + len(self._pair))
             if room < 2:
@@ -403,7 +423,8 @@ class RequestTokenizer:
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[TextToken]]:
         """The tokens of whole texts, without truncation. Raises InputError if a text cannot be encoded."""
         if self._spec.pair_template is None:
-            prepared = [self._prepare(text, prompt, Truncate.END) for text in texts]
+            options = EncodeOptions(prompt=prompt, limit=self._spec.max_length, on_empty="embed")
+            prepared = [self._prepare(text, options) for text in texts]
         else:
             prepared = [text_error(text) or text for text in texts]
         special = special and self._spec.special_tokens

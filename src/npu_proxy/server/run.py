@@ -20,8 +20,8 @@ from starlette.applications import Starlette
 from npu_proxy.devices.base import Device
 from npu_proxy.errors import NpuProxyError, SettingsError
 from npu_proxy.server.http.app import AppState, create_app
-from npu_proxy.server.http.hosts import is_exposed
 from npu_proxy.server.http.clients import read_keys
+from npu_proxy.server.http.hosts import is_exposed
 from npu_proxy.server.http.protocol import drop_silent_peers, protocol_of
 from npu_proxy.server.models.loaded import LoadedModels
 from npu_proxy.server.ops import logs, systemd

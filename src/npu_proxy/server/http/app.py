@@ -35,7 +35,6 @@ from npu_proxy.server.apis.contract import (
     model_of,
 )
 from npu_proxy.server.errors import ClientGoneError, MethodNotAllowedError, RouteNotFoundError
-from npu_proxy.server.http.hosts import allowed_hosts
 from npu_proxy.server.http.clients import ApiKey, identify, lane_of, read_keys
 from npu_proxy.server.http.exchange import (
     Exchange,
@@ -50,6 +49,7 @@ from npu_proxy.server.http.exchange import (
     unless_disconnected,
 )
 from npu_proxy.server.http.host_guard import ExactRouter, HostGuard
+from npu_proxy.server.http.hosts import allowed_hosts
 from npu_proxy.server.http.json_scan import check_values
 from npu_proxy.server.http.responses import JsonResponse
 from npu_proxy.server.models.listing import ServerListing

@@ -18,7 +18,7 @@ _APP_SCHEMES = ("app", "file", "tauri", "vscode-file", "vscode-webview")
 class HostNames:
     """Host names that the server accepts in a Host header.
 
-    names: in lower case; `*` is any name, and `*.name` any below it. addresses: whether no name at all is accepted, and IP addresses
+    names: in lower case; `*` is any name, and `*.name` any below it. addresses: whether no name at all is accepted, and addresses
     of this machine and of private networks: a web page that rebinds its name to such an address still sends its name.
     """
 
