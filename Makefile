@@ -133,5 +133,8 @@ lock: $(VENV)/.python  ## regenerate requirements/*.txt from pyproject.toml
 	$(LOCK) -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
 	$(LOCK) -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
 
+docs:  ## make docs/fields.md from the body types of the APIs
+	$(BIN)/python tools/docs/fields.py > docs/fields.md
+
 clean:  ## remove the environments and the caches of tools
 	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis

@@ -224,6 +224,14 @@ class Settings:
     classify_dialect: Literal["auto", "infinity", "vllm"] = _setting("Request", "auto")
     """API format of `/classify`. auto: Infinity's for a list of texts, vLLM's for a single text or token ids."""
 
+    rerank_dialect: Literal["auto", "infinity", "vllm"] = _setting("Request", "auto")
+    """API format of `/rerank` with `documents`. auto: Infinity's (a document is a string) if the body has `raw_scores`, as that of
+    Infinity's client always does; vLLM's otherwise, which is Jina's, LocalAI's and Together's, too (a document is an object)."""
+
+    on_error: Literal["fail", "null", "zero"] = _setting("Request", "fail")
+    """What an HTTP request for vectors gets if some of its texts fail: an error (fail), null in their place, or zero vectors; the
+    header x-npu-proxy-failed counts them. A request may choose by the field or header `on_error`."""
+
     max_client_batch: int = _setting("Request", 2048, 1)
     """Maximum number of texts per HTTP request; larger requests are refused."""
 

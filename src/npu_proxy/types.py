@@ -125,7 +125,7 @@ class Chunking:
     (such texts bypass the cache). late: the model reads as much of the text at once as it can, and the tokens of each chunk are
     pooled separately, so that a chunk's vector reflects its context; for models that pool by mean or maximum. Late chunks do
     not overlap. boundaries: for late chunking, the characters at which a chunk begins, after the first one, in place of a size; the
-    text must then fit into the model's limit.
+    text must then fit into the model's limit. most: maximum number of chunks; the rest of the text is cut off.
     Source: Guenther et al. 2024 (late chunking).
     """
 
@@ -135,6 +135,7 @@ class Chunking:
     spans: bool = False
     late: bool = False
     boundaries: tuple[int, ...] = ()
+    most: int | None = None
 
 
 DEFAULT_CHUNKING = Chunking()

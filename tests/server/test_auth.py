@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from conftest import app_of, fake_engine
 from npu_proxy import Settings, SettingsError
-from npu_proxy.server.http.clients import ApiKey, identify, lane_of, read_keys
+from npu_proxy.server.http.clients import ApiKey, identify, read_keys, wishes_of
 from npu_proxy.types import Client, Lane
 
 
@@ -197,7 +197,7 @@ def request(**headers: str) -> Request:
 )
 def test_a_caller_chooses_its_lane_by_header_or_field(header: str, field: str | int | None, lane: Lane | None) -> None:
     body = json.dumps({"input": "a", **({} if field is None else {"priority": field})}).encode()
-    assert lane_of(request(priority=header), body, None) is lane
+    assert wishes_of(request(priority=header), body, None).lane is lane
 
 
 @pytest.mark.parametrize(("header", "field"), [("urgent", None), ("", "urgent"), ("", [1]), ("", 1.5)])
@@ -224,9 +224,9 @@ def ask_priority(headers: dict[str, str], body: dict[str, object]) -> httpx.Resp
 
 def test_a_key_for_bulk_work_stays_in_the_bulk_lane(tmp_path: Path) -> None:
     first, second = read_keys(named(tmp_path, NAMED))
-    assert lane_of(request(priority="interactive"), b"{}", second) is Lane.BULK
-    assert lane_of(request(), b"{}", first) is Lane.INTERACTIVE
-    assert lane_of(request(priority="bulk"), b"{}", first) is Lane.BULK
+    assert wishes_of(request(priority="interactive"), b"{}", second).lane is Lane.BULK
+    assert wishes_of(request(), b"{}", first).lane is Lane.INTERACTIVE
+    assert wishes_of(request(priority="bulk"), b"{}", first).lane is Lane.BULK
 
 
 def test_without_keys_a_client_is_an_address_and_a_user_agent() -> None:

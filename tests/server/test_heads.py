@@ -40,16 +40,23 @@ def test_every_dialect_ranks() -> None:
         "bert_rerank",
         ("/rerank", {"query": QUERY, "texts": DOCUMENTS, "return_text": True}),
         ("/rerank", {"query": QUERY, "texts": DOCUMENTS, "raw_scores": True}),
-        ("/rerank", {**plain, "return_documents": True, "top_n": 2}),
+        ("/rerank", {**plain, "return_documents": True, "raw_scores": False, "top_n": 2}),
+        ("/infinity/rerank", {**plain, "return_documents": True, "top_n": 2}),
+        ("/rerank", plain),
         *((f"/v{version}/rerank", {**plain, "return_documents": True}) for version in (1, 2, 3)),
-        ("/v1/rerank", {"query": QUERY, "documents": [{"text": document} for document in DOCUMENTS], "top_n": 1}),
+        (
+            "/v1/rerank",
+            {"query": QUERY, "documents": [{"text": document} for document in DOCUMENTS], "top_n": 1, "return_documents": False},
+        ),
         ("/score", {"text_1": QUERY, "text_2": DOCUMENTS}),
         ("/info", None),
         ("/embed", {"inputs": "a"}),
         ("/v1/embeddings", {"input": "a"}),
     )
-    assert [answer.status_code for answer in answers] == [200] * 9 + [424, 400]
-    texts, raw, infinity, *rest = (answer.json() for answer in answers[:9])
+    assert [answer.status_code for answer in answers] == [200] * 11 + [424, 400]
+    texts, raw, infinity, below, bare, *rest = (answer.json() for answer in answers[:11])
+    assert infinity["results"] == below["results"]
+    assert [ranked["document"] for ranked in bare["results"]] == [{"text": DOCUMENTS[index]} for index in order]
     assert [ranked["index"] for ranked in texts] == order.tolist()
     np.testing.assert_allclose([ranked["score"] for ranked in texts], scores[order], atol=1e-5)
     assert texts[0]["text"] == DOCUMENTS[order[0]]
@@ -112,9 +119,16 @@ def test_a_setting_says_whose_form_classify_has(dialect: str) -> None:
     single, several = calls(
         "roberta_labels", ("/classify", {"input": "a"}), ("/classify", {"input": ["a", "b"]}), classify_dialect=dialect
     )
-    assert single.status_code == (422 if dialect == "infinity" else 200)
-    first = several.json()["data"][0]
-    assert isinstance(first, list) == (dialect == "infinity")
+    for answer in (single, several):
+        assert isinstance(answer.json()["data"][0], list) == (dialect == "infinity")
+
+
+@pytest.mark.parametrize("dialect", ["infinity", "vllm"])
+def test_a_setting_says_whose_form_rerank_has(dialect: str) -> None:
+    plain = {"query": QUERY, "documents": DOCUMENTS, "return_documents": True}
+    answers = calls("bert_rerank", ("/rerank", plain), ("/rerank", {**plain, "raw_scores": True}), rerank_dialect=dialect)
+    for answer in answers:
+        assert isinstance(answer.json()["results"][0]["document"], str) == (dialect == "infinity")
 
 
 def test_sparse_weights_over_http() -> None:
@@ -129,7 +143,8 @@ def test_sparse_weights_over_http() -> None:
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/rerank", {"query": "", "texts": ["a"]}),
+        ("/rerank", {"query": "", "texts": ["a", ""]}),
+        ("/v1/rerank", {"query": "", "documents": ["a"]}),
         ("/rerank", {"query": "q", "texts": []}),
         ("/v2/rerank", {"query": "q", "documents": ["a"], "top_n": -1}),
         ("/v2/rerank", {"query": "q", "documents": [{"title": "a"}]}),

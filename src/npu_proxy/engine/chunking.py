@@ -64,6 +64,8 @@ def complete_chunking(chunking: Chunking, spec: ModelSpec, limit: int, special_t
     """
     if chunking.size is not None and chunking.size < 1:
         raise InputError(f"`size` must be at least 1 token, not {chunking.size}", param="size")
+    if chunking.most is not None and chunking.most < 1:
+        raise InputError(f"`most` must be at least 1 chunk, not {chunking.most}", param="most")
     if not chunking.late:
         room = min(limit, chunking.size or limit)
         overlap = min(_OVERLAP, room // 8) if chunking.overlap is None else chunking.overlap
@@ -109,7 +111,11 @@ def split_text(
     if chunking.boundaries and len(text.ids) > room:
         return TooLongError(limit=options.limit, tokens=len(text.ids) + sum(special_tokens))
     ranges = chunk_ranges(lead, len(text.ids), room - lead, overlap, text.sentences, text.words)
+    cut = chunking.most is not None and len(ranges) > chunking.most
+    ranges = ranges[: chunking.most]
     encodings = [wrap([*text.ids[:lead], *text.ids[start:stop]]) for start, stop in ranges]
+    if cut:
+        encodings[-1] = replace(encodings[-1], truncated=True)
     if chunking.late:
         size, (before, after) = chunking.size or 0, special_tokens
         if before + lead + after >= size:

@@ -17,7 +17,7 @@ class EncodeOptions:
     prompt: put before each text (before the first text of a pair). unpooled_prompt: number of leading tokens of it that are not
     pooled. document: whether texts are documents or queries; None if the model treats both alike. limit: tokens per
     text, including special tokens. document_limit: tokens of the second text of a pair, without special tokens.
-    on_empty: in place of the setting.
+    on_empty: in place of the setting, if the request has texts that may be empty.
     """
 
     prompt: str = ""
@@ -41,6 +41,7 @@ class EncodeOptions:
         if self.truncate is Truncate.CHUNK:
             special += [self.chunking.overlap, self.chunking.sentences]
             special += [self.chunking.size, "late", *self.chunking.boundaries] if self.chunking.late else []
+            special += ["most", self.chunking.most] if self.chunking.most is not None else []
         if self.document_limit is not None:
             special += ["document", self.document_limit]
         if self.on_empty is not None:

@@ -107,11 +107,16 @@ class TextPreparer:
 
     def _is_empty(self, text: str) -> bool:
         """Whether a text has no tokens but special ones. A letter or digit always gives one, so few texts are tokenized twice."""
-        if any(map(str.isalnum, text[:_SAMPLED])):
+        if not may_be_empty(text):
             return False
         visible = text.strip()[: self.most] or text[:_SAMPLED]
         parts = (visible[start : start + _PART] for start in range(0, len(visible), _PART))
         return not any(self._tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
+
+
+def may_be_empty(text: TextInput) -> bool:
+    """Whether a text may have no tokens but special ones: it does not begin with a letter or digit, or close to one."""
+    return isinstance(text, str) and not any(map(str.isalnum, text[:_SAMPLED]))
 
 
 def _sanitized(text: str, how: Sanitize) -> str:

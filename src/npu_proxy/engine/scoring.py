@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from npu_proxy.engine.outputs import relevance
 from npu_proxy.engine.similarity import max_sim
-from npu_proxy.engine.validation import check_reranker, check_top_n
-from npu_proxy.errors import EmptyInputError, InputError, UnsupportedError
+from npu_proxy.engine.validation import check_ranking, check_reranker
+from npu_proxy.errors import UnsupportedError
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import (
     DEFAULT_CHUNKING,
@@ -58,13 +58,7 @@ def rerank_requests(
 
     Raises InputError if the input is empty, UnsupportedError if the model cannot rank.
     """
-    check_top_n(top_n)
-    if not query and not empty_query:
-        raise EmptyInputError("the query is empty", param="query")
-    if isinstance(documents, str):
-        raise InputError("documents must be a list of texts; put a single document in a list", param="documents")
-    if not documents:
-        raise EmptyInputError("there are no documents to rank", param="documents")
+    check_ranking(query, documents, top_n, empty_query=empty_query)
     check_reranker(spec)
     if spec.output_type is OutputType.SCORES:
         texts: Sequence[TextInput] = [Pair(query, document) for document in documents]

@@ -16,7 +16,7 @@ from tokenizers import Encoding as Tokens
 from npu_proxy.batch import Encoding
 from npu_proxy.engine.chunking import ChunkedText, TokenizedText, complete_chunking, sentence_starts, split_text, word_starts
 from npu_proxy.engine.encode_options import EncodeOptions, find_prompt
-from npu_proxy.engine.preparer import Prepared, PreparedPair, Sanitize, TextPreparer
+from npu_proxy.engine.preparer import Prepared, PreparedPair, Sanitize, TextPreparer, may_be_empty
 from npu_proxy.engine.special_tokens import (
     SpecialTokens,
     UnusableTokens,
@@ -148,7 +148,7 @@ class RequestTokenizer:
             truncate=cut,
             limit=limit,
             document_limit=document_limit,
-            on_empty=request.on_empty,
+            on_empty=request.on_empty if request.on_empty is not None and any(map(may_be_empty, request.texts)) else None,
             chunking=chunking,
         )
 

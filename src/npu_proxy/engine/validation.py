@@ -78,6 +78,17 @@ def check_top_n(top_n: int | None) -> None:
         raise InputError(f"top_n must be at least 1, not {top_n}", param="top_n")
 
 
+def check_ranking(query: str, documents: Sequence[str], top_n: int | None, *, empty_query: bool = False) -> None:
+    """Raise InputError unless there is a query, and a list of documents. empty_query: accept an empty query."""
+    check_top_n(top_n)
+    if not query and not empty_query:
+        raise EmptyInputError("the query is empty", param="query")
+    if isinstance(documents, str):
+        raise InputError("documents must be a list of texts; put a single document in a list", param="documents")
+    if not documents:
+        raise EmptyInputError("there are no documents to rank", param="documents")
+
+
 def check_output(request: EmbedRequest, spec: ModelSpec) -> None:
     """Raise InputError if the model is another than expected, lacks the output type, or cannot give the dimensions or dtype."""
     expected = request.expect_fingerprint

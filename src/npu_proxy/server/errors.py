@@ -20,6 +20,7 @@ STATUS: Mapping[str, int] = {
     "not_allowed": 405,
     "fingerprint": 409,
     "too_large": 413,
+    "encoding": 415,
     "model": 500,
     "client_limit": 429,
     "gone": 499,
@@ -67,6 +68,12 @@ class BodyTooLargeError(InputError):
     """The body is larger than the setting `max_body_mb`."""
 
     kind = "too_large"
+
+
+class UnsupportedEncodingError(InputError):
+    """The body has a Content-Encoding or a charset that is not supported."""
+
+    kind = "encoding"
 
 
 class UnknownModelError(ModelNotFoundError):

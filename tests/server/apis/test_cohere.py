@@ -1,12 +1,13 @@
 """Cohere's API on plain values: bodies of both versions, vectors by type, and the shared format of rankings."""
 
 import base64
+from typing import Any
 
 import numpy as np
 import pytest
 from api_values import RERANKER, body, inference, json, paths, result, served
 
-from npu_proxy import DeviceError, EmbedRequest, EmptyInputError, InputError, OverloadedError
+from npu_proxy import Chunking, DeviceError, EmbedRequest, EmptyInputError, InputError, OverloadedError
 from npu_proxy.errors import NpuProxyError
 from npu_proxy.server.apis import cohere
 from npu_proxy.server.apis.cohere import DIALECT, BodyV1, BodyV2
@@ -49,8 +50,8 @@ def test_the_parts_of_an_input_are_one_text() -> None:
     parts = [{"type": "text", "text": "the"}, {"type": "text", "text": "cat"}]
     inputs = [{"content": parts}, {"content": parts[:1]}]
     asked = body(BodyV2, inputs=inputs, texts=["not", "these"])
-    assert cohere.to_requests(asked, served()) == [EmbedRequest(texts=["the cat", "the"])]
-    assert json(cohere.to_v2([result([[1.0], [2.0]])], asked, served()))["texts"] == ["the cat", "the"]
+    assert cohere.to_requests(asked, served()) == [EmbedRequest(texts=["the\ncat", "the"])]
+    assert json(cohere.to_v2([result([[1.0], [2.0]])], asked, served()))["texts"] == ["the\ncat", "the"]
 
 
 @pytest.mark.parametrize(
@@ -130,20 +131,72 @@ def test_a_document_is_a_text_or_the_fields_that_are_ranked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "limit"),
+    ("fields", "options"),
     [
-        ({}, None),
-        ({"max_tokens_per_doc": 9}, 9),
-        ({"truncate_prompt_tokens": 9}, 9),
-        ({"max_tokens_per_doc": 9, "truncate_prompt_tokens": 5}, 9),
-        ({"truncate_prompt_tokens": -1}, None),
-        ({"max_tokens_per_doc": 0}, None),
-        ({"max_chunks_per_doc": 3}, None),
+        ({}, {}),
+        ({"max_tokens_per_doc": 9}, {"max_document_tokens": 9}),
+        ({"truncate_prompt_tokens": 9}, {"max_tokens": 9}),
+        ({"max_tokens_per_doc": 9, "truncate_prompt_tokens": 5}, {"max_document_tokens": 9, "max_tokens": 5}),
+        ({"truncate_prompt_tokens": -1}, {}),
+        ({"max_tokens_per_doc": 0}, {}),
+        ({"max_chunks_per_doc": 1}, {}),
+        ({"max_chunks_per_doc": 3}, {"truncate": Truncate.CHUNK, "chunking": Chunking(most=3)}),
+        ({"truncation_side": "left"}, {"truncate": Truncate.START}),
+        ({"truncation": False}, {"truncate": Truncate.ERROR}),
+        ({"truncate": "none"}, {"truncate": Truncate.ERROR}),
+        ({"top_n": 0}, {}),
     ],
 )
-def test_a_limit_has_two_names(fields: dict[str, object], limit: int | None) -> None:
+def test_each_field_of_a_ranking_sets_its_option_alone(fields: dict[str, object], options: dict[str, Any]) -> None:
     (request,) = RERANK.to_requests(body(RerankBody, query="q", documents=["a"], **fields), served(RERANKER))
-    assert request.max_tokens == limit
+    assert request == EmbedRequest(texts=[Pair("q", "a")], output_type=OutputType.SCORES, **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_n": -1}, "top_n"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_n": 1, "top_k": 2}, "top_k"),
+        ({"use_activation": True, "raw_scores": True}, "use_activation"),
+        ({"max_tokens_per_doc": -1, "max_chunks_per_doc": 2, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"max_tokens_per_doc": 5, "max_chunks_per_doc": 2}, "max_chunks_per_doc"),
+        ({"documents": [{"content": [{"type": "image_url"}]}]}, "documents"),
+        ({"documents": [{"title": "t"}]}, "documents"),
+    ],
+)
+def test_what_a_ranking_cannot_obey_is_refused_by_name(fields: dict[str, object], param: str) -> None:
+    with pytest.raises(InputError) as caught:
+        RERANK.to_requests(body(RerankBody, **{"query": "q", "documents": ["a"], **fields}), served(RERANKER))
+    assert caught.value.param == param
+
+
+def test_documents_and_queries_may_be_content_parts() -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
+    asked = body(
+        RerankBody, query={"text": "q"}, documents=[{"content": parts}, {"content": "z"}, {"text": "t", "n": 1, "m": None}]
+    )
+    (request,) = RERANK.to_requests(asked, served(RERANKER))
+    assert request.texts == [Pair("q", "x\ny"), Pair("q", "z"), Pair("q", "t")]
+
+
+def test_raw_scores_are_logits() -> None:
+    for fields in ({"raw_scores": True}, {"use_activation": False}):
+        asked = body(RerankBody, query="q", documents=["a", "b"], **fields)
+        found = json(RERANK.to_reply([result([[-1.0], [2.0]])], asked, served(RERANKER)))["results"]
+        assert [entry["relevance_score"] for entry in found] == [2.0, -1.0]
+
+
+def test_an_embedding_model_ranks_by_cosine() -> None:
+    asked = body(RerankBody, query="q", documents=["a", "b"], top_n=1)
+    query, documents = RERANK.to_requests(asked, served())
+    assert query == EmbedRequest(texts=["q"], input_type="query")
+    assert documents == EmbedRequest(texts=["a", "b"], input_type="document", on_empty="embed")
+    results = [result([[0.6, 0.8]]), result([[1.0, 0.0], [0.0, 1.0]])]
+    found = json(RERANK.to_reply(results, asked, served()))["results"]
+    assert found == [{"index": 1, "relevance_score": pytest.approx(0.8)}]
+    with pytest.raises(EmptyInputError):
+        RERANK.to_requests(body(RerankBody, query="", documents=["a"]), served())
 
 
 def test_a_ranking_has_the_fields_of_all_four_apis() -> None:
@@ -153,6 +206,7 @@ def test_a_ranking_has_the_fields_of_all_four_apis() -> None:
     found = json(RERANK.to_reply(logits, asked, served(RERANKER, asked="asked")))
     assert [set(entry) for entry in found["results"]] == [{"index", "relevance_score"}] * 2
     assert [entry["index"] for entry in found["results"]] == [100, 99]
+    assert found["meta"].pop("tokens") == {"input_tokens": 202, "output_tokens": 0}
     assert found["meta"] == {"api_version": {"version": "2"}, "billed_units": {"search_units": 2}}  # a hundred documents each
     assert (found["object"], found["model"], found["usage"]["total_tokens"]) == ("rerank", "asked", 202)
     assert set(found) == {"id", "object", "model", "created", "results", "usage", "meta"}
@@ -182,4 +236,4 @@ def test_an_error_is_a_message(error: NpuProxyError, status: int) -> None:
 
 
 def test_all_paths_of_its_clients_are_there() -> None:
-    assert paths(DIALECT) == {("POST", f"/v{version}/{verb}") for version in (1, 2) for verb in ("embed", "rerank")}
+    assert paths(DIALECT) == {("POST", path) for path in ("/v1/embed", "/v2/embed", "/v2/rerank", "/v1/tokenize")}

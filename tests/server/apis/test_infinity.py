@@ -1,7 +1,9 @@
 """Infinity's API on plain values: the fields of its rankings and classes, its errors, and which bodies of /classify are its own."""
 
+from typing import Any
+
 import pytest
-from api_values import CLASSIFIER, RERANKER, body, body_fields, inference, json, paths, result, served
+from api_values import CLASSIFIER, RERANKER, Listing, body, body_fields, inference, json, model_info, paths, result, served
 
 from npu_proxy import DeviceError, EmbedRequest, EmptyInputError, InputError, OverloadedError, Settings, TooLongError
 from npu_proxy.errors import NpuProxyError, UnsupportedError
@@ -28,9 +30,9 @@ def test_a_query_is_paired_with_each_document() -> None:
 def test_a_ranking_has_infinitys_fields() -> None:
     found = ranking(raw_scores=True)
     assert found["results"] == [
-        {"relevance_score": 2.0, "index": 1},
-        {"relevance_score": 1.0, "index": 2},
-        {"relevance_score": 0.0, "index": 0},
+        {"relevance_score": 2.0, "index": 1, "document": None},
+        {"relevance_score": 1.0, "index": 2, "document": None},
+        {"relevance_score": 0.0, "index": 0, "document": None},
     ]
     assert (found["object"], found["model"]) == ("rerank", "asked")
     assert found["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
@@ -97,7 +99,36 @@ def test_lists_of_texts_are_infinitys_unless_the_setting_says_otherwise(given: o
 
 def test_a_body_without_input_is_answered_in_infinitys_words() -> None:
     assert inference(DIALECT, "/classify").applies(body_fields(), Settings())
-    assert paths(DIALECT) == {("POST", "/rerank"), ("POST", "/classify")}
+    assert paths(DIALECT) == {("POST", "/rerank"), ("POST", "/classify"), ("GET", "/models")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "setting", "own"),
+    [
+        ({"raw_scores": False}, "auto", True),
+        ({"raw_scores": True, "return_documents": True}, "auto", True),
+        ({"return_documents": True}, "auto", False),
+        ({"return_documents": True}, "infinity", True),
+        ({"raw_scores": False}, "vllm", False),
+        ({"texts": ["a"], "raw_scores": False}, "auto", False),
+        ({"texts": ["a"]}, "infinity", False),
+    ],
+)
+def test_rankings_with_raw_scores_are_infinitys_unless_the_setting_says_otherwise(fields: dict, setting: Any, own: bool) -> None:
+    applies = inference(DIALECT, "/rerank").applies
+    assert applies(body_fields(query="q", documents=["a"], **fields), Settings(rerank_dialect=setting)) is own
+
+
+def test_models_have_what_infinitys_client_insists_on() -> None:
+    listed = json(infinity.models(Listing(model_info("mean", names=("ada",)), model_info(RERANKER), model_info(CLASSIFIER)), ""))
+    assert [(entry["id"], entry["capabilities"]) for entry in listed["data"]] == [
+        ("mean", ["embed"]),
+        (RERANKER, ["rerank"]),
+        (CLASSIFIER, ["classify"]),
+        ("ada", ["embed"]),
+    ]
+    assert {entry["owned_by"] for entry in listed["data"]} == {"infinity"}
+    assert all(entry["stats"]["batch_size"] and entry["backend"] for entry in listed["data"])
 
 
 # -- errors --------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """OpenVINO Model Server's API on plain values: its token lists, and the routes it shares with vLLM and Cohere."""
 
 import pytest
-from api_values import RERANKER, body, inference, json, paths, result, served
+from api_values import RERANKER, Listing, body, inference, json, model_info, paths, result, served
 
 from npu_proxy import EmptyInputError, InputError, OverloadedError
 from npu_proxy.errors import NpuProxyError
-from npu_proxy.server.apis import cohere, vllm
-from npu_proxy.server.apis.model_server import DIALECT, TokenizeBody, tokenize
+from npu_proxy.server.apis import vllm
+from npu_proxy.server.apis.model_server import DIALECT, TokenizeBody, config, ready, tokenize
 from npu_proxy.server.apis.pooling import PoolingBody, ScoreBody
 from npu_proxy.server.apis.scoring import RerankBody
+from npu_proxy.server.errors import UnknownModelError
 
 IDS = served().tokenizer.plain(["the cat"])[0].ids.tolist()
 
@@ -46,7 +47,17 @@ def test_no_text_at_all_names_its_field() -> None:
 
 
 def test_all_paths_of_its_clients_are_there() -> None:
-    assert paths(DIALECT) == {("POST", path) for path in ("/v3/pooling", "/v3/score", "/tokenize", "/v3/tokenize", "/v3/rerank")}
+    posts = {("POST", path) for path in ("/v3/pooling", "/v3/score", "/tokenize", "/v3/tokenize", "/v3/rerank")}
+    assert paths(DIALECT) == posts | {("GET", "/v1/config"), ("GET", "/v2/models/{id:path}/ready")}
+
+
+def test_the_configuration_lists_the_models() -> None:
+    listing = Listing(model_info("mean"), model_info("cls", loaded=False))
+    found = json(config(listing, ""))
+    assert {name: entry["model_version_status"][0]["state"] for name, entry in found.items()} == {"mean": "AVAILABLE", "cls": "END"}
+    assert json(ready(listing, "cls")) == {"name": "cls", "ready": True}
+    with pytest.raises(UnknownModelError):
+        ready(listing, "none")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +67,7 @@ def test_all_paths_of_its_clients_are_there() -> None:
         ("/v3/score", inference(vllm.DIALECT, "/score"), body(ScoreBody, text_1="a", text_2="b"), "mean", [[0.6], [0.8]]),
         (
             "/v3/rerank",
-            inference(cohere.DIALECT, "/v2/rerank"),
+            inference(vllm.DIALECT, "/v1/rerank"),
             body(RerankBody, query="q", documents=["a", "b"], top_n=1),
             RERANKER,
             [[0.5], [1.0]],

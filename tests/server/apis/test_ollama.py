@@ -33,7 +33,6 @@ from npu_proxy.version import __version__
         ({"dimensions": -3}, {}),
         ({"options": {"num_ctx": 5}}, {"max_tokens": 5}),
         ({"options": {"num_ctx": 5.9}}, {"max_tokens": 5}),
-        ({"options": {"num_ctx": 0.5}}, {}),
         ({"options": {"num_ctx": -1}}, {}),
         ({"options": {"num_ctx": 1e12}}, {}),
         ({"options": {"temperature": 1, "num_ctx": None}}, {}),
@@ -42,13 +41,25 @@ from npu_proxy.version import __version__
 def test_each_field_sets_its_option_alone(fields: dict[str, object], options: dict[str, Any]) -> None:
     for given_input, texts in (("a", ["a"]), (["a", "b"], ["a", "b"])):
         (request,) = to_requests(body(EmbedBody, input=given_input, **fields), served())
-        assert request == EmbedRequest(texts=texts, **options)
+        assert request == EmbedRequest(texts=texts, on_empty="embed", **options)
 
 
 def test_the_older_route_has_one_text_that_is_not_normalized() -> None:
     (request,) = ollama.prompt_requests(body(PromptBody, prompt="a", options={"num_ctx": 4}), served())
-    assert request == EmbedRequest(texts=["a"], normalize=False, max_tokens=4)
+    assert request == EmbedRequest(texts=["a"], normalize=False, max_tokens=4, on_empty="embed")
+    assert ollama.prompt_requests(body(PromptBody, input="a"), served())[0].texts == ["a"]
     assert ollama.prompt_requests(body(PromptBody), served()) == []
+
+
+@pytest.mark.parametrize("given", [0, 0.0, 0.5])
+def test_a_context_of_no_tokens_is_refused_in_ollamas_words(given: float) -> None:
+    with pytest.raises(InputError, match="cannot be truncated further"):
+        to_requests(body(EmbedBody, input="a", options={"num_ctx": given}), served())
+
+
+def test_an_operators_placeholder_stands_for_empty_texts_here_too() -> None:
+    (request,) = to_requests(body(EmbedBody, input=["a", ""]), served(on_empty="placeholder"))
+    assert request.on_empty is None
 
 
 @pytest.mark.parametrize("given_input", [5, True, {"a": 1}, [["a"]], ["a", None]])
@@ -237,6 +248,9 @@ def test_errors_have_ollamas_words_where_its_clients_look_for_them(error: NpuPro
 def test_all_paths_of_its_clients_are_there() -> None:
     assert paths(DIALECT) == {
         ("POST", "/api/embed"),
+        ("POST", "/embed"),
+        ("POST", "/api/generate"),
+        ("POST", "/api/chat"),
         ("POST", "/api/embeddings"),
         ("POST", "/api/show"),
         ("POST", "/api/pull"),
@@ -246,4 +260,6 @@ def test_all_paths_of_its_clients_are_there() -> None:
         ("GET", "/api/version"),
     }
     (version,) = [route for route in DIALECT.routes if route.path == "/api/version"]
-    assert json(version.answer(Listing(), "")) == {"version": __version__}  # type: ignore[union-attr, operator, arg-type]
+    told = json(version.answer(Listing(), ""))  # type: ignore[union-attr, operator, arg-type]
+    assert told["npu_proxy"] == __version__
+    assert tuple(map(int, told["version"].split("."))) >= (0, 6, 4)  # which clients ask for

@@ -9,6 +9,7 @@ from api_values import CLASSIFIER, RERANKER, Listing, body, body_fields, inferen
 from npu_proxy import DeadlineError, DeviceError, EmbedRequest, EmptyInputError, InputError, OverloadedError, Settings, TooLongError
 from npu_proxy.errors import NpuProxyError, StoppedError, UnsupportedError
 from npu_proxy.server.apis import tei
+from npu_proxy.server.apis.contract import InferenceRoute
 from npu_proxy.server.apis.tei import (
     DIALECT,
     AllBody,
@@ -16,7 +17,6 @@ from npu_proxy.server.apis.tei import (
     EmbedBody,
     PredictBody,
     RerankBody,
-    RootBody,
     SimilarityBody,
     TokenizeBody,
 )
@@ -44,14 +44,12 @@ def test_every_route_cuts_texts_as_the_body_says(fields: dict[str, object], trun
     found = [
         *tei.to_requests(body(EmbedBody, inputs="a", **fields), served()),
         *tei.similarity_requests(body(SimilarityBody, inputs=sentences, parameters=fields), served()),
-        *tei.root_requests(body(RootBody, inputs="a", **fields), served()),
-        *tei.root_requests(body(RootBody, inputs=sentences, parameters=fields), served()),
         *tei.sparse_requests(body(AllBody, inputs="a", **fields), served("bert_splade")),
         *tei.all_requests(body(AllBody, inputs="a", **fields), served("colbert")),
         *tei.predict_requests(body(PredictBody, inputs="a", **fields), served(CLASSIFIER)),
         *tei.rerank_requests(body(RerankBody, query="q", texts=["a"], **fields), served(RERANKER)),
     ]
-    assert [request.truncate for request in found] == [truncate] * 8
+    assert [request.truncate for request in found] == [truncate] * 6
 
 
 @pytest.mark.parametrize(
@@ -65,9 +63,8 @@ def test_every_route_cuts_texts_as_the_body_says(fields: dict[str, object], trun
     ],
 )
 def test_each_field_sets_its_option_alone(fields: dict[str, object], options: dict[str, object]) -> None:
-    for kind, convert in ((EmbedBody, tei.to_requests), (RootBody, tei.root_requests)):
-        (request,) = convert(body(kind, inputs=["a", "b"], **fields), served())
-        assert request == EmbedRequest(texts=["a", "b"], **options)  # type: ignore[arg-type]
+    (request,) = tei.to_requests(body(EmbedBody, inputs=["a", "b"], **fields), served())
+    assert request == EmbedRequest(texts=["a", "b"], on_empty="embed", **options)  # type: ignore[arg-type]
 
 
 def test_inputs_are_texts_or_ids_or_both() -> None:
@@ -105,9 +102,6 @@ def test_sentences_are_compared_with_the_first_text() -> None:
     assert tei.similarity_requests(given, served()) == [EmbedRequest(texts=["a", "b", "c"], prompt_name="query")]
     vectors = result([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
     assert tei.similarity_reply([vectors], given, served()) == pytest.approx([0.6, 0.8])
-    root = body(RootBody, inputs={"source_sentence": "a", "sentences": ["b", "c"]})
-    assert tei.root_reply([vectors], root, served()) == pytest.approx([0.6, 0.8])
-    assert np.shape(tei.root_reply([vectors], body(RootBody, inputs=["a", "b", "c"]), served())) == (3, 2)
     with pytest.raises(EmptyInputError) as caught:
         tei.similarity_requests(body(SimilarityBody, inputs={"source_sentence": "a", "sentences": []}), served())
     assert caught.value.param == "inputs"
@@ -138,12 +132,50 @@ def test_two_texts_in_a_list_are_a_pair(given: object, texts: list, single: bool
     assert len(reply) == (3 if single else len(texts))
 
 
-@pytest.mark.parametrize("given", [[], ["a"], ["a", "b", "c"], [[]], [["a", "b", "c"]], ["a", ["b"]]])
+@pytest.mark.parametrize("given", [[], ["a", "b", "c"], [[]], [["a", "b", "c"]], ["a", ["b"]]])
 def test_predictions_of_anything_else_name_their_field(given: list) -> None:
     with pytest.raises(InputError) as caught:
         tei.predict_requests(body(PredictBody, inputs=given), served(CLASSIFIER))
     assert caught.value.param == "inputs"
     assert isinstance(caught.value, EmptyInputError) == (given == [])
+
+
+def test_a_list_of_one_text_is_a_single_text_and_parameters_ask_for_a_list_per_text() -> None:
+    logits = [result([[0.0, 1.0, 2.0]])]
+    alone = body(PredictBody, inputs=["a"])
+    assert tei.predict_requests(alone, served(CLASSIFIER)) == [EmbedRequest(texts=["a"], output_type=OutputType.SCORES)]
+    assert isinstance(json(tei.predict_reply(logits, alone, served(CLASSIFIER)))[0], dict)
+    hugging = body(PredictBody, inputs="a", parameters={"top_k": 2, "function_to_apply": "none"})
+    assert [entry["score"] for entry in json(tei.predict_reply(logits, hugging, served(CLASSIFIER)))[0]] == [2.0, 1.0]
+    for wrong in ({"top_k": 0}, {"function_to_apply": "sigmoid"}):
+        with pytest.raises(InputError) as caught:
+            tei.predict_requests(body(PredictBody, inputs="a", parameters=wrong), served(CLASSIFIER))
+        assert caught.value.param == f"parameters.{next(iter(wrong))}"
+
+
+def test_hosted_models_are_asked_by_the_body_and_by_their_kind() -> None:
+    routes = [route for route in DIALECT.routes if route.path == "/" and isinstance(route, InferenceRoute)]
+
+    def chosen(name: str, **fields: object) -> type:
+        found = (route for route in routes if route.applies(body_fields(**fields), Settings()) and route.suits(served(name).spec))
+        return next(found).body
+
+    sentences = {"source_sentence": "a", "sentences": ["b"]}
+    assert chosen("mean", inputs="a") is EmbedBody
+    assert chosen("mean", inputs=sentences) is SimilarityBody
+    assert chosen(CLASSIFIER, inputs="a") is PredictBody
+    assert chosen("bert_splade", inputs="a") is AllBody
+    assert chosen(RERANKER, query="q", texts=["a"]) is RerankBody
+
+
+@pytest.mark.parametrize(
+    ("speed", "most", "offer"),
+    [(0.0, 2048, 32), (10.0, 2048, 32), (6000.0, 2048, 1250), (1e9, 2048, 2048), (1e9, 64, 64), (0.0, 8, 8)],
+)
+def test_as_many_texts_are_offered_as_fit_into_a_third_of_the_time(speed: float, most: int, offer: int) -> None:
+    info = json(tei.info(Listing(model_info(tokens_per_second=speed), max_client_batch=most), ""))
+    assert model_info().spec.max_length == 48
+    assert info["max_client_batch_size"] == offer
 
 
 def test_only_a_classifier_predicts_and_only_a_ranker_ranks() -> None:
@@ -307,12 +339,7 @@ def test_a_body_without_a_model_goes_to_one_that_suits(path: str, names: set[str
 
 
 def test_pairs_count_twice() -> None:
-    assert {path: inference(DIALECT, path).texts_per_item for path in ("/embed", "/", "/invocations", "/similarity")} == {
-        "/embed": 1,
-        "/": 2,
-        "/invocations": 2,
-        "/similarity": 2,
-    }
+    assert [inference(DIALECT, path).texts_per_item for path in ("/embed", "/similarity")] == [1, 2]
     assert ("GET", "/info") in paths(DIALECT)
 
 

@@ -10,7 +10,7 @@ from npu_proxy.server.apis import vllm
 from npu_proxy.server.apis.pooling import PoolingBody, ScoreBody
 from npu_proxy.server.apis.vllm import DIALECT, ClassifyBody, DetokenizeBody, TokenizeBody
 from npu_proxy.server.errors import UnknownModelError
-from npu_proxy.types import OutputType, Pair
+from npu_proxy.types import OutputType, Pair, Truncate
 
 POOLING, SCORE = inference(DIALECT, "/pooling"), inference(DIALECT, "/score")
 COMMON = {"id", "object", "created", "model", "data", "usage"}
@@ -29,7 +29,9 @@ COMMON = {"id", "object", "created", "model", "data", "usage"}
         ({"normalize": False}, {"normalize": False}),
         ({"truncate_prompt_tokens": 5}, {"max_tokens": 5}),
         ({"truncate_prompt_tokens": -1}, {}),
-        ({"truncate_prompt_tokens": 0}, {}),
+        ({"truncation_side": "left"}, {"truncate": Truncate.START}),
+        ({"use_activation": False}, {"normalize": False}),
+        ({"endianness": "big", "encoding_format": "base64"}, {}),
     ],
 )
 def test_each_field_sets_its_option_alone(fields: dict[str, object], options: dict) -> None:
@@ -59,7 +61,8 @@ def test_pooled_vectors_have_vllms_fields() -> None:
         ({"text_1": "a", "text_2": ["b", "c"]}, ["a"], ["b", "c"]),
         ({"text_1": ["a", "d"], "text_2": ["b", "c"]}, ["a", "d"], ["b", "c"]),
         ({"queries": ["a"], "documents": ["b", "c"]}, ["a"], ["b", "c"]),
-        ({"queries": "a", "text_1": "x", "documents": "b", "text_2": "y"}, ["a"], ["b"]),
+        ({"data_1": {"content": [{"type": "text", "text": "a"}]}, "data_2": [{"text": "b"}, "c"]}, ["a"], ["b", "c"]),
+        ({"queries": "a", "items": ["b"]}, ["a"], ["b"]),
     ],
 )
 def test_one_text_is_compared_with_all_or_each_with_its_own(fields: dict[str, object], left: list[str], right: list[str]) -> None:
@@ -151,16 +154,15 @@ def test_tokens_are_counted_and_named_where_asked_for() -> None:
     bare = json(vllm.tokenize(body(TokenizeBody, prompt="the cat", add_special_tokens=False), served()))
     assert bare["tokens"] == plain["tokens"][1:-1]
     back = vllm.detokenize(body(DetokenizeBody, tokens=plain["tokens"]), served())
-    assert json(back) == {"prompt": "[CLS] the cat [SEP]"}
+    assert json(back) == dict.fromkeys(("prompt", "content", "text"), "[CLS] the cat [SEP]")
     with pytest.raises(InputError):
         vllm.detokenize(body(DetokenizeBody, tokens=[10**6]), served())
 
 
 def test_a_body_with_a_prompt_is_vllms() -> None:
-    for path in ("/tokenize", "/v1/tokenize"):
-        (route,) = [route for route in DIALECT.routes if route.path == path]
-        assert route.applies(body_fields(prompt="a"), Settings())  # type: ignore[union-attr]
-        assert not route.applies(body_fields(inputs="a", text="a"), Settings())  # type: ignore[union-attr]
+    (route,) = [route for route in DIALECT.routes if route.path == "/tokenize"]
+    assert route.applies(body_fields(prompt="a"), Settings())  # type: ignore[union-attr]
+    assert not route.applies(body_fields(inputs="a", text="a"), Settings())  # type: ignore[union-attr]
     assert {path for _, path in paths(DIALECT)} == {
         "/pooling",
         "/score",
@@ -168,7 +170,12 @@ def test_a_body_with_a_prompt_is_vllms() -> None:
         "/tokenize",
         "/v1/tokenize",
         "/detokenize",
+        "/v1/detokenize",
         "/classify",
+        "/v1/classify",
+        "/rerank",
+        "/v1/rerank",
+        "/v1/reranks",
     }
 
 

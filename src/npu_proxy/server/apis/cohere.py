@@ -1,60 +1,41 @@
-"""The Cohere API: /v1/embed, /v2/embed, and rerank in the format of Cohere, Jina and vLLM. Source: its API reference."""
+"""The Cohere API: /v1/embed, /v2/embed, /v2/rerank, /v1/tokenize. Source: its API reference and cohere-python."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from npu_proxy.engine.finish import cast
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
-from npu_proxy.server.apis.common import float_rows, float_vectors, tokens_used
-from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ServedModel
+from npu_proxy.server.apis.common import float_rows, float_vectors, tokens_used, with_failures
+from npu_proxy.server.apis.contract import Dialect, InferenceRoute, Refused, RequestBody, ServedModel, TokenizerRoute
+from npu_proxy.server.apis.inputs import TextPart, cut_of, input_type, texts_of
 from npu_proxy.server.apis.scoring import ApiVersion, rerank_route
-from npu_proxy.types import DType, EmbedRequest, EmbedResult, Truncate
+from npu_proxy.types import DType, EmbedRequest, EmbedResult
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
-InputType = Literal["search_document", "search_query", "classification", "clustering", "image"]
-CohereTruncate = Literal["NONE", "START", "END"]
-
-_TRUNCATE = {"NONE": Truncate.ERROR, "START": Truncate.START, "END": Truncate.END}
-_INPUT_TYPE = {
-    "search_document": "document",
-    "search_query": "query",
-    "classification": "classification",
-    "clustering": "clustering",
-}
 
 
-class Content(msgspec.Struct, kw_only=True):
-    """A part of an input; only parts of type `text` are supported."""
-
-    type: str
-    text: str | None = None
-
-
-class Input(msgspec.Struct, kw_only=True):
-    """An input of several parts, joined by spaces."""
-
-    content: list[Content]
-
-
-class BodyV1(msgspec.Struct, kw_only=True):
+class BodyV1(RequestBody, kw_only=True):
     """Body of POST /v1/embed."""
 
     texts: list[str] | None = None
     model: str | None = None
-    input_type: InputType | None = None
+    input_type: str | None = None
     embedding_types: list[EmbeddingType] | None = None
-    truncate: CohereTruncate | None = None
+    truncate: str | None = None
+
+    refused: ClassVar[Mapping[str, Refused]] = {"images": Refused("are not supported; this server embeds texts", neutral=([],))}
+    harmless: ClassVar[Mapping[str, str]] = {"priority": "the lane of the request, for all routes"}
 
 
 class BodyV2(BodyV1, kw_only=True):
     """Body of POST /v2/embed."""
 
-    inputs: list[Input] | None = None
+    inputs: list[TextPart] | None = None
     output_dimension: int | None = None
     max_tokens: int | None = None
 
@@ -102,6 +83,20 @@ class ReplyV2(msgspec.Struct, kw_only=True):
     meta: Meta
 
 
+class TokenizeBody(RequestBody, kw_only=True):
+    """Body of POST /v1/tokenize."""
+
+    text: str
+    model: str | None = None
+
+
+class Tokenized(msgspec.Struct, kw_only=True):
+    """Reply of POST /v1/tokenize: ids and texts of the tokens, without special ones."""
+
+    tokens: list[int]
+    token_strings: list[str]
+
+
 class Error(msgspec.Struct, kw_only=True):
     """Error format of this API."""
 
@@ -110,19 +105,19 @@ class Error(msgspec.Struct, kw_only=True):
 
 def to_requests(body: BodyV1, served: ServedModel) -> list[EmbedRequest]:
     """Return a request for float vectors, from which the other types are made. Raises InputError."""
-    if body.input_type == "image":
+    if (body.input_type or "").lower() == "image":
         raise InputError("input_type `image` needs an image model; this server embeds only text", param="input_type")
     newer = body if isinstance(body, BodyV2) else BodyV2()
-    dimensions = newer.output_dimension
+    dimensions = newer.output_dimension or None
     if (dimensions or served.spec.width) % 8 and {"binary", "ubinary"} & set(body.embedding_types or ()):
         raise InputError("binary types need a number of dimensions divisible by 8", param="output_dimension")
     if newer.max_tokens is not None and newer.max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, not {newer.max_tokens}", param="max_tokens")
     request = EmbedRequest(
         texts=_texts(body),
-        input_type=_INPUT_TYPE.get(body.input_type or ""),
+        input_type=input_type(body.input_type),
         dimensions=dimensions,
-        truncate=_TRUNCATE[body.truncate or "END"],
+        truncate=cut_of(body.truncate),
         max_tokens=newer.max_tokens,
     )
     return [request]
@@ -143,6 +138,12 @@ def to_v2(results: Sequence[EmbedResult], body: BodyV2, _: ServedModel) -> Reply
     return ReplyV2(embeddings=_by_type(result, body.embedding_types or ["float"]), **_common(results, body, "2"))
 
 
+def tokenize(body: TokenizeBody, served: ServedModel) -> Tokenized:
+    """Return the tokens of a text."""
+    (tokens,) = served.tokenizer.tokens([body.text], "", special=False)
+    return Tokenized(tokens=[token.id for token in tokens], token_strings=[token.text for token in tokens])
+
+
 def to_error(error: NpuProxyError, _: int) -> Error:
     """Return the error's message."""
     return Error(message=str(error))
@@ -150,10 +151,7 @@ def to_error(error: NpuProxyError, _: int) -> Error:
 
 def _texts(body: BodyV1) -> list[Any]:
     if isinstance(body, BodyV2) and body.inputs:
-        parts = [part for given in body.inputs for part in given.content]
-        if any(part.type != "text" or part.text is None for part in parts):
-            raise InputError("`inputs` may contain only parts of type `text`", param="inputs")
-        return [" ".join(part.text or "" for part in given.content) for given in body.inputs]
+        return [*texts_of(body.inputs, "inputs")]
     if not body.texts:
         raise EmptyInputError("`texts` is empty; send at least one text", param="texts")
     return list(body.texts)
@@ -162,7 +160,7 @@ def _texts(body: BodyV1) -> list[Any]:
 def _by_type(result: EmbedResult, types: list[EmbeddingType]) -> ByType:
     floats = float_vectors(result)
     cast_to = {name: cast(floats, DType.FLOAT32 if name == "float" else DType(name)) for name in dict.fromkeys(types)}
-    lists: dict[str, Any] = {name: list(vectors) for name, vectors in cast_to.items()}
+    lists: dict[str, Any] = {name: with_failures(list(vectors), result) for name, vectors in cast_to.items()}
     return ByType(floats=lists.pop("float", None), **lists)
 
 
@@ -173,11 +171,13 @@ def _common(results: Sequence[EmbedResult], body: BodyV1, version: str) -> dict[
 
 DIALECT = Dialect(
     name="Cohere",
+    base="cohere",
     routes=[
         InferenceRoute(
             path="/v1/embed",
             summary="Embed texts",
             body=BodyV1,
+            vectors=True,
             reply=ReplyV1,
             to_requests=to_requests,
             to_reply=to_v1,
@@ -186,12 +186,20 @@ DIALECT = Dialect(
             path="/v2/embed",
             summary="Embed texts",
             body=BodyV2,
+            vectors=True,
             reply=ReplyV2,
             to_requests=to_requests,
             to_reply=to_v2,
         ),
-        rerank_route("/v1/rerank"),
-        rerank_route("/v2/rerank"),
+        rerank_route("/v2/rerank", documents=False),
+        TokenizerRoute(
+            path="/v1/tokenize",
+            summary="Tokenize a text",
+            body=TokenizeBody,
+            reply=Tokenized,
+            answer=tokenize,
+            applies=lambda fields, _: fields.has("text"),
+        ),
     ],
     error=Error,
     to_error=to_error,

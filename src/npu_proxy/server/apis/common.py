@@ -63,13 +63,20 @@ def float_vectors(result: EmbedResult) -> npt.NDArray[np.float32]:
 
 
 def json_vectors(result: EmbedResult) -> list[Any]:
-    """Return the vectors as JSON values: arrays, which are encoded one by one, or base64 strings."""
-    return list(result.embeddings)
+    """Return the vectors as JSON values: arrays, which are encoded one by one, or base64 strings; null for texts that failed."""
+    return with_failures(list(result.embeddings), result)
 
 
 def float_rows(result: EmbedResult) -> list[Any]:
-    """Return the vectors of a request for float32 as JSON values: arrays, which are encoded one by one."""
-    return list(float_vectors(result))
+    """Return the vectors of a request for float32 as JSON values: arrays, which are encoded one by one, or null."""
+    return with_failures(list(float_vectors(result)), result)
+
+
+def with_failures(rows: list[Any], result: EmbedResult) -> list[Any]:
+    """Return one row per text, with null for texts that failed (only if `on_error` is `null`; see http/app.py)."""
+    if not any(result.errors):
+        return rows
+    return [None if error is not None else row for row, error in zip(rows, result.errors, strict=True)]
 
 
 def header_text(text: str) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
 from npu_proxy.engine.tokenize import RequestTokenizer
+from npu_proxy.engine.validation import can_classify, can_rerank
 from npu_proxy.errors import NpuProxyError
 from npu_proxy.models.store import StoredModel
 from npu_proxy.server.errors import STATUS
@@ -20,7 +21,7 @@ from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedRequest, EmbedResult, OutputType
 
-Body = TypeVar("Body", bound=msgspec.Struct)
+Body = TypeVar("Body", bound="RequestBody")
 Reply = TypeVar("Reply")
 
 
@@ -58,7 +59,7 @@ class ModelInfo:
     """A model that clients may request.
 
     since: when it was loaded or stored, in Unix seconds. names: further names for it. expires: when it will be unloaded, in
-    Unix seconds; None for never, or if it is not loaded.
+    Unix seconds; None for never, or if it is not loaded. tokens_per_second: measured speed; 0 if it is unknown.
     """
 
     spec: ModelSpec
@@ -66,6 +67,7 @@ class ModelInfo:
     names: Sequence[str] = ()
     loaded: bool = True
     expires: float | None = None
+    tokens_per_second: float = 0.0
 
     @property
     def size(self) -> int:
@@ -109,6 +111,12 @@ class ModelListing(Protocol):
 class BodyFields(msgspec.Struct):
     """The fields that distinguish the bodies of the APIs, as raw JSON; empty if a body does not have the field."""
 
+    model: Any = None
+    raw_scores: msgspec.Raw = msgspec.Raw()
+    top_k: msgspec.Raw = msgspec.Raw()
+    truncation: msgspec.Raw = msgspec.Raw()
+    content: msgspec.Raw = msgspec.Raw()
+    query: msgspec.Raw = msgspec.Raw()
     inputs: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
     prompt: msgspec.Raw = msgspec.Raw()
@@ -134,6 +142,43 @@ def is_dense(spec: ModelSpec) -> bool:
     return OutputType.DENSE in spec.output_types
 
 
+def kind_of(spec: ModelSpec) -> str:
+    """What a model is for: `embedding`, `reranker`, `classifier`, or `sparse`. A kind is also a name for its first model."""
+    if is_dense(spec):
+        return "embedding"
+    if can_classify(spec) and len(spec.labels) > 2:
+        return "classifier"
+    return "reranker" if can_rerank(spec) else "classifier" if can_classify(spec) else "sparse"
+
+
+KINDS = ("embedding", "reranker", "classifier", "sparse")
+
+
+# -- fields --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A field of the original API that would change the result, and that is not supported.
+
+    why: continues the field's name in the error. neutral: values that ask for nothing and are accepted; null is always one.
+    """
+
+    why: str
+    neutral: Sequence[object] = ()
+
+
+class RequestBody(msgspec.Struct, kw_only=True):
+    """Base of the body types. Each knows every field of its API: those it has are obeyed, and the others are in its tables.
+
+    refused: fields that would change the result. harmless: fields that would not, with the reason. Any other field is ignored, as
+    the APIs themselves do. docs/fields.md is made from these tables.
+    """
+
+    refused: ClassVar[Mapping[str, Refused]] = {}
+    harmless: ClassVar[Mapping[str, str]] = {}
+
+
 # -- routes --------------------------------------------------------------------------------------------------------------
 
 
@@ -143,9 +188,10 @@ class InferenceRoute(Generic[Body, Reply]):
 
     body, reply: their types, from which the OpenAPI document is built. to_requests: may return several requests, or none if
     the body has no input. to_reply: receives the results in the order of the requests. suits: whether a model can serve the
-    request; if the body names no model, the first that can is used. texts_per_item: texts per item of the request, two if
-    pairs are compared. bytes_per_number: memory per number of a result; about 21 as JSON, 4 in an array. keep_alive: seconds to
-    keep the model loaded afterwards, None if the body does not specify it.
+    request; if the body names no model, the first that can is used. model_in_path: whether ``{id:path}`` in the path names the
+    model. vectors: whether the reply has one vector per text, so that the setting `on_error` applies. texts_per_item: texts per
+    item of the request, two if pairs are compared. bytes_per_number: memory per number of a result; about 21 as JSON, 4 in an
+    array. keep_alive: seconds to keep the model loaded afterwards, None if the body does not specify it.
     """
 
     path: str
@@ -157,6 +203,8 @@ class InferenceRoute(Generic[Body, Reply]):
     applies: Applies = _always
     keep_alive: Callable[[Body], float | None] = lambda _: None
     suits: Callable[[ModelSpec], bool] = is_dense
+    model_in_path: bool = False
+    vectors: bool = False
     texts_per_item: int = 1
     bytes_per_number: int = 21
     method: Literal["POST"] = "POST"
@@ -172,6 +220,8 @@ class TokenizerRoute(Generic[Body, Reply]):
     reply: Any
     answer: Callable[[Body, ServedModel], Reply]
     applies: Applies = _always
+    suits: Callable[[ModelSpec], bool] = lambda _: True
+    model_in_path: bool = False
     method: Literal["POST"] = "POST"
 
 
@@ -206,11 +256,13 @@ Route = InferenceRoute[Any, Any] | TokenizerRoute[Any, Any] | ModelQuery[Any] | 
 class Dialect:
     """One API in the form its clients expect.
 
+    base: a path below which its own form answers on paths that several APIs share, such as `/infinity/rerank`.
     error, to_error: the type of its errors, and the function that builds one for an HTTP status. status: HTTP status by error
     kind, for those that differ from STATUS. headers: headers for its clients, in addition to npu-proxy's own.
     """
 
     name: str
+    base: str
     routes: Sequence[Route]
     error: type[msgspec.Struct]
     to_error: Callable[[NpuProxyError, int], msgspec.Struct]
@@ -222,6 +274,11 @@ class Dialect:
         return self.status.get(error.kind, STATUS.get(error.kind, 500))
 
 
+_UNNAMED = ("", "default/not-specified")
+"""Names that clients send if their user names no model: the second one is Infinity's."""
+
+
 def model_of(body: object) -> str | None:
     """Return the model that a body names, or None."""
-    return getattr(body, "model", None)
+    name = getattr(body, "model", None)
+    return name if isinstance(name, str) and name not in _UNNAMED else None

@@ -1,24 +1,34 @@
-"""The parts of the Infinity API that differ from OpenAI's: /rerank and /classify. Source: Infinity's server."""
+"""The parts of the Infinity API that differ from OpenAI's: /rerank, /classify and /models. Source: Infinity's server."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from npu_proxy.engine.validation import can_classify, can_rerank
-from npu_proxy.errors import EmptyInputError
 from npu_proxy.server.apis.common import StatusError, Usage, to_status_error, usage
-from npu_proxy.server.apis.contract import BodyFields, Dialect, InferenceRoute, ServedModel
+from npu_proxy.server.apis.contract import (
+    BodyFields,
+    Dialect,
+    InferenceRoute,
+    ModelInfo,
+    ModelListing,
+    ModelQuery,
+    RequestBody,
+    ServedModel,
+    kind_of,
+)
+from npu_proxy.server.apis.inputs import Text, texts_of
 from npu_proxy.server.apis.scoring import classified, reranked, to_classify, to_rerank
 from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedRequest, EmbedResult
 
 
-class RerankBody(msgspec.Struct, kw_only=True):
+class RerankBody(RequestBody, kw_only=True):
     """Body of POST /rerank."""
 
     query: str
@@ -29,16 +39,18 @@ class RerankBody(msgspec.Struct, kw_only=True):
     raw_scores: bool | None = None
 
 
-class ClassifyBody(msgspec.Struct, kw_only=True):
-    """Body of POST /classify."""
+class ClassifyBody(RequestBody, kw_only=True):
+    """Body of POST /classify. Infinity itself takes `raw_scores` and does not use it; here it asks for logits."""
 
-    input: list[str]
+    input: list[Text] | str
     model: str | None = None
     raw_scores: bool | None = None
 
+    harmless: ClassVar[Mapping[str, str]] = {"user": "who asks; not used"}
 
-class Rank(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A document's index and score."""
+
+class Rank(msgspec.Struct, kw_only=True):
+    """A document's index and score; the document is null unless it was asked for."""
 
     relevance_score: float
     index: int
@@ -74,6 +86,59 @@ class Classes(msgspec.Struct, kw_only=True):
     created: int
 
 
+class Load(msgspec.Struct, kw_only=True):
+    """How busy a model is; not measured per model here."""
+
+    queue_fraction: float = 0.0
+    queue_absolute: int = 0
+    results_pending: int = 0
+    batch_size: int
+
+
+class Model(msgspec.Struct, kw_only=True):
+    """One of the server's models. `owned_by` is what Infinity's client insists on."""
+
+    id: str
+    object: Literal["model"] = "model"
+    owned_by: Literal["infinity"] = "infinity"
+    created: int
+    backend: Literal["openvino"] = "openvino"
+    capabilities: list[str]
+    stats: Load
+    max_model_len: int
+
+
+class Models(msgspec.Struct, kw_only=True):
+    """Reply of GET /models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+_CAPABILITIES = {"embedding": "embed", "reranker": "rerank", "classifier": "classify"}
+
+
+def models(listing: ModelListing, _: str) -> Models:
+    """List every model by its own name, then by the further names in the server's settings."""
+    found = listing.all()
+    batch = listing.settings.max_client_batch
+    names = [(info, info.spec.name) for info in found] + [(info, name) for info in found for name in info.names]
+    return Models(data=[_model(info, name, batch) for info, name in names])
+
+
+def _model(info: ModelInfo, name: str, batch: int) -> Model:
+    capabilities = [_CAPABILITIES[kind] for kind in [kind_of(info.spec)] if kind in _CAPABILITIES]
+    if capabilities == ["embed"] and can_rerank(info.spec):
+        capabilities.append("rerank")
+    return Model(
+        id=name,
+        created=info.since,
+        capabilities=capabilities,
+        stats=Load(batch_size=batch),
+        max_model_len=info.spec.max_length,
+    )
+
+
 def rerank_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
     """Return the requests to score the query with each document."""
     return to_rerank(served, body.query, body.documents, body.top_n)
@@ -94,9 +159,7 @@ def rerank_reply(results: Sequence[EmbedResult], body: RerankBody, served: Serve
 
 def classify_requests(body: ClassifyBody, served: ServedModel) -> list[EmbedRequest]:
     """Return the request to classify the texts. Raises EmptyInputError."""
-    if not body.input:
-        raise EmptyInputError("`input` is empty; send at least one text", param="input")
-    return to_classify(served, list(body.input))
+    return to_classify(served, [*texts_of(body.input, "input")])
 
 
 def classify_reply(results: Sequence[EmbedResult], body: ClassifyBody, served: ServedModel) -> Classes:
@@ -115,6 +178,15 @@ def _common(results: Sequence[EmbedResult], served: ServedModel) -> dict[str, An
     }
 
 
+def _is_rerank_body(fields: BodyFields, settings: Settings) -> bool:
+    """Whether a body has `raw_scores`, which Infinity's client always sends. The setting `rerank_dialect` overrides this."""
+    if fields.has("texts"):
+        return False
+    if settings.rerank_dialect != "auto":
+        return settings.rerank_dialect == "infinity"
+    return fields.has("raw_scores")
+
+
 def _is_classify_body(fields: BodyFields, settings: Settings) -> bool:
     """Whether `input` is a list of texts, unlike vLLM's text or token ids. The setting `classify_dialect` overrides this."""
     if settings.classify_dialect != "auto":
@@ -125,6 +197,7 @@ def _is_classify_body(fields: BodyFields, settings: Settings) -> bool:
 
 DIALECT = Dialect(
     name="Infinity",
+    base="infinity",
     routes=[
         InferenceRoute(
             path="/rerank",
@@ -135,6 +208,7 @@ DIALECT = Dialect(
             reply=Ranks,
             to_requests=rerank_requests,
             to_reply=rerank_reply,
+            applies=_is_rerank_body,
         ),
         InferenceRoute(
             path="/classify",
@@ -146,6 +220,7 @@ DIALECT = Dialect(
             to_reply=classify_reply,
             applies=_is_classify_body,
         ),
+        ModelQuery(path="/models", summary="List the models", reply=Models, answer=models),
     ],
     error=StatusError,
     to_error=to_status_error,

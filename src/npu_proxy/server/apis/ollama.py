@@ -9,22 +9,34 @@ import logging
 import queue
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
 from npu_proxy.models.catalog import alias
 from npu_proxy.server.apis.common import float_rows, float_vectors, tokens_used
-from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ModelCommand, ModelInfo, ModelListing, ModelQuery, ServedModel
+from npu_proxy.server.apis.contract import (
+    Dialect,
+    InferenceRoute,
+    ModelCommand,
+    ModelInfo,
+    ModelListing,
+    ModelQuery,
+    RequestBody,
+    ServedModel,
+    kind_of,
+)
 from npu_proxy.server.errors import NoBodyError, UnknownModelError
 from npu_proxy.types import EmbedRequest, EmbedResult, Truncate
 from npu_proxy.version import __version__
 
 _log = logging.getLogger("npu_proxy.server")
 
+_API_VERSION = "0.13.5"
+"""The version of Ollama whose API this is; clients such as VS Code refuse older ones."""
 _EVER = "2318-01-01T00:00:00+00:00"
 """Expiry time of a model that is never unloaded; Ollama reports it for keep_alive -1."""
 
@@ -35,7 +47,13 @@ class Options(msgspec.Struct, kw_only=True):
     num_ctx: int | float | None = None
 
 
-class EmbedBody(msgspec.Struct, kw_only=True):
+_HARMLESS: Mapping[str, str] = {
+    "options.*": "all options except `num_ctx` are for models that write text",
+    "stream": "a reply of vectors is never streamed",
+}
+
+
+class EmbedBody(RequestBody, kw_only=True):
     """Body of POST /api/embed."""
 
     model: str | None = None
@@ -44,6 +62,8 @@ class EmbedBody(msgspec.Struct, kw_only=True):
     dimensions: int | None = None
     keep_alive: float | str | None = None
     options: Options | None = None
+
+    harmless: ClassVar[Mapping[str, str]] = _HARMLESS
 
 
 class Embeddings(msgspec.Struct, kw_only=True):
@@ -56,13 +76,16 @@ class Embeddings(msgspec.Struct, kw_only=True):
     prompt_eval_count: int = 0
 
 
-class PromptBody(msgspec.Struct, kw_only=True):
-    """Body of POST /api/embeddings, the older route: one text, not normalized."""
+class PromptBody(RequestBody, kw_only=True):
+    """Body of POST /api/embeddings, the older route: one text, not normalized. `input` is taken for `prompt`."""
 
     model: str | None = None
     prompt: str | None = None
+    input: str | None = None
     keep_alive: float | str | None = None
     options: Options | None = None
+
+    harmless: ClassVar[Mapping[str, str]] = _HARMLESS
 
 
 class Embedding(msgspec.Struct, kw_only=True):
@@ -71,14 +94,20 @@ class Embedding(msgspec.Struct, kw_only=True):
     embedding: list[float]
 
 
-class NameBody(msgspec.Struct, kw_only=True):
+class NameBody(RequestBody, kw_only=True):
     """Body of the routes for one model; older clients send `name` instead of `model`."""
 
     model: str | None = None
     name: str | None = None
-    verbose: bool | None = None
-    insecure: bool | None = None
     stream: bool | None = None
+
+    harmless: ClassVar[Mapping[str, str]] = {
+        "verbose": "asks for tables of the tokenizer, which are left out",
+        "insecure": "would allow http; the server's mirrors are used",
+        "system": "is for models that write text",
+        "template": "is for models that write text",
+        "options": "is for models that write text",
+    }
 
 
 class Details(msgspec.Struct, kw_only=True):
@@ -151,6 +180,7 @@ class Version(msgspec.Struct, kw_only=True):
     """Reply of GET /api/version."""
 
     version: str
+    npu_proxy: str
 
 
 class Error(msgspec.Struct, kw_only=True):
@@ -172,6 +202,7 @@ def to_requests(body: EmbedBody, served: ServedModel) -> list[EmbedRequest]:
         dimensions=body.dimensions if narrower else None,
         truncate=Truncate.ERROR if body.truncate is False else Truncate.END,
         max_tokens=_limit(body.options),
+        on_empty=None if served.settings.on_empty == "placeholder" else "embed",
     )
     return [request]
 
@@ -192,7 +223,8 @@ def to_reply(results: Sequence[EmbedResult], _: EmbedBody, served: ServedModel) 
 
 def prompt_requests(body: PromptBody, _: ServedModel) -> list[EmbedRequest]:
     """Return the request of the older route: one text, or no request if the prompt is empty."""
-    return [EmbedRequest(texts=[body.prompt], normalize=False, max_tokens=_limit(body.options))] if body.prompt else []
+    prompt = body.prompt or body.input
+    return [EmbedRequest(texts=[prompt], normalize=False, max_tokens=_limit(body.options), on_empty="embed")] if prompt else []
 
 
 def prompt_reply(results: Sequence[EmbedResult], _: PromptBody, __: ServedModel) -> Embedding:
@@ -218,6 +250,13 @@ def to_error(error: NpuProxyError, status: int) -> Error:
             return Error(error=words.get(error.kind, str(error)) if status != 500 else str(error))
 
 
+def cannot_write(body: NameBody, listing: ModelListing) -> Nothing:
+    """Refuse to write text, in the words by which clients tell a model that cannot from a server that is not there."""
+    name = body.model or body.name or ""
+    listing.find(name)
+    raise InputError(f'"{name}" does not support generate or chat: this server computes embeddings and ranks texts', param="model")
+
+
 def show(body: NameBody, listing: ModelListing) -> Shown:
     """Describe a model; `model_info` is always present because ollama-python needs it."""
     info = listing.find(body.model or body.name)
@@ -228,10 +267,10 @@ def show(body: NameBody, listing: ModelListing) -> Shown:
             "general.architecture": spec.family,
             "general.parameter_count": info.parameters,
             f"{spec.family}.context_length": spec.max_length,
-            f"{spec.family}.embedding_length": spec.width,
+            f"{spec.family}.embedding_length": _hidden_size(info),
             f"{spec.family}.pooling_type": str(spec.pooling),
         },
-        capabilities=["embedding"],
+        capabilities=[_CAPABILITIES.get(kind_of(spec), "embedding")],
         modelfile=f"FROM {spec.name}\n",
         parameters=f"num_ctx {spec.max_length}",
         template="{{ .Prompt }}",
@@ -340,8 +379,20 @@ def _details(info: ModelInfo) -> Details:
     return Details(family=spec.family, families=[spec.family], parameter_size=f"{millions:.1f}M", quantization_level=level)
 
 
+_CAPABILITIES = {"reranker": "rerank", "classifier": "classify"}
+
+
+def _hidden_size(info: ModelInfo) -> int:
+    """Return the width of a model's token vectors; that of its output would be 1 for a reranker."""
+    width = info.spec.config.get("hidden_size")
+    return width if isinstance(width, int) else info.spec.width
+
+
 def _limit(options: Options | None) -> int | None:
+    """Return `num_ctx`, None if it is negative, which means the model's own. Raises InputError for 0."""
     given = options.num_ctx if options else None
+    if given is not None and 0 <= given < 1:
+        raise InputError("input exceeds maximum context length and cannot be truncated further", param="options.num_ctx")
     return int(given) if given is not None and 1 <= given < 1e9 else None
 
 
@@ -351,15 +402,21 @@ def _time(unix: float) -> str:
 
 DIALECT = Dialect(
     name="Ollama",
+    base="ollama",
     routes=[
-        InferenceRoute(
-            path="/api/embed",
-            summary="Embed texts",
-            body=EmbedBody,
-            reply=Embeddings,
-            to_requests=to_requests,
-            to_reply=to_reply,
-            keep_alive=keep_alive,
+        *(
+            InferenceRoute(
+                path=path,
+                summary="Embed texts",
+                body=EmbedBody,
+                vectors=True,
+                reply=Embeddings,
+                to_requests=to_requests,
+                to_reply=to_reply,
+                keep_alive=keep_alive,
+                applies=lambda fields, _: fields.has("input") and not fields.has("inputs"),
+            )
+            for path in ("/api/embed", "/embed")  # some clients are given a base URL without /api
         ),
         InferenceRoute(
             path="/api/embeddings",
@@ -371,6 +428,10 @@ DIALECT = Dialect(
             keep_alive=keep_alive,
         ),
         ModelCommand(path="/api/show", summary="Show a model", body=NameBody, reply=Shown, answer=show),
+        *(
+            ModelCommand(path=path, summary="Refused: no model here writes text", body=NameBody, reply=Nothing, answer=cannot_write)
+            for path in ("/api/generate", "/api/chat")
+        ),
         ModelCommand(
             path="/api/pull", summary="Download a model (setting `allow_pull`)", body=NameBody, reply=Progress, answer=pull
         ),
@@ -388,7 +449,7 @@ DIALECT = Dialect(
             path="/api/version",
             summary="Show the server's version",
             reply=Version,
-            answer=lambda _, __: Version(version=__version__),
+            answer=lambda _, __: Version(version=_API_VERSION, npu_proxy=__version__),
         ),
     ],
     error=Error,

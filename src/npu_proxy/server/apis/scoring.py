@@ -1,20 +1,31 @@
-"""Reranking and classification for all APIs, and the rerank format that Cohere, Jina, vLLM and OpenVINO Model Server share."""
+"""Reranking and classification for all APIs, and the rerank format that Cohere, Jina, vLLM and others share."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import msgspec
+import numpy as np
 
 from npu_proxy.engine.scoring import probabilities, rerank_requests, rerank_results, sorted_labels
-from npu_proxy.engine.validation import can_rerank, check_classifier
+from npu_proxy.engine.validation import can_rerank, check_classifier, check_ranking
 from npu_proxy.errors import InputError
-from npu_proxy.server.apis.common import Usage, usage
-from npu_proxy.server.apis.contract import InferenceRoute, ServedModel
-from npu_proxy.types import EmbedRequest, EmbedResult, Label, OutputType, RerankResult, TextInput, Truncate
+from npu_proxy.server.apis.common import Usage, float_vectors, usage
+from npu_proxy.server.apis.contract import (
+    Applies,
+    BodyFields,
+    InferenceRoute,
+    Refused,
+    RequestBody,
+    ServedModel,
+    is_dense,
+)
+from npu_proxy.server.apis.inputs import Text, TextPart, cut_of, only_one, text_of, token_limit
+from npu_proxy.settings import Settings
+from npu_proxy.types import Chunking, EmbedRequest, EmbedResult, Label, OutputType, RerankResult, TextInput, Truncate
 
 # -- used by all formats -------------------------------------------------------------------------------------------------
 
@@ -27,9 +38,23 @@ def to_rerank(
     *,
     truncate: Truncate = Truncate.END,
     max_tokens: int | None = None,
+    max_document_tokens: int | None = None,
+    most_chunks: int | None = None,
+    empty_query: bool = False,
 ) -> list[EmbedRequest]:
-    """Return the requests that rerank the documents. Raises InputError."""
-    return rerank_requests(served.spec, query, documents, top_n=top_n, truncate=truncate, max_tokens=max_tokens)
+    """Return the requests that rerank the documents. most_chunks: rank a long document by its best chunk. Raises InputError."""
+    chunked = most_chunks is not None and most_chunks > 1
+    return rerank_requests(
+        served.spec,
+        query,
+        documents,
+        top_n=top_n,
+        truncate=Truncate.CHUNK if chunked else truncate,
+        chunking=Chunking(most=most_chunks) if chunked else Chunking(),
+        max_tokens=max_tokens,
+        max_document_tokens=max_document_tokens,
+        empty_query=empty_query,
+    )
 
 
 def reranked(
@@ -39,10 +64,12 @@ def reranked(
     return rerank_results(served.spec, results, top_n=top_n, raw=raw)
 
 
-def to_classify(served: ServedModel, texts: Sequence[TextInput], truncate: Truncate = Truncate.END) -> list[EmbedRequest]:
+def to_classify(
+    served: ServedModel, texts: Sequence[TextInput], truncate: Truncate = Truncate.END, max_tokens: int | None = None
+) -> list[EmbedRequest]:
     """Return the request that classifies the texts. Raises UnsupportedError for a model without labels."""
     check_classifier(served.spec)
-    return [EmbedRequest(texts=texts, output_type=OutputType.SCORES, truncate=truncate)]
+    return [EmbedRequest(texts=texts, output_type=OutputType.SCORES, truncate=truncate, max_tokens=max_tokens)]
 
 
 def classified(served: ServedModel, results: Sequence[EmbedResult], *, raw: bool = False) -> list[list[Label]]:
@@ -51,21 +78,71 @@ def classified(served: ServedModel, results: Sequence[EmbedResult], *, raw: bool
     return sorted_labels(served.spec, probabilities(served.spec, result, raw=raw))
 
 
+def cosine_requests(query: str, documents: Sequence[str], **options: Any) -> list[EmbedRequest]:
+    """Return the requests that rank documents with a dense model, by the cosine of the query's vector and theirs."""
+    documents_only = ("max_document_tokens",)
+    shared = {name: value for name, value in options.items() if name not in documents_only}
+    return [
+        EmbedRequest(texts=[query], input_type="query", **shared),
+        EmbedRequest(texts=documents, input_type="document", on_empty="embed", **options),
+    ]
+
+
+def cosines(results: Sequence[EmbedResult], top_n: int | None = None) -> list[RerankResult]:
+    """Return the documents by descending cosine. A constant or zero vector has the cosine 0."""
+    query, documents = (float_vectors(result.raise_first()) for result in results)
+    scores = documents @ query[0]
+    order = np.argsort(-scores, kind="stable")[:top_n]
+    return [RerankResult(int(index), float(scores[index])) for index in order]
+
+
 # -- the shared rerank format --------------------------------------------------------------------------------------------
 
 
-class RerankBody(msgspec.Struct, kw_only=True):
-    """Body of POST /v1/rerank, /v2/rerank and /v3/rerank: the fields of Cohere, Jina and vLLM combined."""
+class RerankBody(RequestBody, kw_only=True):
+    """Body of the rerank routes of Cohere, Jina, vLLM, Voyage, OpenVINO Model Server and others: their fields combined.
 
-    query: str
-    documents: list[str | dict[str, str]]
+    A document is a text, or an object with `text`, the fields of `rank_fields`, or content parts.
+    """
+
+    query: Text
+    documents: list[str | dict[str, Any]] | str
     model: str | None = None
     top_n: int | None = None
+    top_k: int | None = None
     return_documents: bool | None = None
     rank_fields: list[str] | None = None
     max_chunks_per_doc: int | None = None
     max_tokens_per_doc: int | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    truncate: bool | str | None = None
+    truncation: bool | None = None
+    use_activation: bool | None = None
+    raw_scores: bool | None = None
+
+    refused: ClassVar[Mapping[str, Refused]] = {
+        "instruction": Refused("is not supported for reranking; put it into the query"),
+        "instruct": Refused("is not supported for reranking; put it into the query"),
+        "activation": Refused("is the former name of `use_activation`; send that", neutral=(True,)),
+        "mm_processor_kwargs": Refused("is for images; this server takes only text", neutral=({},)),
+        "chat_template": Refused("is not supported; the model's own is used"),
+        "add_special_tokens": Refused("cannot be turned off", neutral=(True,)),
+        "max_doc_length": Refused("is not supported; send `max_tokens_per_doc`"),
+        "max_query_length": Refused("is not supported; the query is cut together with each document"),
+        "relevant_spans": Refused("is not supported", neutral=({},)),
+        "return_embeddings": Refused("is not supported; embed the documents", neutral=(False,)),
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "user": "who asks; not used",
+        "priority": "the lane of the request, for all routes",
+        "request_id": "a name for the request",
+        "cache_salt": "separates caches; set `cache_scope`",
+        "return_len": "asks for lengths, which `usage` has",
+        "kwargs": "Xinference's further options, which its client sends empty",
+        "extra_body": "a wrapper that clients unfold",
+        "backend": "LocalAI's choice of a backend",
+    }
 
 
 class RerankedDocument(msgspec.Struct, kw_only=True):
@@ -88,6 +165,13 @@ class SearchUnits(msgspec.Struct, kw_only=True):
     search_units: int
 
 
+class TokenCounts(msgspec.Struct, kw_only=True):
+    """Number of tokens read and written."""
+
+    input_tokens: int
+    output_tokens: int = 0
+
+
 class ApiVersion(msgspec.Struct, kw_only=True):
     """Version of the API that was used."""
 
@@ -95,14 +179,15 @@ class ApiVersion(msgspec.Struct, kw_only=True):
 
 
 class RerankMeta(msgspec.Struct, kw_only=True):
-    """Fields that Cohere adds to every ranking."""
+    """Fields that Cohere and Xinference add to every ranking."""
 
     api_version: ApiVersion
     billed_units: SearchUnits
+    tokens: TokenCounts
 
 
 class Reranking(msgspec.Struct, kw_only=True):
-    """Reply of /v1/rerank, /v2/rerank and /v3/rerank: the fields of Cohere, Jina, vLLM and OpenVINO Model Server."""
+    """Reply of the rerank routes: the fields of Cohere, Jina, vLLM, OpenVINO Model Server and Xinference."""
 
     id: str
     object: Literal["rerank"] = "rerank"
@@ -113,28 +198,92 @@ class Reranking(msgspec.Struct, kw_only=True):
     meta: RerankMeta
 
 
-def rerank_route(path: str) -> InferenceRoute[RerankBody, Reranking]:
-    """Return a route for this format."""
+def rerank_route(path: str, *, documents: bool = True, applies: Applies | None = None) -> InferenceRoute[RerankBody, Reranking]:
+    """Return a route for this format. documents: whether the reply has the documents unless the body says otherwise."""
+
+    def to_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> Reranking:
+        returned = documents if body.return_documents is None else body.return_documents
+        return _to_reply(results, body, served, returned=returned)
+
     return InferenceRoute(
         path=path,
-        summary="Rank documents (needs a reranker)",
+        summary="Rank documents (with a reranker, or by the cosines of an embedding model)",
         suits=can_rerank,
         bytes_per_number=4,
         body=RerankBody,
         reply=Reranking,
         to_requests=_to_requests,
-        to_reply=_to_reply,
+        to_reply=to_reply,
+        applies=applies or _always,
     )
 
 
+def _always(fields: BodyFields, settings: Settings) -> bool:
+    return True
+
+
+def top_of(body: RerankBody) -> int | None:
+    """Return how many documents a body asks for: `top_n` or `top_k`; None for all of them, which 0 means, too."""
+    name, top = only_one(top_n=body.top_n, top_k=body.top_k)
+    if isinstance(top, int) and top < 0:
+        raise InputError(f"`{name}` is {top}; it must be at least 1, or 0 for all documents", param=name)
+    return top if isinstance(top, int) and top else None
+
+
+def raw_of(body: RerankBody) -> bool:
+    """Whether a body asks for logits, by `raw_scores` or by `use_activation`."""
+    wanted = None if body.use_activation is None else not body.use_activation
+    return bool(only_one(raw_scores=body.raw_scores, use_activation=wanted)[1])
+
+
+def documents_of(body: RerankBody) -> list[str]:
+    """Return the texts of the documents. Raises InputError for one without a text."""
+    given = [body.documents] if isinstance(body.documents, str) else body.documents
+    return [_document(document, body.rank_fields) for document in given]
+
+
+def ranks_of(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> list[RerankResult]:
+    """Return the ranked documents that a body asks for."""
+    if _by_cosine(served):
+        return cosines(results, top_of(body))
+    return reranked(served, results, top_of(body), raw=raw_of(body))
+
+
+def _by_cosine(served: ServedModel) -> bool:
+    return is_dense(served.spec) and not can_rerank(served.spec)
+
+
 def _to_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
-    limit = body.max_tokens_per_doc or body.truncate_prompt_tokens
-    documents = [_document(document, body.rank_fields) for document in body.documents]
-    return to_rerank(served, body.query, documents, body.top_n or None, max_tokens=limit if limit and limit > 0 else None)
+    documents, query, top = documents_of(body), text_of(body.query, "query"), top_of(body)
+    raw_of(body)  # refuses contradictions before anything is computed
+    truncate = cut_of(body.truncate, body.truncation_side, truncation=body.truncation)
+    limit = token_limit(body.truncate_prompt_tokens)
+    most = token_limit(body.max_tokens_per_doc or None, "max_tokens_per_doc")
+    chunks = token_limit(body.max_chunks_per_doc or None, "max_chunks_per_doc")
+    if chunks is not None and most is not None:
+        message = "`max_chunks_per_doc` splits documents, and `max_tokens_per_doc` cuts them; send one of them"
+        raise InputError(message, param="max_chunks_per_doc")
+    if _by_cosine(served):
+        if chunks is not None and chunks > 1:
+            message = "`max_chunks_per_doc` needs a reranker; this model ranks by cosine"
+            raise InputError(message, param="max_chunks_per_doc")
+        check_ranking(query, documents, top)
+        return cosine_requests(query, documents, truncate=truncate, max_tokens=limit, max_document_tokens=most)
+    return to_rerank(
+        served,
+        query,
+        documents,
+        top,
+        truncate=truncate,
+        max_tokens=limit,
+        max_document_tokens=most,
+        most_chunks=chunks,
+    )
 
 
-def _to_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> Reranking:
-    documents = [_document(document, body.rank_fields) for document in body.documents]
+def _to_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel, *, returned: bool) -> Reranking:
+    documents = documents_of(body)
+    counted = usage(results)
     return Reranking(
         id=str(uuid.uuid4()),
         model=served.requested_name,
@@ -143,21 +292,30 @@ def _to_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedMo
             RerankItem(
                 index=result.index,
                 relevance_score=result.score,
-                document=RerankedDocument(text=documents[result.index]) if body.return_documents else None,
+                document=RerankedDocument(text=documents[result.index]) if returned else None,
             )
-            for result in reranked(served, results, body.top_n or None)
+            for result in ranks_of(results, body, served)
         ],
-        usage=usage(results),
-        meta=RerankMeta(api_version=ApiVersion(version="2"), billed_units=SearchUnits(search_units=-(-len(documents) // 100))),
+        usage=counted,
+        meta=RerankMeta(
+            api_version=ApiVersion(version="2"),
+            billed_units=SearchUnits(search_units=-(-len(documents) // 100)),
+            tokens=TokenCounts(input_tokens=counted.prompt_tokens),
+        ),
     )
 
 
-def _document(given: str | dict[str, str], fields: list[str] | None) -> str:
+def _document(given: str | dict[str, Any], fields: list[str] | None) -> str:
     """Return a document's text: a string, its field `text`, or the fields named in `rank_fields`. Raises InputError."""
     if isinstance(given, str):
         return given
+    if not fields and "content" in given and "text" not in given:
+        try:
+            return text_of(msgspec.convert(given, TextPart), "documents")
+        except msgspec.ValidationError as error:
+            raise InputError(f"a document has a `content` that is no text: {error}", param="documents") from None
     names = fields or ["text"]
-    parts = [given[name] for name in names if name in given]
+    parts = [given[name] if isinstance(given[name], str) else str(given[name]) for name in names if given.get(name) is not None]
     if not parts:
         raise InputError(f"a document has none of the fields {', '.join(names)}", param="documents")
     return "\n".join(parts)

@@ -7,8 +7,8 @@ Longer than most files here, to keep one API in one file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -17,26 +17,56 @@ from npu_proxy.engine.scoring import sparse_vectors, token_vectors
 from npu_proxy.engine.validation import can_classify, can_rerank
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
 from npu_proxy.server.apis.common import float_rows, float_vectors, header_text
-from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ModelListing, ModelQuery, ServedModel, TokenizerRoute
+from npu_proxy.server.apis.contract import (
+    Applies,
+    BodyFields,
+    Dialect,
+    InferenceRoute,
+    ModelInfo,
+    ModelListing,
+    ModelQuery,
+    RequestBody,
+    ServedModel,
+    TokenizerRoute,
+)
+from npu_proxy.server.apis.inputs import TextPart, text_of
 from npu_proxy.server.apis.scoring import classified, reranked, to_classify, to_rerank
+from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedRequest, EmbedResult, OutputType, Pair, TextInput, Truncate
 from npu_proxy.version import __version__
 
 Direction = Literal["left", "right", "Left", "Right"]
 Vectors = list[list[float]]
+_LEAST_OFFER = 32
+"""Texts per request that are offered before the speed is known; the default of text-embeddings-inference."""
+_ACTIVATIONS = {"softmax": "softmax", "sigmoid": "sigmoid", "identity": "none"}
+_HARMLESS = {"options": "Hugging Face's `use_cache` and `wait_for_model`"}
 
 
-class EmbedBody(msgspec.Struct, kw_only=True):
-    """Body of POST /embed. truncate: null means the server's default, which is true."""
+class EmbedParameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Options in the place where Hugging Face's hosted models have them; those of other tasks are refused."""
 
-    inputs: str | list[str | int | list[int]]
     normalize: bool | None = None
     truncate: bool | None = None
     truncation_direction: Direction | None = None
     prompt_name: str | None = None
     dimensions: int | None = None
+
+
+class EmbedBody(RequestBody, kw_only=True):
+    """Body of POST /embed. truncate: null means the server's default, which is true."""
+
+    inputs: str | list[str | int | list[int] | TextPart]
+    normalize: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+    dimensions: int | None = None
+    parameters: EmbedParameters | None = None
     model: str | None = None
+
+    harmless: ClassVar[Mapping[str, str]] = _HARMLESS
 
 
 class ComparedSentences(msgspec.Struct, kw_only=True):
@@ -54,22 +84,17 @@ class SimilarityParameters(msgspec.Struct, kw_only=True):
     prompt_name: str | None = None
 
 
-class SimilarityBody(msgspec.Struct, kw_only=True):
+class SimilarityBody(RequestBody, kw_only=True):
     """Body of POST /similarity."""
 
     inputs: ComparedSentences
     parameters: SimilarityParameters | None = None
     model: str | None = None
 
-
-class RootBody(EmbedBody, kw_only=True):
-    """Body of POST /, the route of hosted models: texts to embed, or sentences to compare."""
-
-    inputs: str | list[str | int | list[int]] | ComparedSentences  # type: ignore[reportIncompatibleVariableOverride]
-    parameters: SimilarityParameters | None = None
+    harmless: ClassVar[Mapping[str, str]] = _HARMLESS
 
 
-class TokenizeBody(msgspec.Struct, kw_only=True):
+class TokenizeBody(RequestBody, kw_only=True):
     """Body of POST /tokenize."""
 
     inputs: str | list[str]
@@ -88,7 +113,7 @@ class Token(msgspec.Struct, kw_only=True):
     stop: int | None = None
 
 
-class DecodeBody(msgspec.Struct, kw_only=True):
+class DecodeBody(RequestBody, kw_only=True):
     """Body of POST /decode."""
 
     ids: list[int | list[int]]
@@ -96,27 +121,42 @@ class DecodeBody(msgspec.Struct, kw_only=True):
     model: str | None = None
 
 
-class AllBody(msgspec.Struct, kw_only=True):
+class AllBody(RequestBody, kw_only=True):
     """Body of POST /embed_all and /embed_sparse."""
 
-    inputs: str | list[str | int | list[int]]
+    inputs: str | list[str | int | list[int] | TextPart]
     truncate: bool | None = None
     truncation_direction: Direction | None = None
     prompt_name: str | None = None
     model: str | None = None
 
+    harmless: ClassVar[Mapping[str, str]] = {
+        **_HARMLESS,
+        "normalize": "the original has no such field here: vectors of tokens and weights stay as the model computes them",
+    }
 
-class PredictBody(msgspec.Struct, kw_only=True):
-    """Body of POST /predict: a text, a pair, or a list of either."""
+
+class PredictParameters(msgspec.Struct, kw_only=True):
+    """Options of Hugging Face's text classification. top_k: number of labels."""
+
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+    top_k: int | None = None
+
+
+class PredictBody(RequestBody, kw_only=True):
+    """Body of POST /predict: a text or a pair, also as a list of one or two texts, or a list of such lists."""
 
     inputs: str | list[str | list[str]]
+    parameters: PredictParameters | None = None
     raw_scores: bool | None = None
     truncate: bool | None = None
     truncation_direction: Direction | None = None
     model: str | None = None
 
+    harmless: ClassVar[Mapping[str, str]] = _HARMLESS
 
-class RerankBody(msgspec.Struct, kw_only=True):
+
+class RerankBody(RequestBody, kw_only=True):
     """Body of POST /rerank."""
 
     query: str
@@ -199,18 +239,22 @@ class Error(msgspec.Struct, kw_only=True):
 
 
 def to_requests(body: EmbedBody, served: ServedModel) -> list[EmbedRequest]:
-    """Return the request to embed texts or token ids."""
+    """Return the request to embed texts or token ids. A text of spaces alone is embedded; an empty one is an error."""
+    texts, more = _inputs(body.inputs, served), body.parameters or EmbedParameters()
     request = EmbedRequest(
-        texts=_inputs(body.inputs, served),
-        normalize=body.normalize is not False,
-        truncate=_truncate(body.truncate, body.truncation_direction),
-        prompt_name=body.prompt_name,
-        dimensions=body.dimensions,
+        texts=texts,
+        normalize=(body.normalize if more.normalize is None else more.normalize) is not False,
+        truncate=_truncate(
+            body.truncate if more.truncate is None else more.truncate, more.truncation_direction or body.truncation_direction
+        ),
+        prompt_name=more.prompt_name or body.prompt_name,
+        dimensions=more.dimensions or body.dimensions,
+        on_empty=None if "" in texts else "embed",
     )
     return [request]
 
 
-def _inputs(given: str | list[str | int | list[int]], served: ServedModel) -> list[TextInput]:
+def _inputs(given: str | list[str | int | list[int] | TextPart], served: ServedModel) -> list[TextInput]:
     """Return a text, token ids of the model's own vocabulary, or a list of texts and lists of token ids."""
     if isinstance(given, str):
         return [given]
@@ -219,7 +263,8 @@ def _inputs(given: str | list[str | int | list[int]], served: ServedModel) -> li
     numbers = [item for item in given if isinstance(item, int)]
     if numbers and len(numbers) < len(given):
         raise InputError("`inputs` mixes token ids with texts; send the token ids of each text as a list", param="inputs")
-    texts: list[TextInput] = [numbers] if numbers else [item for item in given if not isinstance(item, int)]
+    items = (text_of(item, "inputs") if isinstance(item, TextPart) else item for item in given)
+    texts: list[TextInput] = [numbers] if numbers else [item for item in items if not isinstance(item, int)]
     if served.settings.token_ids == "reject" and not all(isinstance(text, str) for text in texts):
         raise InputError("this server does not accept token ids (setting `token_ids`); send text", param="inputs")
     return texts
@@ -244,20 +289,6 @@ def similarity_reply(results: Sequence[EmbedResult], _: SimilarityBody, __: Serv
     """Return the cosines with the first text."""
     vectors = float_vectors(results[0])
     return (vectors[1:] @ vectors[0]).tolist()
-
-
-def root_requests(body: RootBody, served: ServedModel) -> list[EmbedRequest]:
-    """Return the request to embed or to compare, depending on ``inputs``."""
-    if isinstance(body.inputs, ComparedSentences):
-        return similarity_requests(SimilarityBody(inputs=body.inputs, parameters=body.parameters), served)
-    return to_requests(body, served)
-
-
-def root_reply(results: Sequence[EmbedResult], body: RootBody, served: ServedModel) -> Vectors | list[float]:
-    """Return vectors or cosines, depending on ``inputs``."""
-    if isinstance(body.inputs, ComparedSentences):
-        return similarity_reply(results, SimilarityBody(inputs=body.inputs), served)
-    return to_reply(results, body, served)
 
 
 def tokenize(body: TokenizeBody, served: ServedModel) -> list[list[Token]]:
@@ -304,11 +335,20 @@ def info(listing: ModelListing, _: str) -> Info:
         max_input_length=spec.max_length,
         max_batch_tokens=settings.max_queue_tokens,
         max_batch_requests=None,
-        max_client_batch_size=settings.max_client_batch,
+        max_client_batch_size=offered_batch(listing.default, settings),
         auto_truncate=True,
         tokenization_workers=1,
         version=__version__,
     )
+
+
+def offered_batch(info: ModelInfo, settings: Settings) -> int:
+    """Return how many texts clients should send at once: as many of the longest as take a third of `timeout`, at least 32.
+
+    They take the number at its word, with time limits of their own. Larger requests are accepted up to `max_client_batch`.
+    """
+    fitting = int(settings.timeout / 3 * info.tokens_per_second / info.spec.max_length)
+    return min(settings.max_client_batch, max(_LEAST_OFFER, fitting))
 
 
 def _model_type(spec: ModelSpec, pooling: str) -> ModelType:
@@ -358,16 +398,26 @@ def _all(body: AllBody, served: ServedModel, output_type: OutputType) -> list[Em
 
 def predict_requests(body: PredictBody, served: ServedModel) -> list[EmbedRequest]:
     """Return the request to classify texts or pairs. Raises InputError for a list that is neither."""
+    parameters = body.parameters or PredictParameters()
+    if parameters.top_k is not None and parameters.top_k < 1:
+        raise InputError(f"top_k must be at least 1, not {parameters.top_k}", param="parameters.top_k")
+    if parameters.function_to_apply not in (None, "none", _ACTIVATIONS[served.spec.activation]):
+        message = f"this model's scores are made by {served.spec.activation}, not by {parameters.function_to_apply}"
+        raise InputError(f"`function_to_apply`: {message}", param="parameters.function_to_apply")
     return to_classify(served, _predicted(body)[0], _truncate(body.truncate, body.truncation_direction))
 
 
 def predict_reply(
     results: Sequence[EmbedResult], body: PredictBody, served: ServedModel
 ) -> list[Prediction] | list[list[Prediction]]:
-    """Return the labels by descending score, as one list per text if the body had a list."""
-    texts = classified(served, results, raw=bool(body.raw_scores))
-    predictions = [[Prediction(score=label.score, label=label.label) for label in labels] for labels in texts]
-    return predictions[0] if _predicted(body)[1] else predictions
+    """Return the labels by descending score: one list per text, or a single list for a single text, unless there are `parameters`.
+
+    Those come from Hugging Face's clients, which expect a list per text.
+    """
+    parameters = body.parameters or PredictParameters()
+    texts = classified(served, results, raw=bool(body.raw_scores) or parameters.function_to_apply == "none")
+    predictions = [[Prediction(score=label.score, label=label.label) for label in labels[: parameters.top_k]] for labels in texts]
+    return predictions[0] if _predicted(body)[1] and body.parameters is None else predictions
 
 
 def _predicted(body: PredictBody) -> tuple[list[TextInput], bool]:
@@ -375,6 +425,8 @@ def _predicted(body: PredictBody) -> tuple[list[TextInput], bool]:
     given = body.inputs
     if isinstance(given, str):
         return [given], True
+    if len(given) == 1 and isinstance(given[0], str):
+        return [given[0]], True
     if len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], str):
         return [Pair(given[0], given[1])], True
     texts: list[TextInput] = []
@@ -389,7 +441,8 @@ def _predicted(body: PredictBody) -> tuple[list[TextInput], bool]:
 
 def rerank_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
     """Return the requests to score the query with each text."""
-    return to_rerank(served, body.query, body.texts, None, truncate=_truncate(body.truncate, body.truncation_direction))
+    truncate = _truncate(body.truncate, body.truncation_direction)
+    return to_rerank(served, body.query, body.texts, None, truncate=truncate, empty_query=True)
 
 
 def rerank_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> list[Rank]:
@@ -428,58 +481,105 @@ def _truncate(wanted: bool | None, direction: Direction | None) -> Truncate:
     return Truncate.START if (direction or "right").lower() == "left" else Truncate.END
 
 
-def _root(path: str) -> InferenceRoute[RootBody, Vectors | list[float]]:
+def _has_texts(fields: BodyFields, _: Settings) -> bool:
+    return fields.has("texts") or not fields.has("documents")
+
+
+def _compares(fields: BodyFields, _: Settings) -> bool:
+    return bytes(fields.inputs).lstrip().startswith(b"{")
+
+
+def _ranks(fields: BodyFields, _: Settings) -> bool:
+    return fields.has("query") and fields.has("texts")
+
+
+def _embed(path: str) -> InferenceRoute[EmbedBody, Vectors]:
     return InferenceRoute(
         path=path,
-        summary="Embed texts, or compare sentences",
-        body=RootBody,
-        reply=list[list[float] | float],
-        to_requests=root_requests,
-        to_reply=root_reply,
-        texts_per_item=2,
+        summary="Embed texts",
+        body=EmbedBody,
+        vectors=True,
+        reply=Vectors,
+        to_requests=to_requests,
+        to_reply=to_reply,
+        applies=lambda fields, _: fields.has("inputs") or not fields.has("input"),  # which is Ollama's
     )
+
+
+def _similarity(path: str, applies: Applies) -> InferenceRoute[SimilarityBody, list[float]]:
+    return InferenceRoute(
+        path=path,
+        summary="Compare one sentence with others by cosine",
+        body=SimilarityBody,
+        reply=list[float],
+        to_requests=similarity_requests,
+        to_reply=similarity_reply,
+        texts_per_item=2,
+        applies=applies,
+    )
+
+
+def _predict(path: str) -> InferenceRoute[PredictBody, list[Prediction] | list[list[Prediction]]]:
+    return InferenceRoute(
+        path=path,
+        summary="Classify texts (needs a classifier)",
+        suits=can_classify,
+        body=PredictBody,
+        reply=list[Prediction | list[Prediction]],
+        to_requests=predict_requests,
+        to_reply=predict_reply,
+    )
+
+
+def _rerank(path: str, applies: Applies) -> InferenceRoute[RerankBody, list[Rank]]:
+    return InferenceRoute(
+        path=path,
+        summary="Rank texts (needs a reranker)",
+        suits=can_rerank,
+        bytes_per_number=4,
+        body=RerankBody,
+        reply=list[Rank],
+        to_requests=rerank_requests,
+        to_reply=rerank_reply,
+        applies=applies,
+    )
+
+
+def _sparse(path: str) -> InferenceRoute[AllBody, list[list[Entry]]]:
+    return InferenceRoute(
+        path=path,
+        summary="Compute weights of vocabulary entries (needs a sparse model)",
+        suits=lambda spec: OutputType.SPARSE in spec.output_types,
+        body=AllBody,
+        reply=list[list[Entry]],
+        to_requests=sparse_requests,
+        to_reply=sparse_reply,
+    )
+
+
+def _root(path: str) -> list[InferenceRoute[Any, Any]]:
+    """Return the routes of hosted models, where the body and the kind of the model decide."""
+    return [_rerank(path, _ranks), _similarity(path, _compares), _embed(path), _predict(path), _sparse(path)]
 
 
 DIALECT = Dialect(
     name="text-embeddings-inference",
+    base="tei",
     routes=[
-        InferenceRoute(
-            path="/embed",
-            summary="Embed texts",
-            body=EmbedBody,
-            reply=Vectors,
-            to_requests=to_requests,
-            to_reply=to_reply,
-        ),
-        _root("/"),
-        _root("/invocations"),
-        InferenceRoute(
-            path="/similarity",
-            summary="Compare one sentence with others by cosine",
-            body=SimilarityBody,
-            reply=list[float],
-            to_requests=similarity_requests,
-            to_reply=similarity_reply,
-            texts_per_item=2,
-        ),
+        *_root("/"),
+        *_root("/invocations"),
+        _embed("/embed"),
+        _similarity("/similarity", lambda _, __: True),
         TokenizerRoute(
             path="/tokenize",
             summary="Tokenize texts",
             body=TokenizeBody,
             reply=list[list[Token]],
             answer=tokenize,
-            applies=lambda fields, _: not fields.has("prompt") and not fields.has("text"),
+            applies=lambda fields, _: not any(map(fields.has, ("prompt", "text", "content"))),
         ),
         TokenizerRoute(path="/decode", summary="Decode token ids", body=DecodeBody, reply=list[str], answer=decode),
-        InferenceRoute(
-            path="/embed_sparse",
-            summary="Compute weights of vocabulary entries (needs a sparse model)",
-            suits=lambda spec: OutputType.SPARSE in spec.output_types,
-            body=AllBody,
-            reply=list[list[Entry]],
-            to_requests=sparse_requests,
-            to_reply=sparse_reply,
-        ),
+        _sparse("/embed_sparse"),
         InferenceRoute(
             path="/embed_all",
             summary="Embed each token (needs a late-interaction model, or pooling none)",
@@ -489,26 +589,8 @@ DIALECT = Dialect(
             to_requests=all_requests,
             to_reply=all_reply,
         ),
-        InferenceRoute(
-            path="/predict",
-            summary="Classify texts (needs a classifier)",
-            suits=can_classify,
-            body=PredictBody,
-            reply=list[Prediction | list[Prediction]],
-            to_requests=predict_requests,
-            to_reply=predict_reply,
-        ),
-        InferenceRoute(
-            path="/rerank",
-            summary="Rank texts (needs a reranker)",
-            suits=can_rerank,
-            bytes_per_number=4,
-            body=RerankBody,
-            reply=list[Rank],
-            to_requests=rerank_requests,
-            to_reply=rerank_reply,
-            applies=lambda fields, _: fields.has("texts") or not fields.has("documents"),
-        ),
+        _predict("/predict"),
+        _rerank("/rerank", _has_texts),
         ModelQuery(path="/info", summary="Show the model and the limits", reply=Info, answer=info),
     ],
     error=Error,

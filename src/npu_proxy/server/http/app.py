@@ -23,9 +23,24 @@ from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp, Lifespan
 
 from npu_proxy.errors import DeadlineError, InputError, NpuProxyError
-from npu_proxy.server.apis import cohere, infinity, model_server, ollama, openai, tei, vllm
+from npu_proxy.server.apis import (
+    cohere,
+    gemini,
+    infinity,
+    llama_cpp,
+    mistral,
+    model_server,
+    nvidia,
+    ollama,
+    openai,
+    tei,
+    vllm,
+    voyage,
+    weaviate,
+)
 from npu_proxy.server.apis.common import tokens_used
 from npu_proxy.server.apis.contract import (
+    BodyFields,
     Dialect,
     InferenceRoute,
     ModelCommand,
@@ -35,11 +50,11 @@ from npu_proxy.server.apis.contract import (
     model_of,
 )
 from npu_proxy.server.errors import ClientGoneError, MethodNotAllowedError, RouteNotFoundError
-from npu_proxy.server.http.clients import ApiKey, identify, lane_of, read_keys
+from npu_proxy.server.http.clients import ApiKey, identify, read_keys, wishes_of
 from npu_proxy.server.http.exchange import (
     Exchange,
     RequestBodies,
-    decode,
+    check_refused,
     fields_of,
     headers_of,
     off_loop,
@@ -47,10 +62,12 @@ from npu_proxy.server.http.exchange import (
     retry_headers,
     timeout_of,
     unless_disconnected,
+    with_errors,
 )
 from npu_proxy.server.http.host_guard import ExactRouter, HostGuard
 from npu_proxy.server.http.hosts import allowed_hosts
 from npu_proxy.server.http.json_scan import check_values
+from npu_proxy.server.http.paths import DIALECT
 from npu_proxy.server.http.responses import JsonResponse
 from npu_proxy.server.models.listing import ServerListing
 from npu_proxy.server.models.loaded import LoadedModels
@@ -60,19 +77,26 @@ from npu_proxy.server.ops.metrics import Metrics
 from npu_proxy.server.ops.openapi import document
 from npu_proxy.server.ops.tracing import Tracer, open_tracer
 from npu_proxy.settings import Settings
+from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedRequest, EmbedResult, Lane
 
 DIALECTS: tuple[Dialect, ...] = (
     openai.DIALECT,
-    ollama.DIALECT,
     tei.DIALECT,
+    ollama.DIALECT,
     infinity.DIALECT,
     cohere.DIALECT,
+    voyage.DIALECT,
+    llama_cpp.DIALECT,
     vllm.DIALECT,
     model_server.DIALECT,
+    mistral.DIALECT,
+    gemini.DIALECT,
+    nvidia.DIALECT,
+    weaviate.DIALECT,
 )
 """The APIs on the port; a new API is one file and its name here. On a path that several share, the first one whose route applies
-to the body handles the request."""
+to the body, and to the kind of the model, handles the request; below the API's own base path, that API does."""
 
 _log = logging.getLogger("npu_proxy.server")
 
@@ -112,19 +136,19 @@ def create_app(
     router = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: missing, 405: missing})
     router.router.redirect_slashes = False
     router.state.npu_proxy = state
-    app = ExactRouter(routes, router)
+    app = ExactRouter(routes, router, [dialect.base for dialect in DIALECTS])
     return HostGuard(app, hosts=allowed_hosts(settings), origins=settings.cors_allow_origin, prefix=settings.url_prefix)
 
 
 def _operations_routes(state: AppState) -> list[StarletteRoute]:
     """Return the routes for health, metrics and the API description, with and without a trailing slash."""
     openapi = msgspec.json.encode(document(DIALECTS))
-    first, models = DIALECTS[0], state.models
+    first, models = openai.DIALECT, state.models
     handlers: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
-        ("/health", health.health(models)),
-        ("/health/live", health.live(models)),
-        ("/health/ready", health.ready(models)),
-        ("/ping", health.health(models)),
+        *((path, health.health(models)) for path in ("/health", "/ping", "/v1/health", "/healthz")),
+        *((path, health.live(models)) for path in ("/health/live", "/v2/health/live", "/v1/health/live", "/livez")),
+        *((path, health.ready(models)) for path in ("/health/ready", "/v2/health/ready", "/v1/health/ready", "/readyz")),
+        *((f"/.well-known/{name}", health.ready(models)) for name in ("ready", "live")),
         ("/metrics", health.metrics(state.metrics)),
         ("/openapi.json", _guarded(state, first, "/openapi.json", _static(openapi, "application/json"))),
         ("/docs", _guarded(state, first, "/docs", _static(health.docs(), "text/html"))),
@@ -165,17 +189,39 @@ def _dispatching(state: AppState, shared: Sequence[tuple[Dialect, Route]]) -> Ha
 
     async def handle(exchange: Exchange) -> Response:
         content = await state.bodies.read(exchange)
-        fields = await off_loop(len(content), lambda: fields_of(content))
-        applicable = (
-            number
-            for number, (_, route) in enumerate(shared)
-            if isinstance(route, ModelQuery) or route.applies(fields, state.settings)
-        )
-        number = next(applicable, 0)
+        fields = await off_loop(len(content), lambda: fields_of(exchange))
+        wanted = exchange.request.scope.get(DIALECT)
+        own = [number for number, (dialect, _) in enumerate(shared) if dialect.base == wanted]
+        applicable = [number for number in own or range(len(shared)) if _applies(shared[number][1], fields, state.settings)]
+        numbers = applicable or own or [0]
+        choices = [_suits(shared[number][1]) for number in numbers]
+        chosen = 0
+        if len(set(choices)) > 1:
+            chosen = await state.models.first_suiting(exchange.named or model_of(fields), choices)
+        number = numbers[chosen]
         exchange.dialect = shared[number][0]
         return await handlers[number](exchange)
 
     return handle
+
+
+def _applies(route: Route, fields: BodyFields, settings: Settings) -> bool:
+    return isinstance(route, ModelQuery) or route.applies(fields, settings)
+
+
+def _suits(route: Route) -> Callable[[ModelSpec], bool]:
+    """Whether a route can use a model."""
+    return route.suits if isinstance(route, InferenceRoute) else _any_model
+
+
+def _any_model(_: ModelSpec) -> bool:
+    return True
+
+
+def _model_of(exchange: Exchange, route: InferenceRoute[Any, Any] | TokenizerRoute[Any, Any], body: object) -> str | None:
+    """The model that the path names, or else the body."""
+    in_path = exchange.request.path_params.get("id", "").removeprefix("models/") if route.model_in_path else ""
+    return in_path or exchange.named or model_of(body)
 
 
 def _handler(state: AppState, dialect: Dialect, route: Route) -> Handler:
@@ -190,12 +236,14 @@ def _handler(state: AppState, dialect: Dialect, route: Route) -> Handler:
             return _command(state, route)
 
 
-async def _decoded(state: AppState, decoder: msgspec.json.Decoder[Any], content: bytes) -> Any:
-    """Decode a body after a look at how much that would create. Raises NoBodyError or InputError."""
+async def _decoded(state: AppState, decoder: msgspec.json.Decoder[Any], exchange: Exchange) -> Any:
+    """Decode a body, unless it would create too much, or has fields that are refused. Raises NoBodyError or InputError."""
+    content = await state.bodies.read(exchange)
 
     def checked() -> Any:
         check_values(content, state.settings.max_client_batch)
-        return decode(decoder, content)
+        check_refused(content, decoder.type.refused)
+        return exchange.decode(decoder)
 
     return await off_loop(len(content), checked)
 
@@ -209,26 +257,26 @@ def _numbers(result: EmbedResult) -> int:
 
 
 def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any]) -> Handler:
-    decoder = msgspec.json.Decoder(route.body)
+    decoder = msgspec.json.Decoder(route.body, strict=False)  # "true" and 256.0 are taken for true and 256
 
     async def handle(exchange: Exchange) -> Response:
         start, settings = time.monotonic(), state.settings
-        content = await state.bodies.read(exchange)
+        body = await _decoded(state, decoder, exchange)
+        content = exchange.body or b""
         size = len(content)
-        lane = await off_loop(size, lambda: lane_of(exchange.request, content, exchange.key))
-        body = await _decoded(state, decoder, content)
-        with await state.models.acquire(model_of(body), exchange.seconds, route.suits) as use:
+        wishes = await off_loop(size, lambda: wishes_of(exchange.request, content, exchange.key))
+        on_error = wishes.on_error or settings.on_error
+        with await state.models.acquire(_model_of(exchange, route, body), exchange.seconds, route.suits) as use:
             use.keep_alive = route.keep_alive(body)
             served, exchange.model = use.served, use.served.spec.name
             futures: list[Future[EmbedResult]] = []
 
             def submit() -> Sequence[EmbedRequest]:
-                made = [_completed(request, exchange, lane, served.role) for request in route.to_requests(body, served)]
+                made = [_completed(request, exchange, wishes.lane, served.role) for request in route.to_requests(body, served)]
                 _check_size(made, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
                 most = int(settings.max_answer_mb * 1e6 / route.bytes_per_number)
-                futures.extend(
-                    use.model.engine.submit(replace(request, most_numbers=most), start + exchange.seconds) for request in made
-                )
+                deadline = start + exchange.seconds if exchange.timed else None  # else by the size of the request
+                futures.extend(use.model.engine.submit(replace(request, most_numbers=most), deadline) for request in made)
                 return made
 
             try:
@@ -247,8 +295,15 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
                 exchange.texts = sum(len(result.tokens) for result in results)
                 exchange.tokens = tokens_used(results)
                 headers = {**dialect.headers(results[-1], requests[-1]), **headers_of(results[-1], requests[-1], served.spec)}
-            for result in results:
-                result.raise_first()
+            if route.vectors and results:
+                failed = sum(error is not None for result in results for error in result.errors)
+                results = with_errors(results, on_error, requests[0].dimensions or served.spec.width)
+                headers |= {"x-npu-proxy-failed": str(failed)} if failed else {}
+            else:
+                for result in results:
+                    result.raise_first()
+            if exchange.replaced:
+                headers["x-npu-proxy-replaced"] = str(exchange.replaced)
             numbers = sum(map(_numbers, results))
 
             def respond() -> JsonResponse:
@@ -282,15 +337,15 @@ def _check_size(requests: Sequence[EmbedRequest], limit: int, setting: int) -> N
 
 def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
     """Return the handler of a tokenizer route. Every token becomes an object, so the bodies and the concurrency are limited."""
-    decoder = msgspec.json.Decoder(route.body)
+    decoder = msgspec.json.Decoder(route.body, strict=False)
 
     async def handle(exchange: Exchange) -> Response:
         content = await state.bodies.read(exchange)
         if len(content) > _TOKENIZER_BODY_BYTES:
             message = f"the body has {len(content)} bytes; this route accepts up to {_TOKENIZER_BODY_BYTES}; send less at once"
             raise InputError(message)
-        body = await _decoded(state, decoder, content)
-        with await state.models.acquire(model_of(body), exchange.seconds) as use:
+        body = await _decoded(state, decoder, exchange)
+        with await state.models.acquire(_model_of(exchange, route, body), exchange.seconds, route.suits) as use:
             exchange.model = use.served.spec.name
             try:
                 async with asyncio.timeout(exchange.seconds):
@@ -305,7 +360,7 @@ def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
 
 def _query(state: AppState, route: ModelQuery[Any]) -> Handler:
     async def handle(exchange: Exchange) -> Response:
-        listing = ServerListing(state.models, asyncio.get_running_loop())
+        listing = ServerListing(state.models, asyncio.get_running_loop(), only=exchange.named)
         name = exchange.request.path_params.get("id", "").rstrip("/")
         return JsonResponse(await asyncio.to_thread(route.answer, listing, name))
 
@@ -313,10 +368,10 @@ def _query(state: AppState, route: ModelQuery[Any]) -> Handler:
 
 
 def _command(state: AppState, route: ModelCommand[Any, Any]) -> Handler:
-    decoder = msgspec.json.Decoder(route.body)
+    decoder = msgspec.json.Decoder(route.body, strict=False)
 
     async def handle(exchange: Exchange) -> Response:
-        body = await _decoded(state, decoder, await state.bodies.read(exchange))
+        body = await _decoded(state, decoder, exchange)
         listing = ServerListing(state.models, asyncio.get_running_loop())
         answer = await state.models.in_thread(route.answer, body, listing)
         if isinstance(answer, Iterator):
@@ -338,7 +393,8 @@ def _guarded(state: AppState, dialect: Dialect, path: str, handle: Handler) -> C
         response: Response | None = None
         try:
             exchange.identify(identify(state.keys, request))
-            exchange.seconds = timeout_of(request, state.settings.timeout)
+            seconds = timeout_of(request)
+            exchange.timed, exchange.seconds = seconds is not None, seconds or state.settings.timeout
             response = await handle(exchange)
         except NpuProxyError as error:
             exchange.error = error
@@ -369,7 +425,7 @@ def _missing(state: AppState, owners: dict[str, Dialect]) -> Callable[[Request, 
 
     async def handle(request: Request, error: Exception) -> Response:
         path = request.url.path.rstrip("/") or "/"
-        owner = owners.get(path, ollama.DIALECT if path.startswith("/api/") else DIALECTS[0])
+        owner = owners.get(path, ollama.DIALECT if path.startswith("/api/") else openai.DIALECT)
         failure: NpuProxyError = RouteNotFoundError("there is no such route; /docs lists all routes")
         if getattr(error, "status_code", 404) == 405:
             failure = MethodNotAllowedError(f"this route does not allow {request.method}")

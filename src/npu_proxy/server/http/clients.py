@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -20,6 +20,8 @@ from npu_proxy.system import check_not_public
 from npu_proxy.types import Client, Lane
 
 _LONGEST_AGENT = 100
+_KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
+"""Headers of a key besides `Authorization`: ours, Azure's and Google's."""
 
 
 class KeyTable(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -109,51 +111,71 @@ def _key(name: str, table: KeyTable) -> ApiKey:
 def identify(keys: Sequence[ApiKey], request: Request) -> ApiKey | Client:
     """Return the key that a request carries, or without any keys, a client by its address and user agent.
 
-    Accepts `Authorization: Bearer KEY` and `X-Api-Key: KEY`. Compares every key, in constant time. Raises UnauthorizedError.
+    Accepts `Authorization: Bearer KEY`, also `Token KEY` or the key alone, and the headers of other APIs (_KEY_HEADERS). Compares
+    every key, in constant time. Raises UnauthorizedError.
     """
     headers = request.headers
     if not keys:
         address = request.client.host if request.client else ""
         return Client(name=f"{address} {headers.get('user-agent', '')[:_LONGEST_AGENT]}")
-    scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    given = ((bearer.strip() if scheme.lower() == "bearer" else "") or headers.get("x-api-key", "")).encode("latin-1", "replace")
+    scheme, _, bearer = headers.get("authorization", "").strip().partition(" ")
+    in_header = bearer.strip() if scheme.lower() in ("bearer", "token") else scheme if not bearer else ""
+    others = (headers.get(name, "") for name in _KEY_HEADERS)
+    given = (in_header or next(filter(None, others), "")).encode("latin-1", "replace")
     found = [key for key in keys if hmac.compare_digest(key.secret, given)]
     if not found:
         raise UnauthorizedError("this server requires an API key; send it as `Authorization: Bearer KEY`")
     return found[0]
 
 
-class _Priority(msgspec.Struct):
+class _Wishes(msgspec.Struct):
     priority: str | int | None = None
+    on_error: Literal["fail", "null", "zero"] | None = None
 
 
-_PRIORITY = msgspec.json.Decoder(_Priority)
+_WISHES = msgspec.json.Decoder(_Wishes)
 
 
-def lane_of(request: Request, body: bytes, key: ApiKey | None) -> Lane | None:
-    """Return the lane that the header or body field `priority` asks for, within what the key allows; None decides by size.
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a request of any API may ask for. lane: None decides by size. on_error: None uses the setting."""
 
-    The header may have the form of RFC 9218 (`u=3`), and the field that of vLLM (a number, the lowest first). Raises InputError.
+    lane: Lane | None
+    on_error: Literal["fail", "null", "zero"] | None
+
+
+def wishes_of(request: Request, body: bytes, key: ApiKey | None) -> Wishes:
+    """Return what the headers or fields `priority` and `on_error` ask for, within what the key allows. Raises InputError.
+
+    The header `priority` may have the form of RFC 9218 (`u=3`), and the field that of vLLM (a number, the lowest first).
     """
-    if key is not None and key.lane is Lane.BULK:
-        return Lane.BULK
-    asked = _asked(request.headers.get("priority", ""), body)
-    return asked if asked is not None or key is None else key.lane
-
-
-def _asked(header: str, body: bytes) -> Lane | None:
-    if b'"priority"' in body:
+    given = _Wishes()
+    if b'"priority"' in body or b'"on_error"' in body:
         try:
-            priority = _PRIORITY.decode(body).priority
+            given = _WISHES.decode(body)
         except msgspec.ValidationError as error:
+            if "on_error" in str(error):
+                raise InputError("`on_error` must be one of fail, null, zero", param="on_error") from error
             raise InputError(f"`priority` must be one of {', '.join(Lane)}", param="priority") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None  # reported when the whole body is decoded
-        if isinstance(priority, int):
-            return None if priority == 0 else Lane.BULK if priority > 0 else Lane.INTERACTIVE
-        if priority is not None:
-            return _lane(priority)
-    return _lane(header) if header and "=" not in header and header != "i" else None
+            pass  # reported when the whole body is decoded
+    headers = request.headers
+    on_error = given.on_error or headers.get("x-npu-proxy-on-error")
+    if on_error not in (None, "fail", "null", "zero"):
+        raise InputError(f"`x-npu-proxy-on-error` is `{on_error[:40]}`; it must be one of fail, null, zero", param="on_error")
+    return Wishes(lane=_lane_of(headers.get("priority", ""), given.priority, key), on_error=on_error)
+
+
+def _lane_of(header: str, field: str | int | None, key: ApiKey | None) -> Lane | None:
+    """The lane that is asked for, or that of the key."""
+    if key is not None and key.lane is Lane.BULK:
+        return Lane.BULK
+    if isinstance(field, int):
+        asked = None if field == 0 else Lane.BULK if field > 0 else Lane.INTERACTIVE
+    else:
+        word = field if field is not None else header if "=" not in header and header != "i" else ""
+        asked = _lane(word) if word or field is not None else None
+    return asked if asked is not None or key is None else key.lane
 
 
 def _lane(name: str) -> Lane:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import codecs
 import itertools
+import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
 from starlette.requests import Request
 
 from npu_proxy.engine.encode_options import has_prompt
 from npu_proxy.engine.validation import cuts_untrained
 from npu_proxy.errors import DeadlineError, DeviceError, InputError, NpuProxyError, OverloadedError, UnavailableError
 from npu_proxy.server.apis.common import header_text
-from npu_proxy.server.apis.contract import BodyFields, Dialect
-from npu_proxy.server.errors import BodyTooLargeError, ClientGoneError, NoBodyError, UnauthorizedError
+from npu_proxy.server.apis.contract import BodyFields, Dialect, Refused
+from npu_proxy.server.errors import (
+    BodyTooLargeError,
+    ClientGoneError,
+    NoBodyError,
+    UnauthorizedError,
+    UnsupportedEncodingError,
+)
 from npu_proxy.server.http.budgets import SMALL, MemoryBudget
 from npu_proxy.server.http.clients import ApiKey
+from npu_proxy.server.http.paths import MODEL
 from npu_proxy.server.http.responses import JsonResponse
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
@@ -34,6 +46,12 @@ _HEADER = "x-npu-proxy-"
 _LARGE, _GIVE_BACK_SECONDS = 256 * 1024, 1.0
 """Bytes of a body or an answer after which memory is given back, and how much later."""
 _FIELDS = msgspec.json.Decoder(BodyFields)
+_ANY_FORMAT = 47
+"""zlib's window bits for gzip or zlib, by the header."""
+_SURROGATES = re.compile(rb"\\u[dD](?P<pair>[89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_CHARSETS = ("iso-8859-1", "latin1", "latin-1", "iso-8859-15", "windows-1252", "utf-16", "utf-16le", "utf-16be")
+_BACKSLASH = ord("\\")
+_MOST_REPLACED = 100_000
 
 
 @dataclass(slots=True)
@@ -60,6 +78,27 @@ class Exchange:
     """The API that the body belongs to, on a path that several APIs share."""
     client: Client = NO_CLIENT
     key: ApiKey | None = None
+    replaced: int = 0
+    """Number of characters of the body that were no Unicode, and are U+FFFD now."""
+    timed: bool = False
+    """Whether the request sets a time limit of its own."""
+
+    @property
+    def named(self) -> str | None:
+        """The model that the path names, if any."""
+        return self.request.scope.get(MODEL) or None
+
+    def decode(self, decoder: msgspec.json.Decoder[Made]) -> Made:
+        """Decode the body, in which what is no Unicode becomes U+FFFD. Raises NoBodyError, or InputError naming the field."""
+        body = self.body or b""
+        try:
+            return decode(decoder, body)
+        except InputError:
+            repaired, count = with_replacements(body)
+            if not count and repaired == body:
+                raise
+        self.body, self.replaced = repaired, count
+        return decode(decoder, repaired)
 
     def identify(self, sender: ApiKey | Client) -> None:
         """Note who sent the request."""
@@ -105,7 +144,10 @@ class RequestBodies:
                 raise self._too_large()
             try:
                 async with asyncio.timeout(seconds):
-                    exchange.body = await self._read(exchange)
+                    body = await self._decompressed(exchange, await self._read(exchange))
+                    exchange.body = await off_loop(
+                        len(body), lambda: as_utf8(body, exchange.request.headers.get("content-type", ""))
+                    )
             except TimeoutError:
                 raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
         return exchange.body
@@ -150,6 +192,23 @@ class RequestBodies:
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    async def _decompressed(self, exchange: Exchange, body: bytes) -> bytes:
+        """Return a body without its Content-Encoding. Raises UnsupportedEncodingError, BodyTooLargeError or InputError."""
+        encoding = exchange.request.headers.get("content-encoding", "").strip().lower()
+        if encoding in ("", "identity"):
+            return body
+        if encoding not in ("gzip", "x-gzip", "deflate"):
+            raise UnsupportedEncodingError(f"the Content-Encoding `{encoding[:40]}` is not supported; send gzip, deflate or none")
+        try:
+            whole = await off_loop(self._each, lambda: decompressed(body, self._each))
+        except zlib.error as error:
+            raise InputError(f"the body is not valid {encoding}: {error}") from None
+        if whole is None:
+            raise self._too_large()
+        self._budget.hold(exchange.owner, len(whole))
+        exchange.held += len(whole)
+        return whole
+
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(
             f"the body is larger than {self._each / 1e6:g} MB; send fewer texts at once, or raise `max_body_mb`"
@@ -169,6 +228,68 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         raise InputError(f"the body is not valid JSON: {error}") from error
 
 
+def decompressed(body: bytes, most: int) -> bytes | None:
+    """Return a gzip or zlib body decompressed; None if that is more than ``most`` bytes. Raises zlib.error."""
+    parts: list[bytes] = []
+    room = most
+    while body:
+        unpack = zlib.decompressobj(_ANY_FORMAT)
+        part = unpack.decompress(body, room + 1)
+        room -= len(part)
+        if room < 0 or unpack.unconsumed_tail:
+            return None
+        if not unpack.eof:
+            raise zlib.error("it is cut short")
+        parts.append(part)
+        body = unpack.unused_data
+    return b"".join(parts)
+
+
+def as_utf8(body: bytes, content_type: str) -> bytes:
+    """Return a body in UTF-8, if its content type declares another charset. Raises UnsupportedEncodingError, InputError."""
+    _, declared, charset = content_type.lower().partition("charset=")
+    charset = charset.partition(";")[0].strip(" \"'")
+    if not declared or charset in ("utf-8", "utf8", "us-ascii", "ascii", ""):
+        return body
+    if charset not in _CHARSETS:
+        raise UnsupportedEncodingError(f"the charset `{charset[:40]}` is not supported; send UTF-8")
+    try:
+        return body.decode(charset).encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise InputError(f"the body is not valid {charset}: {error}") from None
+
+
+def with_replacements(body: bytes) -> tuple[bytes, int]:
+    """Return a body in which bytes that are no UTF-8, and escapes of half a surrogate pair, are U+FFFD, and their number.
+
+    That is what the JSON decoders of Go, and so of Ollama, do; JavaScript cuts texts between the halves of an emoji. A byte order
+    mark at the start is removed.
+    """
+    body = body.removeprefix(codecs.BOM_UTF8)
+    count = 0
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        text = body.decode(errors="replace")
+        count = text.count("\ufffd") - body.count("\ufffd".encode())
+        body = text.encode()
+    parts: list[bytes] = []
+    end = 0
+    for match in _SURROGATES.finditer(body):
+        start = match.start()
+        before = start
+        while before > end and body[before - 1] == _BACKSLASH:
+            before -= 1
+        if (start - before) % 2 or match["pair"]:  # the backslash is escaped itself, or both halves are there
+            continue
+        parts += [body[end:start], b"\\ufffd"]
+        end = match.end()
+        count += 1
+        if len(parts) > 2 * _MOST_REPLACED:
+            raise InputError("the body is not valid JSON: it has too many halves of surrogate pairs")
+    return b"".join([*parts, body[end:]]), count
+
+
 async def off_loop(size: int, call: Callable[[], Made]) -> Made:
     """Return what ``call`` returns. If it handles more than a few bytes (``size``), it runs in a thread, not in the event loop."""
     if size <= SMALL:
@@ -178,21 +299,38 @@ async def off_loop(size: int, call: Callable[[], Made]) -> Made:
     return made.pop()
 
 
-def fields_of(body: bytes) -> BodyFields:
-    """Return the fields that distinguish the APIs; empty if the body is not an object, which ``decode`` reports later."""
+def fields_of(exchange: Exchange) -> BodyFields:
+    """Return the fields that distinguish the APIs; empty if the body is not an object, which is reported later."""
     try:
-        return _FIELDS.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return exchange.decode(_FIELDS)
+    except InputError:
         return BodyFields()
 
 
-def timeout_of(request: Request, default: float) -> float:
-    """Return the seconds in header X-Request-Timeout or query parameter `timeout`, or ``default``. Raises InputError."""
+def check_refused(body: bytes, refused: Mapping[str, Refused]) -> None:
+    """Raise InputError if a body has a field that would change the result, and that is not supported."""
+    present = [name for name in refused if b'"%s"' % name.encode() in body]
+    if not present:
+        return
+    try:
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return  # reported when the body is decoded
+    for name in present:
+        value = msgspec.json.decode(given[name]) if name in given else None
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        if value is not None and value not in refused[name].neutral:
+            raise InputError(f"`{name}` {refused[name].why}", param=name)
+
+
+def timeout_of(request: Request) -> float | None:
+    """Return the seconds in header X-Request-Timeout or query parameter `timeout`, or None. Raises InputError."""
     given = request.headers.get("x-request-timeout")
     if not given and b"timeout" in request.scope["query_string"]:
         given = request.query_params.get("timeout")
     if not given:
-        return default
+        return None
     try:
         seconds = float(given)
     except ValueError:
@@ -219,6 +357,33 @@ async def unless_disconnected(request: Request, work: Awaitable[EmbedResult]) ->
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def with_errors(results: Sequence[EmbedResult], how: Literal["fail", "null", "zero"], width: int) -> Sequence[EmbedResult]:
+    """Return results of vectors as ``how`` says (the setting `on_error`): the vectors of failed texts are zero.
+
+    For `null` their errors stay, from which the APIs make null. Raises the first error for `fail`, or if it is not a text's fault.
+    """
+    kept: list[EmbedResult] = []
+    for result in results:
+        wrong = [error is not None for error in result.errors]
+        if how == "fail" or any(error is not None and not isinstance(error, InputError) for error in result.errors):
+            result.raise_first()
+        if any(wrong):
+            errors = [None] * len(wrong) if how == "zero" else result.errors
+            kept.append(replace(result, embeddings=_zeroed(result.embeddings, wrong, width), errors=errors))
+        else:
+            kept.append(result)
+    return kept
+
+
+def _zeroed(embeddings: Any, wrong: Sequence[bool], width: int) -> Any:
+    if isinstance(embeddings, np.ndarray):
+        zeroed: Any = embeddings.copy()
+        zeroed[np.array(wrong)] = 0
+        return zeroed
+    zero = base64.b64encode(bytes(4 * width)).decode()
+    return [zero if failed else vector for vector, failed in zip(embeddings, wrong, strict=True)]
 
 
 def headers_of(result: EmbedResult, request: EmbedRequest, spec: ModelSpec) -> dict[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from urllib.parse import quote
 
 import msgspec
 from starlette.datastructures import Headers
@@ -14,6 +15,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from npu_proxy.server.http.hosts import HostNames, is_local_origin, matches_origin
+from npu_proxy.server.http.paths import DIALECT, MODEL, Meant, meant
+
+_LONGEST_PATH = 1000
+"""Characters of a path that may stand for another."""
 
 HEALTH_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/v2/health/live", "/v2/health/ready")
 """Paths that are answered under any Host, since the programs that probe them use whatever name or address they know."""
@@ -106,23 +111,49 @@ class ExactRouter:
     """Looks up routes without path parameters in a table, and passes everything else to ``rest``.
 
     Starlette tries its routes one after another, which takes longer for all these routes than returning a cached result.
+    dialects: the base paths of the APIs. Paths that stand for another (paths.py) are replaced by it.
     """
 
-    def __init__(self, routes: Sequence[Route], rest: ASGIApp) -> None:
+    def __init__(self, routes: Sequence[Route], rest: ASGIApp, dialects: Collection[str] = ()) -> None:
         for route in routes:  # `$` would also match before a trailing line feed
             route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
         exact = (route for route in routes if "{" not in route.path)
         self._table = {(method, route.path): route.endpoint for route in exact for method in route.methods or ()}
+        self._named = [route for route in routes if "{" in route.path]
         self._rest = rest
+        self._dialects = frozenset(dialects)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the route in the table, or else ``rest``."""
-        endpoint = self._table.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        endpoint = None
+        if scope["type"] == "http":
+            endpoint = self._table.get((scope["method"], scope["path"]))
+            if endpoint is None and (found := self._meant(scope)) is not None:
+                scope = {
+                    **scope,
+                    "path": found.path,
+                    "raw_path": quote(found.path).encode(),
+                    MODEL: found.model,
+                    DIALECT: found.dialect,
+                }
+                endpoint = self._table.get((scope["method"], scope["path"]))
         if endpoint is None:
             await self._rest(scope, receive, send)
             return
         response: Response = await endpoint(Request(scope, receive, send))
         await response(scope, receive, send)
+
+    def _meant(self, scope: Scope) -> Meant | None:
+        raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+        if len(raw) > _LONGEST_PATH:
+            return None
+        return meant(scope["method"], raw.decode("latin-1"), self._is_known, self._is_named, self._dialects)
+
+    def _is_known(self, method: str, path: str) -> bool:
+        return (method, path) in self._table
+
+    def _is_named(self, method: str, path: str) -> bool:
+        return any(method in (route.methods or ()) and route.path_regex.match(path) for route in self._named)
 
 
 def _refusal(message: str, status: int) -> Response:

@@ -63,6 +63,13 @@ class ModelIndex:
         except UnknownModelError:
             return False
 
+    def spec_of(self, name: str) -> ModelSpec | None:
+        """Return the spec of the stored model with a name or alias; None if there is none."""
+        try:
+            return self.spec(self.find(name))
+        except UnknownModelError:
+            return None
+
     def models(self) -> Iterator[StoredModel]:
         """Yield the models that can be served; none if models are not loaded on demand."""
         for stored in self.store.list() if self.settings.load_on_demand else ():

@@ -27,8 +27,10 @@ class ServerListing:
     Create it in the event loop (``loop``), where the models in memory change, and use it in a thread.
     """
 
-    def __init__(self, models: LoadedModels, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, models: LoadedModels, loop: asyncio.AbstractEventLoop, only: str | None = None) -> None:
+        """only: list nothing but the model with that name."""
         self._models = models
+        self._only = only
         self._loaded = models.snapshot()
         self._index = models.index
         self._loop = loop
@@ -40,11 +42,16 @@ class ServerListing:
 
     @property
     def default(self) -> ModelInfo:
-        """The first model. Raises StoppedError while it is loading."""
+        """The first model, or the only one. Raises StoppedError while it is loading, or UnknownModelError."""
+        return self.find(self._only) if self._only is not None else self._first()
+
+    def _first(self) -> ModelInfo:
         return self._loaded.find(None) or self._loaded.models[0]
 
     def all(self) -> Sequence[ModelInfo]:
         """Return every model that clients may request, loaded ones first."""
+        if self._only is not None:
+            return [self.find(self._only)]
         models = list(self._loaded.models)
         known = {model.spec.name for model in models}
         for stored in self._index.models():

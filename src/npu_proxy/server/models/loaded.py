@@ -28,7 +28,7 @@ from npu_proxy.models.cl100k import FILE, NAME, Cl100k
 from npu_proxy.models.per_model import check_models, settings_of
 from npu_proxy.models.pull import model_files
 from npu_proxy.models.store import StoredModel
-from npu_proxy.server.apis.contract import ModelInfo, ServedModel
+from npu_proxy.server.apis.contract import KINDS, ModelInfo, ServedModel, kind_of
 from npu_proxy.server.models.index import ModelIndex, normalize_name, split_role
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
@@ -195,11 +195,19 @@ class LoadedModels:
             names = self._names(model)
             if model.running:
                 aliases = self._aliases(model)
-                info = ModelInfo(spec=model.engine.spec, since=model.since, names=aliases, expires=model.expires)
+                info = ModelInfo(
+                    spec=model.engine.spec,
+                    since=model.since,
+                    names=aliases,
+                    expires=model.expires,
+                    tokens_per_second=model.engine.stats().tokens_per_second,
+                )
                 models.append(info)
                 by_name |= dict.fromkeys(names - by_name.keys(), info)
             elif model.pinned:
                 unavailable |= dict.fromkeys(names, self._why_not_running(model))
+        for info in models:  # a kind is a name for its first model, unless a model has that name
+            by_name.setdefault(kind_of(info.spec), info)
         return LoadedSnapshot(
             models=models, by_name=by_name, unavailable=unavailable, first=next(iter(self._own_names(self.first)))
         )
@@ -276,8 +284,29 @@ class LoadedModels:
         return model if model is not None and model.running else None
 
     def named(self, wanted: str) -> LoadedModel | None:
-        """Return the model with this normalized name that is in memory or being loaded, or None."""
-        return next((model for model in self.loaded() if wanted in self._names(model)), None)
+        """Return the model with this normalized name that is in memory or being loaded, or None.
+
+        A kind (`embedding`, `reranker`, ...) is a name for its first model, unless a model has that name.
+        """
+        loaded = self.loaded()
+        named = (model for model in loaded if wanted in self._names(model))
+        of_kind = (model for model in loaded if wanted in KINDS and model.running and kind_of(model.engine.spec) == wanted)
+        return next(named, None) or next(of_kind, None)
+
+    async def first_suiting(self, name: str | None, choices: Sequence[Callable[[ModelSpec], bool]]) -> int:
+        """Return the index of the first of ``choices`` that suits the model with that name, or any model if there is no name.
+
+        0 if none does, or if the name is unknown, which is an error later.
+        """
+        if name is None:
+            return next((number for number, suits in enumerate(choices) if self._first_suitable(suits) is not None), 0)
+        own_name, _ = await self._without_role(name)
+        model = self.named(normalize_name(own_name))
+        if model is not None and model.running:
+            spec: ModelSpec | None = model.engine.spec
+        else:
+            spec = await self.in_thread(self.index.spec_of, own_name)
+        return next((number for number, suits in enumerate(choices) if spec is not None and suits(spec)), 0)
 
     def _first_suitable(self, suits: Callable[[ModelSpec], bool] | None) -> LoadedModel | None:
         running = (model for model in self._loaded.values() if model.pinned and model.running)
