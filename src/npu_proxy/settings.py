@@ -1,18 +1,20 @@
 """All settings. Each field is a flag, an NPU_PROXY_* variable and a key of npu-proxy.toml at once (see commands/app.py).
 
 The file is longer than others because it is one table. The metadata of a field contains its group in the help text and its
-smallest allowed value.
+bounds.
 """
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from npu_proxy.errors import SettingsError
 from npu_proxy.targets import STANDALONE, device_chain, normalize_device
@@ -22,6 +24,10 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _ABOVE_ZERO = 1e-9
 _SHORTEST_BATCH = 32
 """The smallest number of positions in a batch."""
+_MOST_TOKENS = 2**20
+_MOST_MB = 10**9
+_YEAR = 366 * 86400.0
+"""Bounds that catch mistakes, such as milliseconds or bytes in place of seconds or megabytes."""
 
 
 def default_store() -> Path:
@@ -45,9 +51,9 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npu-proxy"
 
 
-def _setting(group: str, default: Any, least: float | None = None) -> Any:
-    """Define a field. group: in the help text. default: a value, or a callable that returns one. least: the lower bound, if any."""
-    metadata = {"group": group, "least": least}
+def _setting(group: str, default: Any, least: float | None = None, most: float | None = None) -> Any:
+    """Define a field. group: in the help text. default: a value, or a callable that returns one. least, most: a number's bounds."""
+    metadata = {"group": group, "least": least, "most": most}
     return field(default_factory=default, metadata=metadata) if callable(default) else field(default=default, metadata=metadata)
 
 
@@ -79,7 +85,7 @@ class Settings:
     document_instruction: tuple[str, ...] = _setting("Model", ())
     """Text put before each document, in the same way."""
 
-    max_length: int | None = _setting("Model", None, 1)
+    max_length: int | None = _setting("Model", None, 1, _MOST_TOKENS)
     """Maximum number of tokens per text, including special tokens. Default and upper bound: the model's own limit."""
 
     onnx_file: str = _setting("Model", "onnx/model.onnx")
@@ -100,17 +106,17 @@ class Settings:
     load_on_demand: bool = _setting("Model", True)
     """Load any model of the local store when a client asks for it. Off: serve only those that `model` names."""
 
-    keep_alive: float = _setting("Model", 300.0)
+    keep_alive: float = _setting("Model", 300.0, -_YEAR, _YEAR)
     """Seconds without a request after which a model loaded on demand is unloaded; a negative value disables this."""
 
-    models_mb: int | None = _setting("Model", None, 1)
+    models_mb: int | None = _setting("Model", None, 1, _MOST_MB)
     """Maximum megabytes of weights loaded at once; above it, the least recently used model is unloaded. Default: a quarter of
     the memory."""
 
     allow_pull: bool = _setting("Model", False)
     """Allow clients to download and delete models through Ollama's routes."""
 
-    max_pull_gb: float = _setting("Model", 50.0, 0.001)
+    max_pull_gb: float = _setting("Model", 50.0, 0.001, 1e5)
     """Maximum gigabytes of a model that is downloaded."""
 
     # -- device
@@ -135,78 +141,78 @@ class Settings:
     hint: Literal["throughput", "latency"] = _setting("Device", "throughput")
     """Whether accelerators are optimized for many batches at once, or for the latency of each batch."""
 
-    threads: int | None = _setting("Device", None, 1)
+    threads: int | None = _setting("Device", None, 1, 4096)
     """Number of CPU threads for inference. Default: as many as CPU affinity and cgroup allow."""
 
-    streams: int | None = _setting("Device", None, 1)
+    streams: int | None = _setting("Device", None, 1, 4096)
     """Number of batches computed at once on the CPU. Default: one per thread, which is fastest under load."""
 
-    requests: int | None = _setting("Device", None, 1)
+    requests: int | None = _setting("Device", None, 1, 256)
     """Number of batches in progress at once on an accelerator. Default: what its driver recommends, up to 16."""
 
-    row_tokens: int | None = _setting("Device", None, _SHORTEST_BATCH)
+    row_tokens: int | None = _setting("Device", None, _SHORTEST_BATCH, _MOST_TOKENS)
     """Number of tokens in a full batch. Default: 512, or the value that `npu-proxy tune` chose. Larger batches are slightly
     faster under load, and delay the first result."""
 
     packing: bool = _setting("Device", True)
     """Put several texts into one bin of a batch. Off: one text per bin, with padding, for comparison."""
 
-    hedge: float | None = _setting("Device", None, _ABOVE_ZERO)
+    hedge: float | None = _setting("Device", None, _ABOVE_ZERO, _YEAR)
     """Seconds after which a batch on an accelerator is also started on the next device. Default: half of the time left to it, but
     at least four times the usual duration of a batch."""
 
-    accelerator_tokens: int = _setting("Device", 2048, _SHORTEST_BATCH)
+    accelerator_tokens: int = _setting("Device", 2048, _SHORTEST_BATCH, _MOST_TOKENS)
     """Longest text, in tokens, that accelerators are compiled for if `device` lists `cpu` after them; the CPU computes longer
     texts. The time of a batch grows with the square of the length of its texts, and compiling takes minutes."""
 
-    compile_timeout: float = _setting("Device", 300.0, _ABOVE_ZERO)
+    compile_timeout: float = _setting("Device", 300.0, _ABOVE_ZERO, _YEAR)
     """Seconds an accelerator may take to compile the model; until then, the next device is used."""
 
-    row_timeout: float = _setting("Device", 10.0, _ABOVE_ZERO)
+    row_timeout: float = _setting("Device", 10.0, _ABOVE_ZERO, _YEAR)
     """Seconds a batch may take on an accelerator before its worker process is restarted. On the CPU it may take six times as long,
     before the model is compiled again."""
 
-    max_retries: int = _setting("Device", 2, 0)
+    max_retries: int = _setting("Device", 2, 0, 100)
     """How often a batch that failed on every device is started again within its time, after 0.1 seconds, then 0.2, and so on."""
 
-    heartbeat_timeout: float = _setting("Device", 3.0, _ABOVE_ZERO)
+    heartbeat_timeout: float = _setting("Device", 3.0, _ABOVE_ZERO, _YEAR)
     """Seconds without a sign of life before an accelerator's worker process is restarted."""
 
-    probe_interval: float = _setting("Device", 30.0, 0)
+    probe_interval: float = _setting("Device", 30.0, 0, _YEAR)
     """Seconds between test inferences on each device, whose golden texts must give the known vectors; 0 for none."""
 
     canaries: bool = _setting("Device", True)
     """Put short golden texts into the free room of batches. If the vector of one is wrong, the batch is computed again elsewhere,
     and the device is taken out of service."""
 
-    verify_every: int = _setting("Device", 128, 0)
+    verify_every: int = _setting("Device", 128, 0, 10**9)
     """One in this many batches without room for a canary is computed twice, and the results are compared; 0 for none."""
 
-    breaker_failures: int = _setting("Device", 3, 1)
+    breaker_failures: int = _setting("Device", 3, 1, 10**6)
     """Number of failures within `breaker_window` after which a device is taken out of service; a lost device, a hang, a
     crash, NaN or a failed compilation takes it out of service immediately."""
 
-    breaker_window: float = _setting("Device", 30.0, _ABOVE_ZERO)
+    breaker_window: float = _setting("Device", 30.0, _ABOVE_ZERO, _YEAR)
     """Seconds over which failures are counted; after this long without a failure, the backoff starts again from the beginning."""
 
-    breaker_backoff: float = _setting("Device", 0.5, _ABOVE_ZERO)
+    breaker_backoff: float = _setting("Device", 0.5, _ABOVE_ZERO, _YEAR)
     """Seconds until the first attempt to recover a failed device; doubled after every failure."""
 
-    breaker_longest: float = _setting("Device", 30.0, _ABOVE_ZERO)
+    breaker_longest: float = _setting("Device", 30.0, _ABOVE_ZERO, _YEAR)
     """Maximum seconds between attempts to recover a failed device."""
 
     compile_cache: Path = _setting("Device", lambda: default_cache() / "compiled")
     """Folder for compiled models."""
 
-    compile_cache_mb: int = _setting("Device", 4096, 0)
+    compile_cache_mb: int = _setting("Device", 4096, 0, _MOST_MB)
     """Maximum megabytes of compiled models to keep; the least recently used are removed first. 0 keeps none."""
 
     # -- request
 
-    timeout: float = _setting("Request", 30.0, _ABOVE_ZERO)
+    timeout: float = _setting("Request", 30.0, _ABOVE_ZERO, _YEAR)
     """Seconds a request may take, unless the request sets its own limit."""
 
-    bulk_timeout: float = _setting("Request", 600.0, _ABOVE_ZERO)
+    bulk_timeout: float = _setting("Request", 600.0, _ABOVE_ZERO, _YEAR)
     """Seconds a batch of `stream`, or of a file, may take."""
 
     sanitize: Literal["none", "basic", "nfkc"] = _setting("Request", "none")
@@ -232,40 +238,40 @@ class Settings:
     """What an HTTP request for vectors gets if some of its texts fail: an error (fail), null in their place, or zero vectors; the
     header x-npu-proxy-failed counts them. A request may choose by the field or header `on_error`."""
 
-    max_client_batch: int = _setting("Request", 2048, 1)
+    max_client_batch: int = _setting("Request", 2048, 1, 10**6)
     """Maximum number of texts per HTTP request; larger requests are refused."""
 
     # -- queue
 
-    max_queue_items: int = _setting("Queue", 16384, 1)
+    max_queue_items: int = _setting("Queue", 16384, 1, 10**9)
     """Maximum number of texts in the queue; above it, requests are refused with status 503 and Retry-After."""
 
-    max_queue_tokens: int = _setting("Queue", 2_000_000, 1)
+    max_queue_tokens: int = _setting("Queue", 2_000_000, 1, 10**12)
     """Maximum number of tokens in the queue; above it, requests are refused in the same way."""
 
-    interactive_texts: int = _setting("Queue", 8, 0)
+    interactive_texts: int = _setting("Queue", 8, 0, 10**9)
     """Requests of up to this many texts go to the interactive lane, larger ones to the bulk lane, unless they say otherwise
     (`priority`). Lanes order the requests of one client; clients take turns by tokens."""
 
-    batch_delay: float = _setting("Queue", 0.005, 0)
+    batch_delay: float = _setting("Queue", 0.005, 0, 60)
     """Seconds that a partly filled batch waits for texts that are about to be queued; it does not wait if there are none."""
 
-    aging: float = _setting("Queue", 1.0, 0)
+    aging: float = _setting("Queue", 1.0, 0, _YEAR)
     """Seconds after which the oldest waiting text of a client goes into the next batch, before its shorter and interactive
     requests."""
 
-    window: int = _setting("Queue", 128, 1)
+    window: int = _setting("Queue", 128, 1, 10**6)
     """Number of waiting texts from which the texts of a batch are chosen."""
 
-    drain: float = _setting("Queue", 20.0, 0)
+    drain: float = _setting("Queue", 20.0, 0, _YEAR)
     """Seconds that open requests have to finish when the server or engine stops."""
 
     # -- cache
 
-    cache_mb: int = _setting("Cache", 256, 0)
+    cache_mb: int = _setting("Cache", 256, 0, _MOST_MB)
     """Megabytes of vectors kept in memory, so that repeated texts are not computed again. 0 keeps none."""
 
-    cache_disk_mb: int = _setting("Cache", 0, 0)
+    cache_disk_mb: int = _setting("Cache", 0, 0, _MOST_MB)
     """Megabytes of vectors also kept on disk; several processes may share the folder. 0 keeps none. Texts are never stored.
     The file takes up a third more than this, and never shrinks."""
 
@@ -290,7 +296,7 @@ class Settings:
     host: str = _setting("Server", "127.0.0.1")
     """Address to listen on."""
 
-    port: int = _setting("Server", 8080, 0)
+    port: int = _setting("Server", 8080, 0, 65535)
     """Port to listen on; 0 chooses a free port, which the ready line names."""
 
     uds: Path | None = _setting("Server", None)
@@ -299,23 +305,23 @@ class Settings:
     url_prefix: str = _setting("Server", "")
     """Path prefix of all routes, such as /embeddings-server, for a reverse proxy that does not remove it."""
 
-    max_body_mb: int = _setting("Server", 20, 1)
+    max_body_mb: int = _setting("Server", 20, 1, 4000)
     """Maximum megabytes of a request's body; larger ones get status 413."""
 
-    max_answer_mb: int = _setting("Server", 256, 1)
+    max_answer_mb: int = _setting("Server", 256, 1, _MOST_MB)
     """Maximum megabytes of an answer, at 21 bytes per number; requests for larger ones get status 413."""
 
-    max_bodies_mb: int = _setting("Server", 512, 1)
+    max_bodies_mb: int = _setting("Server", 512, 1, _MOST_MB)
     """Maximum megabytes of the bodies of all requests held at once, and as much again for their answers; above it, and for one
     client above half of it, requests are refused."""
 
-    max_connections: int = _setting("Server", 8192, 1)
+    max_connections: int = _setting("Server", 8192, 1, 10**6)
     """Maximum number of open connections; further ones are closed with status 503."""
 
-    header_timeout: float = _setting("Server", 30.0, _ABOVE_ZERO)
+    header_timeout: float = _setting("Server", 30.0, _ABOVE_ZERO, _YEAR)
     """Seconds within which a client must send a request's headers, and within which it must read the response."""
 
-    idle_timeout: float = _setting("Server", 75.0, _ABOVE_ZERO)
+    idle_timeout: float = _setting("Server", 75.0, _ABOVE_ZERO, _YEAR)
     """Seconds a connection may stay open between requests."""
 
     # -- security
@@ -375,10 +381,10 @@ class Settings:
         if self.precision != "fp32" and self.device in STANDALONE:
             raise SettingsError(f"`precision` is {self.precision}; device `{self.device}` supports only fp32", param="precision")
         for setting in fields(self):
-            value, least = getattr(self, setting.name), setting.metadata["least"]
-            if least is not None and isinstance(value, int | float) and not value >= least:  # NaN is refused, too
-                bound = "greater than 0" if least == _ABOVE_ZERO else f"at least {least}"
-                raise SettingsError(f"`{setting.name}` is {value}; it must be {bound}", param=setting.name)
+            value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
+            if least is not None and isinstance(value, int | float) and not least <= value <= most:  # NaN is refused, too
+                bound = "greater than 0" if least == _ABOVE_ZERO else f"at least {least:g}"
+                raise SettingsError(f"`{setting.name}` is {value}; it must be {bound}, and at most {most:g}", param=setting.name)
 
 
 def general_value(entries: Iterable[str]) -> str:
@@ -398,13 +404,44 @@ def types_of_settings() -> dict[str, Any]:
 
 
 def _normalized(name: str, value: object, hint: Any) -> object:
-    """Convert a value to the type of its setting: a single value to a tuple, and values that earlier versions used."""
-    if hint == tuple[str, ...] and isinstance(value, str):
-        return (value,)
-    if hint is bool and isinstance(value, str):
-        if value not in ("on", "off"):
-            raise SettingsError(f"`{name}` is {value!r}; it must be true or false", param=name)
-        return value == "on"
-    if value == 0 and not isinstance(value, bool) and hint in (int | None, float | None):  # 0 used to mean automatic
+    """Convert a value to the type of its setting: a single value to a tuple, a word to a path, and values of earlier versions.
+
+    Raises SettingsError for a value that is none of the setting's, in the words of the command line.
+    """
+    if hint == tuple[str, ...]:
+        items = (value,) if isinstance(value, str | os.PathLike) else value
+        if not isinstance(items, Iterable):
+            raise _unsuitable(name, value, "a list of words")
+        return tuple(map(str, items))  # type: ignore[reportUnknownArgumentType]
+    kinds: Sequence[Any] = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if value is None and NoneType in kinds:
         return None
-    return value
+    kind: Any = kinds[0]
+    if kind in (int, float) and NoneType in kinds and value == 0 and not isinstance(value, bool):
+        return None  # 0 used to mean automatic
+    choices: Sequence[str] = get_args(kind) if get_origin(kind) is Literal else list(Pooling) if kind is Pooling else ()
+    if choices:
+        if value not in choices:
+            listed = ", ".join(f'"{choice}"' for choice in choices)
+            raise SettingsError(f'Invalid value "{value}" for `{name}`. Choose from: {listed}.', param=name)
+        return Pooling(str(value)) if kind is Pooling else value
+    if kind is bool and value in ("on", "off"):
+        return value == "on"
+    accepted, words = _ACCEPTED[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise _unsuitable(name, value, words)
+    return Path(value) if isinstance(value, str) and kind is Path else value
+
+
+_ACCEPTED: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a word"),
+    Path: ((str, Path), "a path"),
+}
+"""What each type of setting accepts, and what it is called."""
+
+
+def _unsuitable(name: str, value: object, words: str) -> SettingsError:
+    return SettingsError(f"`{name}` is {value!r}; it must be {words}", param=name)

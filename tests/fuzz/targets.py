@@ -22,6 +22,7 @@ from test_pickled import listing, tensor
 from conftest import GOLDEN
 from npu_proxy.cache.entry import from_bytes, origins_from_bytes, to_bytes
 from npu_proxy.engine.outputs import is_kept_output
+from npu_proxy.errors import InputError
 from npu_proxy.models.layout import read_spec
 from npu_proxy.models.manifest import read_manifest
 from npu_proxy.models.store import ModelStore
@@ -29,7 +30,7 @@ from npu_proxy.models.tokenizer_file import check_growth
 from npu_proxy.models.weights import Tensors
 from npu_proxy.server.apis.contract import InferenceRoute, ModelQuery
 from npu_proxy.server.http.app import DIALECTS
-from npu_proxy.server.http.exchange import decode, fields_of
+from npu_proxy.server.http.exchange import check_refused, decode, with_replacements
 from npu_proxy.server.http.json_scan import check_values
 from npu_proxy.types import TextResult
 
@@ -124,7 +125,9 @@ def manifest(content: bytes) -> None:
 @cache
 def bodies() -> Sequence[tuple[msgspec.json.Decoder[Any], InferenceRoute[Any, Any] | None]]:
     routes = [route for dialect in DIALECTS for route in dialect.routes if not isinstance(route, ModelQuery)]
-    return [(msgspec.json.Decoder(route.body), route if isinstance(route, InferenceRoute) else None) for route in routes]
+    return [
+        (msgspec.json.Decoder(route.body, strict=False), route if isinstance(route, InferenceRoute) else None) for route in routes
+    ]
 
 
 def http_body(content: bytes) -> None:
@@ -132,9 +135,12 @@ def http_body(content: bytes) -> None:
     routes = bodies()
     decoder, route = routes[content[0] % len(routes)] if content else routes[0]
     body = content[1:]
-    fields_of(body)
     check_values(body, 2048)
-    decoded = decode(decoder, body)
+    check_refused(body, decoder.type.refused)
+    try:
+        decoded = decode(decoder, body)
+    except InputError:
+        decoded = decode(decoder, with_replacements(body)[0])
     if route is not None:
         route.to_requests(decoded, served())
 

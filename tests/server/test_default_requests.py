@@ -110,7 +110,7 @@ def asked_of(path: str, body: dict[str, Any]) -> Asked | list[Asked]:
         return Asked(strings(body.get("input") or ""), dimensions=width if width and 0 < width < WIDTH else None, limit=limit)
     texts = strings(next(body[name] for name in ("input", "inputs", "texts", "content") if body.get(name) is not None))
     norms = [body.get(name) for name in ("normalize", "normalized", "use_activation")]
-    dtypes = [body.get(name) for name in ("output_dtype", "embedding_type") if isinstance(body.get(name), str)]
+    dtypes: list[str] = [body[name] for name in ("output_dtype", "embedding_type") if isinstance(body.get(name), str)]
     limit = positive(body.get("truncate_prompt_tokens")) or positive(body.get("max_tokens"))
     side = body.get("truncation_side") or body.get("truncation_direction") or ""
     return Asked(

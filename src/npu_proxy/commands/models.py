@@ -7,6 +7,7 @@ import sys
 import msgspec
 
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings, with_model
+from npu_proxy.models import card
 from npu_proxy.models.pull import pull as pull_model
 from npu_proxy.models.resolve import resolve
 from npu_proxy.models.store import ModelStore
@@ -69,7 +70,7 @@ def rm(model: str, *, settings: SharedSettings = DEFAULTS) -> None:
 
 
 def show(model: str = "", /, *, json: bool = False, settings: SharedSettings = DEFAULTS) -> None:
-    """Show a model's architecture, width, limit, pooling, prompts, precision, source, licence and fingerprint.
+    """Show a model's architecture, width, limit, pooling, prompts, precision, source, licence, limits and fingerprint.
 
     Parameters
     ----------
@@ -129,20 +130,9 @@ def describe(settings: Settings) -> dict[str, object]:
         "precision": spec.precision,
         "served from": f"a graph file, padded (device {settings.device})" if settings.device in GRAPH_FILES else "",
         "source": stored.source if stored else "a folder",
-        "licence": licence(spec),
+        "licence": card.licence(spec),
+        "limits": card.limits(spec),
+        "card": card.address(spec),
         "weights": f"{sum(file.stat().st_size for file in spec.weight_files) / 1e6:.1f} MB",
         "fingerprint": spec.fingerprint,
     }
-
-
-def licence(spec: ModelSpec) -> str:
-    """The licence in the model card's header, or "see LICENSE" if there is a licence file, or "unknown"."""
-    card = spec.folder / "README.md"
-    if card.is_file():
-        head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
-        if head.startswith("---"):
-            for line in head.split("---", 2)[1].splitlines():
-                key, _, value = line.partition(":")
-                if key.strip() == "license" and value.strip():
-                    return value.strip()
-    return "see LICENSE" if any(spec.folder.glob("LICENSE*")) else "unknown"

