@@ -70,9 +70,17 @@ format: $(VENV)/.dev  ## format, and apply the linter's automatic fixes
 	cd tests/clients/npm && npm ci --silent --no-audit --no-fund
 	touch $@
 
-clients: weights .venv-clients/.done  ## test with real client libraries and schemathesis against a running server (1.4 GB in .venv-clients; needs npm)
+.venv-clients-older/.done: requirements/clients-older.txt pyproject.toml
+	$(PYTHON) -m venv .venv-clients-older
+	.venv-clients-older/bin/python $(HASHED)/build.txt
+	.venv-clients-older/bin/python $(HASHED)/clients-older.txt
+	.venv-clients-older/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+clients: weights .venv-clients/.done .venv-clients-older/.done  ## test with real client libraries and schemathesis against a running server (2.4 GB in .venv-clients*; needs npm)
 	@$(BIN)/npu-proxy list 2>/dev/null | grep -q cl100k_base || $(BIN)/npu-proxy pull cl100k_base
 	.venv-clients/bin/python -m pytest -p no:asyncio tests/clients
+	.venv-clients-older/bin/python -m pytest -p no:asyncio tests/clients/test_older_sdks.py
 
 quality: $(VENV)/.bench weights  ## measure the default model on STS-B and SciFact, and the example models on SciFact and Banking77
 	$(BIN)/python bench/quality.py --data $(DATA)
@@ -131,10 +139,11 @@ lock: $(VENV)/.python  ## regenerate requirements/*.txt from pyproject.toml
 	$(LOCK) pyproject.toml -o requirements/run.txt
 	$(LOCK) -c requirements/run.txt --group dev -o requirements/dev.txt
 	$(LOCK) -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
+	$(LOCK) -c requirements/run.txt --group clients-older pyproject.toml -o requirements/clients-older.txt
 	$(LOCK) -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
 
 docs:  ## make docs/fields.md from the body types of the APIs
 	$(BIN)/python tools/docs/fields.py > docs/fields.md
 
 clean:  ## remove the environments and the caches of tools
-	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients .venv-clients-older tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis

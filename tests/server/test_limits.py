@@ -344,6 +344,13 @@ def test_an_upgrade_that_is_not_known_is_ignored_however_it_arrives(server: Serv
     assert answer.endswith(b'{"live":true}')
 
 
+def test_many_requests_in_a_row_may_ask_for_an_upgrade(server: Server) -> None:
+    ask = b"GET /health/live HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    with connect(server) as connection:
+        connection.sendall(ask * 700 + ask.replace(b"connection: upgrade", b"connection: close"))
+        assert read_all(connection).count(b"HTTP/1.1 200") == 701
+
+
 def test_large_requests_may_follow_each_other_on_a_connection(server: Server) -> None:
     with httpx.Client() as http:
         for number in range(8):

@@ -15,10 +15,10 @@ _HEAD = """# Fields of requests
 Which fields of each API's requests npu-proxy obeys, and what becomes of the others. Made by `make docs` from the body types in
 `src/npu_proxy/server/apis/`; a test sends every field.
 
-- **obeyed**: the reply is what the field asks for, or the request is refused because it cannot be. `null` means the default. Booleans
-  and numbers may be strings, and whole numbers may be floats (`"true"`, `"8"`, `8.0`).
-- **refused**: the field would change the result, and is not supported; a request with it is an error that names it. Values in brackets
-  ask for nothing, and are accepted.
+- **obeyed**: the reply is what the field asks for, or the request is refused because it cannot be. `null` means the default.
+  Booleans and numbers may be strings, and whole numbers may be floats (`"true"`, `"8"`, `8.0`).
+- **refused**: the field would change the result, and is not supported; a request with it is an error that names it. Values in
+  brackets ask for nothing, and are accepted.
 - **harmless**: the field does not change the result, and is ignored.
 
 Any other field is ignored, as the APIs themselves do. All routes have `priority` (the lane of the request) and `on_error` (what a

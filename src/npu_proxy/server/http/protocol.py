@@ -63,16 +63,23 @@ class Protocol(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         """Parse the data as if no request asked for an upgrade, such as that of Java's client to h2c, which a server may ignore."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # The parser has stopped after the head, and takes no body: a new one reads the same request without the upgrade.
-            head = [self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()]
-            head += [name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"http2-settings")]
-            self.parser = httptools.HttpRequestParser(self)
-            self._parse(b"\r\n".join([*head, b"", data[upgrade.args[0] :]]))
-        except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # The parser has stopped after the head, and takes no body: a new one reads the same request without the upgrade.
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser: httptools.HttpRequestParser = httptools.HttpRequestParser(self)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        head = [self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()]
+        head += [name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"http2-settings")]
+        return b"\r\n".join([*head, b"", b""])
 
     def on_message_begin(self) -> None:
         """Start the time limit on the headers of a request."""
