@@ -45,7 +45,7 @@ def test_a_large_request_has_more_time_up_to_the_bulk_limit(seconds: float | Non
         assert time_limit(2 * seconds, timeout=timeout, bulk_timeout=bulk) >= limit
 
 
-@given(st.integers(1, 10**4), st.floats(0.1, 1e3), st.floats(1, 1e7), speeds, st.integers(0, 3))
+@given(st.integers(2, 10**4), st.floats(0.1, 1e3), st.floats(1, 1e7), speeds, st.integers(0, 3))
 def test_what_cannot_be_computed_in_time_is_refused_with_what_can(
     count: int, seconds: float, own: float, speed: float, waiting: int
 ) -> None:

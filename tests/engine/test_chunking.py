@@ -322,3 +322,20 @@ def test_chunks_are_as_narrow_and_as_long_as_requested() -> None:
     assert vectors(dimensions=2, normalize=False) == [[3.0, 4.0]]
     assert vectors(OutputType.SCORES) == [[3.0, 4.0, 12.0]]  # logits stay as they are
     assert list(requested_chunks(None, EmbedRequest(texts=["x"]), SPEC)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "offsets"),
+    [
+        ("cat dog red fox", [(0, 3), (4, 7), (8, 11), (12, 15)]),  # words alone, as BERT's tokenizers have them
+        ("cat dog red fox", [(0, 3), (3, 7), (7, 11), (11, 15)]),  # with the space before them, as byte-level tokenizers do
+    ],
+)
+def test_a_chunk_begins_with_the_word_at_its_boundary_wherever_the_space_belongs(text: str, offsets: list[tuple[int, int]]) -> None:
+    chunking = Chunking(late=True, size=64, overlap=0, boundaries=(text.index("dog"), text.index("fox")))
+    tokenized = TokenizedText(ids=[5, 6, 7, 8], offsets=offsets)
+    options = EncodeOptions(limit=64, truncate=Truncate.CHUNK, chunking=chunking)
+    found = split_text(tokenized, options, 62, (1, 1), lambda ids: Encoding(np.array([2, *ids, 3], np.int32), False))
+    assert isinstance(found, ChunkedText)
+    assert found.encodings[0].spans == ((0, 2), (2, 4), (4, 6))  # [CLS] cat | dog red | fox [SEP]
+    assert [text[start:stop].strip() for start, stop in found.spans] == ["cat", "dog red", "fox"]

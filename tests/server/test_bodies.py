@@ -70,6 +70,7 @@ def test_escaped_backslashes_are_left_alone() -> None:
     for body in (rb'{"a": "\\ud83d"}', rb'{"a": "\\\\ud83d \ud83d\ude00"}', rb'{"a": "x"}'):
         assert with_replacements(body) == (body, 0)
     assert with_replacements(rb'{"a": "\\\ud83d"}') == (rb'{"a": "\\\ufffd"}', 1)
+    assert with_replacements(rb'{"a": "\\ud83d\ude00"}') == (rb'{"a": "\\ud83d\ufffd"}', 1)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ def test_an_unknown_charset_is_refused(charset: str) -> None:
         ("GZIP", gzip.compress),
         ("x-gzip", lambda body: gzip.compress(body[:30]) + gzip.compress(body[30:])),
         ("deflate", zlib.compress),
+        ("gzip", lambda body: gzip.compress(body) + bytes(100_000)),
         ("identity", lambda body: body),
     ],
 )
@@ -128,10 +130,13 @@ def test_compressed_bodies_are_decompressed(encoding: str, pack: Any) -> None:
         (WANTED, "gzip", 422, "not valid gzip"),
         (gzip.compress(WANTED)[:-9], "gzip", 422, "cut short"),
         (gzip.compress(b" " * 30_000_000), "gzip", 413, "20 MB"),
+        (gzip.compress(b"") * 2000 + gzip.compress(WANTED), "gzip", 422, "members"),
+        (b'{"inputs": "' + b"\xff" * 200_000 + b'"}', "", 422, "not UTF-8"),
+        (b'{"inputs": "' + b"\\ud83d" * 200_000 + b'"}', "", 422, "halves"),
     ],
 )
 def test_other_encodings_and_bombs_are_refused(content: bytes, encoding: str, status: int, words: str) -> None:
-    answer = post(content, headers={"content-encoding": encoding})
+    answer = post(content, headers={"content-encoding": encoding} if encoding else None)
     assert (answer.status_code, words in answer.text) == (status, True), answer.text
 
 
@@ -139,6 +144,25 @@ def test_other_encodings_and_bombs_are_refused(content: bytes, encoding: str, st
 def test_no_more_is_decompressed_than_allowed(body: bytes, most: int) -> None:
     found = decompressed(gzip.compress(body), most)
     assert found == (body if len(body) <= most else None)
+
+
+REFUSED = {"query": "a", "passages": ["b", "c"], "top_n": 1}
+
+
+@pytest.mark.parametrize("spoil", [b"", b"\xef\xbb\xbf"])
+def test_what_is_refused_is_refused_in_bodies_that_need_repair(spoil: bytes) -> None:
+    for body in (json.dumps(REFUSED), json.dumps(REFUSED).replace('"a"', '"a\\ud800"')):
+        answer = post(spoil + body.encode(), "/v1/ranking")
+        assert (answer.status_code, "`top_n`" in answer.text) == (400, True)
+    for number in ("1e400", "9" * 5000):
+        answer = post(b'{"input": "a", "padding": %s}' % number.encode(), "/v1/embeddings")
+        assert (answer.status_code, "`padding`" in answer.text) == (400, True)
+
+
+def test_parts_within_parts_are_refused() -> None:
+    for depth in (2, 200, 400):
+        body = b'{"input":' + b'{"content":[' * depth + b'{"text":"x"}' + b"]}" * depth + b"}"
+        assert post(body, "/v1/embeddings").status_code == 400
 
 
 # -- types ---------------------------------------------------------------------------------------------------------------

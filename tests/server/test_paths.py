@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from npu_proxy.server.http.paths import Meant, meant
 
 EXACT = {
-    ("POST", path) for path in ("/", "/rerank", "/embed", "/embeddings", "/v1/embeddings", "/v1/rerank", "/v2/embed", "/api/embed")
+    ("POST", path)
+    for path in (
+        "/",
+        "/rerank",
+        "/embed",
+        "/embeddings",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/v2/embed",
+        "/api/embed",
+        "/pipeline/feature-extraction",
+    )
 }
 EXACT |= {("GET", path) for path in ("/", "/info", "/v1/models", "/health")}
 PREFIXED = {"GET": ("/v1/models/", "/models/"), "POST": ("/v1beta/models/",)}
@@ -31,9 +42,9 @@ def found(method: str, path: str) -> Meant | None:
         ("POST", "/openai/v1/embeddings", Meant("/v1/embeddings")),
         ("POST", "/api/v1/embeddings", Meant("/v1/embeddings")),
         ("POST", "/v1/api/embed", Meant("/api/embed")),
-        ("POST", "/pipeline/feature-extraction", Meant("/")),
+        ("POST", "/pipeline/feature-extraction", Meant("/pipeline/feature-extraction")),
         ("POST", "/pipeline/feature-extraction/org/name", Meant("/", "org/name")),
-        ("POST", "/models/org/name/pipeline/feature-extraction", Meant("/", "org/name")),
+        ("POST", "/models/org/name/pipeline/feature-extraction", Meant("/pipeline/feature-extraction", "org/name")),
         ("POST", "/openai/deployments/ada/embeddings", Meant("/embeddings", "ada")),
         ("POST", "/v1/engines/ada/embeddings", Meant("/embeddings", "ada")),
         ("POST", "/models/ada/v1/embeddings", Meant("/v1/embeddings", "ada")),
@@ -56,7 +67,9 @@ def found(method: str, path: str) -> Meant | None:
         ("GET", "/models", None),
         ("DELETE", "/models/ada/embed", None),
         ("POST", "/models//embed", Meant("/", "embed")),
-        ("POST", "/models/ada/nothing/at/all", Meant("/", "ada/nothing/at/all")),
+        ("POST", "/models/ada/nothing/at/all", None),
+        ("POST", "/v1/models/ada/embed", None),
+        ("GET", "/v1/engines/a" * 76, None),
         ("POST", "/infinity" * 6 + "/rerank", None),
     ],
 )
@@ -72,3 +85,19 @@ def test_any_path_is_a_route_or_none(method: str, parts: list[str]) -> None:
     result = found(method, "/" + "/".join(parts))
     if result is not None and (method, result.path) not in EXACT:
         assert any(result.path.startswith(prefix) for prefix in PREFIXED[method])
+
+
+@pytest.mark.parametrize(
+    "part", ["/models/a", "/models/a:", "/v1/engines/a", "/infinity", "/v1/v1", "/openai/deployments/x", "//", "/%2F"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_a_long_path_takes_a_few_steps(method: str, part: str) -> None:
+    steps = 0
+
+    def known(_method: str, _path: str) -> bool:
+        nonlocal steps
+        steps += 1
+        return False
+
+    assert meant(method, part * 200, known, known, ("infinity",)) is None or method == "POST"
+    assert steps < 20

@@ -367,8 +367,6 @@ def test_pooling_and_tokenizing_as_vllm_and_the_model_server_have_them() -> None
     ("path", "body", "status", "shape"),
     [
         ("/rerank", {"query": "q", "texts": ["a"]}, 424, {"error", "error_type"}),
-        ("/rerank", {"query": "q", "documents": ["a"], "raw_scores": False}, 400, {"error"}),
-        ("/v1/rerank", {"query": "q", "documents": ["a"], "truncation": True}, 400, {"detail"}),
         ("/v1/ranking", {"query": {"text": "q"}, "passages": [{"text": "a"}]}, 400, {"object", "message", "detail", "type"}),
         ("/v1/classifications", {"input": ["a"]}, 400, {"object", "message", "type", "param", "code"}),
         ("/classify", {"input": ["a"]}, 400, {"error"}),

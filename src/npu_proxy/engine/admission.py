@@ -93,10 +93,10 @@ def check_admission(
         message = f"this API key may have {client.max_texts} texts in the queue at once (now {load.client_texts}, and {count} more)"
         raise ClientLimitError(f"{message}; send fewer at once", retry_after=1.0)
     speed = tokens_per_second
-    if speed and 0 < _HOPELESS * seconds < load.own / speed:
+    if speed and count > 1 and 0 < _HOPELESS * seconds < load.own / speed:
         fitting = max(1, int(count * seconds * speed / load.own / _HOPELESS))
         raise RequestTooLargeError(
-            f"{count} texts of about {load.own:.0f} tokens take about {load.own / speed:.0f} seconds on this machine, and may take"
+            f"{count} texts of about {load.own:.0f} tokens take about {load.own / speed:.3g} seconds on this machine, and may take"
             f" {seconds:.3g}; send up to {fitting} such texts at once, or increase the timeout (`bulk_timeout` on the server)"
         )
     if not load.texts:

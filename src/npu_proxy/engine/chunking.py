@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -130,8 +130,9 @@ def split_text(
 
 def _bounded_chunks(text: TokenizedText, encoding: Encoding, boundaries: Sequence[int], before: int) -> ChunkedText | NpuProxyError:
     """Divide a text that is one encoding at its ``boundaries``; the special tokens count towards its first and last chunk."""
-    starts = [start - text.lead_characters for start, _ in text.offsets]
-    firsts = [bisect_left(starts, boundary, lo=text.lead) for boundary in (0, *boundaries)]
+    # By where a token ends: some tokenizers count the space before a word as the word's.
+    stops = [stop - text.lead_characters for _, stop in text.offsets]
+    firsts = [text.lead, *(bisect_right(stops, boundary, lo=text.lead) for boundary in boundaries)]
     ranges = list(pairwise([*firsts, len(text.ids)]))
     empty = next((number for number, (start, stop) in enumerate(ranges) if start >= stop), None)
     if empty is not None:

@@ -147,7 +147,7 @@ class Pipeline:
         with self._lock:
             if not self._accepting:
                 raise StoppedError("the engine is stopping or was stopped; start it again, or create a new one")
-            load = self._load(request, tokens)
+            load = self._load(request, tokens, len(missing) * options.limit)
             try:
                 check_admission(
                     len(missing),
@@ -178,8 +178,8 @@ class Pipeline:
         """Use these limits for new requests."""
         self._limits = replace(self._limits, queue=queue)
 
-    def _load(self, request: PendingRequest, tokens: int) -> QueueLoad:
-        """The current load, for a new request of about so many tokens."""
+    def _load(self, request: PendingRequest, tokens: int, most: int) -> QueueLoad:
+        """The current load, for a new request of about so many tokens, and of ``most`` if each text is as long as it may be."""
         client, rank = request.client, request.rank
         # Vectors from disk or a server cost no inference; which texts have one is not known yet.
         unknown = self._cache is not None and self._cache.has_tiers
@@ -190,7 +190,7 @@ class Pipeline:
             tokens=self._jobs.depth.tokens,
             client_texts=self._pending.by_client[client.name],
             ahead=self._jobs.ahead(client, rank) + ratio * untokenized,
-            own=0.0 if unknown else ratio * tokens,
+            own=0.0 if unknown else min(ratio * tokens, most),
         )
 
     def forget(self, request: PendingRequest) -> None:

@@ -79,8 +79,7 @@ class TextPreparer:
     def _prepare_text(self, text: str, options: EncodeOptions, *, side: bool = False) -> str | NpuProxyError:
         """side: whether it is one text of a pair, which may be empty if the other is not."""
         truncate, on_empty = options.truncate, options.on_empty or self._on_empty
-        if self._sanitize != "none":
-            text = _sanitized(text, self._sanitize)
+        text = sanitized(text, self._sanitize)
         if (error := text_error(text)) is not None:
             return error
         text = self._bounded(text, truncate)
@@ -119,7 +118,9 @@ def may_be_empty(text: TextInput) -> bool:
     return isinstance(text, str) and not any(map(str.isalnum, text[:_SAMPLED]))
 
 
-def _sanitized(text: str, how: Sanitize) -> str:
+def sanitized(text: str, how: Sanitize) -> str:
     """Remove NUL and lone surrogates ("basic"), and also normalize to NFKC ("nfkc")."""
+    if how == "none":
+        return text
     text = "".join(character for character in text if character != "\0" and not "\ud800" <= character <= "\udfff")
     return unicodedata.normalize("NFKC", text) if how == "nfkc" else text

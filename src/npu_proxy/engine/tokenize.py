@@ -173,7 +173,7 @@ class RequestTokenizer:
 
     def _encode(self, texts: Sequence[TextInput], options: EncodeOptions) -> list[Encoding | ChunkedText | NpuProxyError]:
         if options.document_limit is not None and self._spec.pair_template is not None:
-            texts = [self._short_document(text, options.document_limit) for text in texts]
+            return self._encode_short(texts, options, options.document_limit)
         prepared = [self._prepare(text, options) for text in texts]
         if options.truncate is Truncate.CHUNK:
             return [text if isinstance(text, NpuProxyError) else self._chunk(text, options) for text in prepared]
@@ -205,6 +205,22 @@ class RequestTokenizer:
             return self._fit_pair(first, self._special.strip(second), options)
         ids = next(encoded) if isinstance(text, str) else text
         return ids if isinstance(ids, NpuProxyError) else self._fit(ids, options)
+
+    def _encode_short(
+        self, texts: Sequence[TextInput], options: EncodeOptions, most: int
+    ) -> list[Encoding | ChunkedText | NpuProxyError]:
+        """Encode pairs that a template joins, after their documents have been cut."""
+        short = [self._short_document(text, most) for text in texts]
+        encoded = self._encode(short, replace(options, document_limit=None))
+        for index, (whole, cut) in enumerate(zip(texts, short, strict=True)):
+            encoding = encoded[index]
+            if cut is whole or not isinstance(encoding, Encoding) or not isinstance(whole, Pair):
+                continue
+            if options.truncate is Truncate.ERROR:
+                encoded[index] = TooLongError(limit=most, tokens=len(self._tokens(whole.second, special=False).ids))
+            else:
+                encoded[index] = replace(encoding, truncated=True)
+        return encoded
 
     def _short_document(self, text: TextInput, most: int) -> TextInput:
         """Cut the document of a pair that a template joins after so many tokens of its own."""

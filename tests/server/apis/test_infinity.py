@@ -8,7 +8,8 @@ from api_values import CLASSIFIER, RERANKER, Listing, body, body_fields, inferen
 from npu_proxy import DeviceError, EmbedRequest, EmptyInputError, InputError, OverloadedError, Settings, TooLongError
 from npu_proxy.errors import NpuProxyError, UnsupportedError
 from npu_proxy.server.apis import infinity
-from npu_proxy.server.apis.infinity import DIALECT, ClassifyBody, RerankBody
+from npu_proxy.server.apis.infinity import DIALECT, ClassifyBody
+from npu_proxy.server.apis.scoring import RerankBody, requests_of
 from npu_proxy.types import OutputType, Pair
 
 DOCUMENTS = ["a", "b", "c"]
@@ -23,7 +24,7 @@ def ranking(**fields: object) -> dict:
 
 
 def test_a_query_is_paired_with_each_document() -> None:
-    (request,) = infinity.rerank_requests(body(RerankBody, query="q", documents=DOCUMENTS), served(RERANKER))
+    (request,) = requests_of(body(RerankBody, query="q", documents=DOCUMENTS), served(RERANKER))
     assert request == EmbedRequest(texts=[Pair("q", document) for document in DOCUMENTS], output_type=OutputType.SCORES)
 
 
@@ -49,11 +50,11 @@ def test_scores_lie_between_0_and_1_and_documents_are_strings_where_asked_for() 
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"documents": []}, "documents"), ({"query": ""}, "query"), ({"top_n": 0}, "top_n"), ({"top_n": -1}, "top_n")],
+    [({"documents": []}, "documents"), ({"query": ""}, "query"), ({"top_n": -1}, "top_n")],
 )
 def test_a_body_without_anything_to_rank_names_its_field(fields: dict[str, object], param: str) -> None:
     with pytest.raises(InputError) as caught:
-        infinity.rerank_requests(body(RerankBody, **{"query": "q", "documents": DOCUMENTS, **fields}), served(RERANKER))
+        requests_of(body(RerankBody, **{"query": "q", "documents": DOCUMENTS, **fields}), served(RERANKER))
     assert caught.value.param == param
 
 

@@ -67,7 +67,7 @@ def test_pooled_vectors_have_vllms_fields() -> None:
 )
 def test_one_text_is_compared_with_all_or_each_with_its_own(fields: dict[str, object], left: list[str], right: list[str]) -> None:
     asked = body(ScoreBody, truncate_prompt_tokens=9, **fields)
-    assert SCORE.to_requests(asked, served()) == [EmbedRequest(texts=[*left, *right], max_tokens=9)]
+    assert SCORE.to_requests(asked, served()) == [EmbedRequest(texts=[*left, *right], max_tokens=9, on_empty="embed")]
     pairs = [Pair(left[0] if len(left) == 1 else left[index], text) for index, text in enumerate(right)]
     assert SCORE.to_requests(asked, served(RERANKER)) == [EmbedRequest(texts=pairs, output_type=OutputType.SCORES, max_tokens=9)]
 
@@ -175,6 +175,7 @@ def test_a_body_with_a_prompt_is_vllms() -> None:
         "/v1/classify",
         "/rerank",
         "/v1/rerank",
+        "/v2/rerank",
         "/v1/reranks",
     }
 

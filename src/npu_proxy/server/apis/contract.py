@@ -189,9 +189,10 @@ class InferenceRoute(Generic[Body, Reply]):
     body, reply: their types, from which the OpenAPI document is built. to_requests: may return several requests, or none if
     the body has no input. to_reply: receives the results in the order of the requests. suits: whether a model can serve the
     request; if the body names no model, the first that can is used. model_in_path: whether ``{id:path}`` in the path names the
-    model. vectors: whether the reply has one vector per text, so that the setting `on_error` applies. texts_per_item: texts per
-    item of the request, two if pairs are compared. bytes_per_number: memory per number of a result; about 21 as JSON, 4 in an
-    array. keep_alive: seconds to keep the model loaded afterwards, None if the body does not specify it.
+    model. vectors: whether the reply has one vector per text, so that the setting `on_error` applies. below_base: whether it
+    answers only below the base path of its API. texts_per_item: texts per item of the request, two if pairs are compared.
+    bytes_per_number: memory per number of a result; about 21 as JSON, 4 in an array. keep_alive: seconds to keep the model loaded
+    afterwards, None if the body does not specify it.
     """
 
     path: str
@@ -205,6 +206,7 @@ class InferenceRoute(Generic[Body, Reply]):
     suits: Callable[[ModelSpec], bool] = is_dense
     model_in_path: bool = False
     vectors: bool = False
+    below_base: bool = False
     texts_per_item: int = 1
     bytes_per_number: int = 21
     method: Literal["POST"] = "POST"

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.engine.finish import cast
+from npu_proxy.engine.preparer import sanitized
 from npu_proxy.engine.validation import check_output
 from npu_proxy.errors import InputError
 from npu_proxy.server.apis.common import Usage, float_vectors, json_vectors, usage, with_failures
@@ -162,7 +163,7 @@ def to_requests(body: EmbeddingsBody, served: ServedModel) -> list[EmbedRequest]
     for dtype in dtypes:
         check_output(replace(request, dtype=dtype), served.spec)
     if body.late_chunking and (texts := _late_texts(body)):
-        return [late_request(request, texts)]
+        return [late_request(request, texts, served)]
     request = replace(request, texts=text_inputs(body.input, served, "input"))
     if keyed:
         return [request]
@@ -194,7 +195,7 @@ def dimensions_of(dimensions: int | None, output_dimension: int | None, param: s
 
 def types_of(body: EmbeddingsBody) -> tuple[list[str], bool]:
     """Return the words of the types that a body asks for, and whether vectors have a key per type. Raises InputError."""
-    kinds = body.embedding_type if body.embedding_type is not None else body.encoding_type
+    _, kinds = only_one(embedding_type=body.embedding_type, encoding_type=body.encoding_type)  # type: ignore[arg-type]
     if isinstance(kinds, list):
         others = (body.encoding_format, body.output_dtype, body.embed_dtype)
         if any(word is not None and word.lower() not in ("float", "float32") for word in others):
@@ -203,8 +204,12 @@ def types_of(body: EmbeddingsBody) -> tuple[list[str], bool]:
     if body.encoding_format is not None and body.encoding_format.lower() not in ("float", "base64"):
         message = f"`encoding_format` is `{body.encoding_format[:40]}`; it must be float or base64"
         raise InputError(message, param="encoding_format")
-    chosen = {"embedding_type": kinds, "output_dtype": body.output_dtype}
-    chosen = {name: _known(word, name) for name, word in chosen.items() if word is not None and word.lower() != "base64"}
+    word = kinds if isinstance(kinds, str) else None
+    if (word or "").lower() == "base64" and (body.encoding_format or "base64").lower() != "base64":
+        raise InputError("`embedding_type` is base64, but `encoding_format` is float; send one of them", param="encoding_format")
+    chosen = {"embedding_type": word} if word is not None and word.lower() != "base64" else {}
+    chosen |= {"output_dtype": body.output_dtype} if body.output_dtype is not None else {}
+    chosen = {name: _known(word, name, _NUMBERS if name == "output_dtype" else _FORMS) for name, word in chosen.items()}
     if body.embed_dtype is not None and _known(body.embed_dtype, "embed_dtype", ("float32", "float16")) == "float16":
         chosen["embed_dtype"] = "float16"
         if not _in_base64(body):
@@ -213,7 +218,11 @@ def types_of(body: EmbeddingsBody) -> tuple[list[str], bool]:
     return [str(word)], False
 
 
-def _known(word: str, param: str, known: Sequence[str] = ("float", "base64", "int8", "uint8", "binary", "ubinary")) -> str:
+_NUMBERS = ("float", "int8", "uint8", "binary", "ubinary")
+_FORMS = (*_NUMBERS, "base64")
+
+
+def _known(word: str, param: str, known: Sequence[str] = _FORMS) -> str:
     if word.lower() not in known:
         raise InputError(f"`{param}` is `{word[:40]}`; it must be one of {', '.join(known)}", param=param)
     return word.lower()
@@ -254,8 +263,9 @@ def _late_texts(body: EmbeddingsBody) -> list[str]:
 # -- late chunking -------------------------------------------------------------------------------------------------------
 
 
-def late_request(request: EmbedRequest, texts: Sequence[str]) -> EmbedRequest:
+def late_request(request: EmbedRequest, texts: Sequence[str], served: ServedModel) -> EmbedRequest:
     """Return a request that reads texts as one, so that the vector of each reflects the others (late chunking)."""
+    texts = [sanitized(text, served.settings.sanitize) for text in texts]  # which may make them shorter
     ends = accumulate(len(text) + len(_JOIN) for text in texts[:-1])
     chunking = Chunking(late=True, spans=True, boundaries=tuple(ends))
     return replace(request, texts=[_JOIN.join(texts)], truncate=Truncate.CHUNK, chunking=chunking)

@@ -69,6 +69,9 @@ class OneContent(EmbedContent, kw_only=True):
     """One of the requests of a batch."""
 
     title: str | None = None
+    mimeType: str | None = None  # noqa: N815
+    documentOcr: bool | None = None  # noqa: N815
+    audioTrackExtraction: bool | None = None  # noqa: N815
 
 
 class BatchBody(RequestBody, kw_only=True):
@@ -178,8 +181,9 @@ def batch_requests(body: BatchBody, _: ServedModel) -> list[EmbedRequest]:
     """Return one request, or one per text if their options differ. Raises InputError."""
     if not body.requests:
         raise EmptyInputError("`requests` is empty; send at least one", param="requests")
-    if any(request.title for request in body.requests):
-        raise InputError(f"`title` {_REFUSED['title'].why}", param="title")
+    for name, refused in _REFUSED.items():
+        if any(getattr(request, name) for request in body.requests):
+            raise InputError(f"`{name}` {refused.why}", param=name)
     made = list(map(_request, body.requests))
     if all(replace(request, texts=made[0].texts) == made[0] for request in made):
         return [replace(made[0], texts=[request.texts[0] for request in made])]

@@ -23,20 +23,9 @@ from npu_proxy.server.apis.contract import (
     kind_of,
 )
 from npu_proxy.server.apis.inputs import Text, texts_of
-from npu_proxy.server.apis.scoring import classified, reranked, to_classify, to_rerank
+from npu_proxy.server.apis.scoring import RerankBody, classified, documents_of, ranks_of, requests_of, to_classify
 from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedRequest, EmbedResult
-
-
-class RerankBody(RequestBody, kw_only=True):
-    """Body of POST /rerank."""
-
-    query: str
-    documents: list[str]
-    model: str | None = None
-    top_n: int | None = None
-    return_documents: bool | None = None
-    raw_scores: bool | None = None
 
 
 class ClassifyBody(RequestBody, kw_only=True):
@@ -139,20 +128,12 @@ def _model(info: ModelInfo, name: str, batch: int) -> Model:
     )
 
 
-def rerank_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
-    """Return the requests to score the query with each document."""
-    return to_rerank(served, body.query, body.documents, body.top_n)
-
-
 def rerank_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> Ranks:
     """Return the ranks by descending score; on request with the documents, as plain strings."""
+    documents = documents_of(body)
     ranks = [
-        Rank(
-            relevance_score=result.score,
-            index=result.index,
-            document=body.documents[result.index] if body.return_documents else None,
-        )
-        for result in reranked(served, results, body.top_n, raw=bool(body.raw_scores))
+        Rank(relevance_score=rank.score, index=rank.index, document=documents[rank.index] if body.return_documents else None)
+        for rank in ranks_of(results, body, served)
     ]
     return Ranks(results=ranks, **_common(results, served))
 
@@ -206,7 +187,7 @@ DIALECT = Dialect(
             bytes_per_number=4,
             body=RerankBody,
             reply=Ranks,
-            to_requests=rerank_requests,
+            to_requests=requests_of,
             to_reply=rerank_reply,
             applies=_is_rerank_body,
         ),

@@ -67,6 +67,8 @@ def text_of(given: Text, param: str) -> str:
     if isinstance(given.content, str):
         return given.content
     if given.content is not None:
+        if any(part.content is not None for part in given.content):
+            raise InputError(f"`{param}` has parts within parts; send texts", param=param)
         return "\n".join(text_of(part, param) for part in given.content)
     if given.text is None:
         raise InputError(f"`{param}` has an object without `text`; send texts", param=param)

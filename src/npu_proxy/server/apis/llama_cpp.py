@@ -11,6 +11,7 @@ from npu_proxy.engine.validation import can_rerank
 from npu_proxy.errors import InputError
 from npu_proxy.server.apis.common import StatusError, Usage, float_rows, to_status_error, usage
 from npu_proxy.server.apis.contract import BodyFields, Dialect, InferenceRoute, RequestBody, ServedModel, TokenizerRoute
+from npu_proxy.server.apis.embeddings import embeddings_route
 from npu_proxy.server.apis.inputs import Inputs, text_inputs
 from npu_proxy.server.apis.scoring import reranked, to_rerank
 from npu_proxy.settings import Settings
@@ -150,6 +151,7 @@ DIALECT = Dialect(
         _embedding("/embedding", shared=False),
         _embedding("/embeddings", shared=True),
         _embedding("/v1/embeddings", shared=True),
+        *map(embeddings_route, ("/embeddings", "/v1/embeddings")),
         *(
             InferenceRoute(
                 path=path,
@@ -160,8 +162,9 @@ DIALECT = Dialect(
                 reply=Ranks,
                 to_requests=rerank_requests,
                 to_reply=rerank_reply,
+                below_base=path.endswith("rerank"),
             )
-            for path in ("/reranking", "/v1/reranking")
+            for path in ("/reranking", "/v1/reranking", "/rerank", "/v1/rerank")
         ),
         TokenizerRoute(
             path="/tokenize",

@@ -15,7 +15,7 @@ from npu_proxy.server.apis.embeddings import embeddings_route
 class Model(msgspec.Struct, kw_only=True):
     """One of the server's models: OpenAI's fields, and those without which other clients fail.
 
-    vLLM: `max_model_len` and `root`. Mistral: `type`. Gemini and Cohere: `name`. Xinference: `model_type`.
+    vLLM: `max_model_len` and `root`. Mistral: `type` and `capabilities`. Gemini and Cohere: `name`. Xinference: `model_type`.
     """
 
     id: str
@@ -25,6 +25,7 @@ class Model(msgspec.Struct, kw_only=True):
     root: str
     max_model_len: int
     type: Literal["base"] = "base"
+    capabilities: dict[str, bool]
     name: str
     model_type: str
 
@@ -82,6 +83,7 @@ def _model(info: ModelInfo, name: str) -> Model:
         owned_by=info.spec.name.partition("/")[0],
         root=info.spec.name,
         max_model_len=info.spec.max_length,
+        capabilities={"completion_chat": False, "classification": kind_of(info.spec) == "classifier"},
         name=name,
         model_type=_MODEL_TYPES[kind_of(info.spec)],
     )

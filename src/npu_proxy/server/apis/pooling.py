@@ -174,7 +174,7 @@ def _to_score(body: ScoreBody, served: ServedModel) -> list[EmbedRequest]:
         return [EmbedRequest(texts=pairs, output_type=OutputType.SCORES, truncate=cut, max_tokens=limit, max_document_tokens=most)]
     if most is not None:
         raise InputError("`max_tokens_per_doc` needs a cross-encoder", param="max_tokens_per_doc")
-    return [EmbedRequest(texts=[*left, *right], truncate=cut, max_tokens=limit)]
+    return [EmbedRequest(texts=[*left, *right], truncate=cut, max_tokens=limit, on_empty="embed")]
 
 
 def _from_score(results: Sequence[EmbedResult], body: ScoreBody, served: ServedModel) -> Scores:

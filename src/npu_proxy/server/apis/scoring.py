@@ -212,7 +212,7 @@ def rerank_route(path: str, *, documents: bool = True, applies: Applies | None =
         bytes_per_number=4,
         body=RerankBody,
         reply=Reranking,
-        to_requests=_to_requests,
+        to_requests=requests_of,
         to_reply=to_reply,
         applies=applies or _always,
     )
@@ -242,18 +242,8 @@ def documents_of(body: RerankBody) -> list[str]:
     return [_document(document, body.rank_fields) for document in given]
 
 
-def ranks_of(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> list[RerankResult]:
-    """Return the ranked documents that a body asks for."""
-    if _by_cosine(served):
-        return cosines(results, top_of(body))
-    return reranked(served, results, top_of(body), raw=raw_of(body))
-
-
-def _by_cosine(served: ServedModel) -> bool:
-    return is_dense(served.spec) and not can_rerank(served.spec)
-
-
-def _to_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
+def requests_of(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
+    """Return the requests that a body asks for. Raises InputError."""
     documents, query, top = documents_of(body), text_of(body.query, "query"), top_of(body)
     raw_of(body)  # refuses contradictions before anything is computed
     truncate = cut_of(body.truncate, body.truncation_side, truncation=body.truncation)
@@ -279,6 +269,17 @@ def _to_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
         max_document_tokens=most,
         most_chunks=chunks,
     )
+
+
+def ranks_of(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> list[RerankResult]:
+    """Return the ranked documents that a body asks for."""
+    if _by_cosine(served):
+        return cosines(results, top_of(body))
+    return reranked(served, results, top_of(body), raw=raw_of(body))
+
+
+def _by_cosine(served: ServedModel) -> bool:
+    return is_dense(served.spec) and not can_rerank(served.spec)
 
 
 def _to_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel, *, returned: bool) -> Reranking:
@@ -315,7 +316,8 @@ def _document(given: str | dict[str, Any], fields: list[str] | None) -> str:
         except msgspec.ValidationError as error:
             raise InputError(f"a document has a `content` that is no text: {error}", param="documents") from None
     names = fields or ["text"]
-    parts = [given[name] if isinstance(given[name], str) else str(given[name]) for name in names if given.get(name) is not None]
+    values = [given[name] for name in names if given.get(name) is not None]
+    parts = [value if isinstance(value, str) else msgspec.json.encode(value).decode() for value in values]
     if not parts:
         raise InputError(f"a document has none of the fields {', '.join(names)}", param="documents")
     return "\n".join(parts)

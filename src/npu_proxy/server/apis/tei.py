@@ -568,6 +568,7 @@ DIALECT = Dialect(
     routes=[
         *_root("/"),
         *_root("/invocations"),
+        *_root("/pipeline/feature-extraction"),
         _embed("/embed"),
         _similarity("/similarity", lambda _, __: True),
         TokenizerRoute(

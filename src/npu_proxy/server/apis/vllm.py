@@ -160,7 +160,7 @@ DIALECT = Dialect(
             for path in ("/detokenize", "/v1/detokenize")
         ),
         *(_classify(path) for path in ("/classify", "/v1/classify")),
-        *(rerank_route(path) for path in ("/rerank", "/v1/rerank", "/v1/reranks")),
+        *(rerank_route(path) for path in ("/rerank", "/v1/rerank", "/v2/rerank", "/v1/reranks")),
     ],
     error=StatusError,
     to_error=to_status_error,

@@ -9,28 +9,17 @@ from typing import ClassVar, Literal
 import msgspec
 
 from npu_proxy.engine.finish import cast
-from npu_proxy.engine.validation import can_rerank
+from npu_proxy.engine.validation import can_rerank, check_output
 from npu_proxy.errors import EmptyInputError, NpuProxyError
 from npu_proxy.server.apis.common import Usage, float_vectors, usage, with_failures
 from npu_proxy.server.apis.contract import BodyFields, Dialect, InferenceRoute, Refused, RequestBody, ServedModel
 from npu_proxy.server.apis.embeddings import encoded, late_request, late_vectors
 from npu_proxy.server.apis.inputs import TextPart, cut_of, input_type, texts_of
-from npu_proxy.server.apis.scoring import reranked, to_rerank
+from npu_proxy.server.apis.scoring import RerankBody, documents_of, ranks_of, requests_of
 from npu_proxy.settings import Settings
 from npu_proxy.types import DType, EmbedRequest, EmbedResult
 
 OutputDType = Literal["float", "int8", "uint8", "binary", "ubinary"]
-
-
-class RerankBody(RequestBody, kw_only=True):
-    """Body of POST /v1/rerank with `top_k` or `truncation`, which Voyage's client always sends."""
-
-    query: str
-    documents: list[str]
-    model: str | None = None
-    top_k: int | None = None
-    return_documents: bool | None = None
-    truncation: bool | None = None
 
 
 class Rank(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -129,26 +118,23 @@ class Error(msgspec.Struct, kw_only=True):
     detail: str
 
 
-def rerank_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
-    """Return the requests to score the query with each document."""
-    return to_rerank(served, body.query, body.documents, body.top_k, truncate=cut_of(truncation=body.truncation))
-
-
 def rerank_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> Ranks:
     """Return the ranks by descending score; on request with the documents."""
+    documents = documents_of(body)
     ranks = [
-        Rank(index=rank.index, relevance_score=rank.score, document=body.documents[rank.index] if body.return_documents else None)
-        for rank in reranked(served, results, body.top_k)
+        Rank(index=rank.index, relevance_score=rank.score, document=documents[rank.index] if body.return_documents else None)
+        for rank in ranks_of(results, body, served)
     ]
     return Ranks(data=ranks, results=ranks, model=served.requested_name, usage=usage(results))
 
 
-def context_requests(body: ContextBody, _: ServedModel) -> list[EmbedRequest]:
+def context_requests(body: ContextBody, served: ServedModel) -> list[EmbedRequest]:
     """Return one request per document. Raises InputError."""
     if not body.inputs or not all(body.inputs):
         raise EmptyInputError("`inputs` needs at least one document with at least one chunk", param="inputs")
     request = EmbedRequest(texts=[""], input_type=input_type(body.input_type), dimensions=body.output_dimension or None)
-    return [late_request(request, texts) if len(texts) > 1 else replace(request, texts=texts) for texts in body.inputs]
+    check_output(replace(request, dtype=_dtype(body.output_dtype)), served.spec)
+    return [late_request(request, texts, served) if len(texts) > 1 else replace(request, texts=texts) for texts in body.inputs]
 
 
 def context_reply(results: Sequence[EmbedResult], body: ContextBody, served: ServedModel) -> Documents:
@@ -162,7 +148,7 @@ def context_reply(results: Sequence[EmbedResult], body: ContextBody, served: Ser
     return Documents(data=documents, model=served.requested_name, usage=usage(results))
 
 
-def parts_requests(body: PartsBody, _: ServedModel) -> list[EmbedRequest]:
+def parts_requests(body: PartsBody, served: ServedModel) -> list[EmbedRequest]:
     """Return the request to embed texts. Raises InputError for images."""
     request = EmbedRequest(
         texts=texts_of(body.inputs, "inputs"),
@@ -170,6 +156,7 @@ def parts_requests(body: PartsBody, _: ServedModel) -> list[EmbedRequest]:
         dimensions=body.output_dimension or None,
         truncate=cut_of(truncation=body.truncation),
     )
+    check_output(replace(request, dtype=_dtype(body.output_dtype)), served.spec)
     return [request]
 
 
@@ -208,7 +195,7 @@ DIALECT = Dialect(
             bytes_per_number=4,
             body=RerankBody,
             reply=Ranks,
-            to_requests=rerank_requests,
+            to_requests=requests_of,
             to_reply=rerank_reply,
             applies=_is_rerank_body,
         ),

@@ -115,7 +115,13 @@ DIALECT = Dialect(
     base="weaviate",
     routes=[
         InferenceRoute(
-            path="/vectors", summary="Embed a text", body=VectorBody, reply=Vector, to_requests=to_requests, to_reply=to_reply
+            path="/vectors",
+            summary="Embed a text",
+            body=VectorBody,
+            vectors=True,
+            reply=Vector,
+            to_requests=to_requests,
+            to_reply=to_reply,
         ),
         InferenceRoute(
             path="/rerank",
@@ -126,7 +132,7 @@ DIALECT = Dialect(
             reply=DocumentScores,
             to_requests=rerank_requests,
             to_reply=rerank_reply,
-            applies=lambda _, __: False,  # only below /weaviate
+            below_base=True,
         ),
         ModelQuery(path="/meta", summary="Show the model", reply=Meta, answer=meta),
     ],

@@ -22,7 +22,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp, Lifespan
 
-from npu_proxy.errors import DeadlineError, InputError, NpuProxyError
+from npu_proxy.errors import AnswerTooLargeError, DeadlineError, InputError, NpuProxyError
 from npu_proxy.server.apis import (
     cohere,
     gemini,
@@ -78,7 +78,7 @@ from npu_proxy.server.ops.openapi import document
 from npu_proxy.server.ops.tracing import Tracer, open_tracer
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
-from npu_proxy.types import EmbedRequest, EmbedResult, Lane
+from npu_proxy.types import EmbedRequest, EmbedResult, Lane, OutputType
 
 DIALECTS: tuple[Dialect, ...] = (
     openai.DIALECT,
@@ -192,8 +192,9 @@ def _dispatching(state: AppState, shared: Sequence[tuple[Dialect, Route]]) -> Ha
         fields = await off_loop(len(content), lambda: fields_of(exchange))
         wanted = exchange.request.scope.get(DIALECT)
         own = [number for number, (dialect, _) in enumerate(shared) if dialect.base == wanted]
-        applicable = [number for number in own or range(len(shared)) if _applies(shared[number][1], fields, state.settings)]
-        numbers = applicable or own or [0]
+        open_to_all = [number for number, (_, route) in enumerate(shared) if not _below_base(route)]
+        candidates = own or open_to_all
+        numbers = [number for number in candidates if _applies(shared[number][1], fields, state.settings)] or candidates
         choices = [_suits(shared[number][1]) for number in numbers]
         chosen = 0
         if len(set(choices)) > 1:
@@ -207,6 +208,11 @@ def _dispatching(state: AppState, shared: Sequence[tuple[Dialect, Route]]) -> Ha
 
 def _applies(route: Route, fields: BodyFields, settings: Settings) -> bool:
     return isinstance(route, ModelQuery) or route.applies(fields, settings)
+
+
+def _below_base(route: Route) -> bool:
+    """Whether a route answers only below the base path of its API."""
+    return isinstance(route, InferenceRoute) and route.below_base
 
 
 def _suits(route: Route) -> Callable[[ModelSpec], bool]:
@@ -242,8 +248,10 @@ async def _decoded(state: AppState, decoder: msgspec.json.Decoder[Any], exchange
 
     def checked() -> Any:
         check_values(content, state.settings.max_client_batch)
-        check_refused(content, decoder.type.refused)
-        return exchange.decode(decoder)
+        try:
+            return exchange.decode(decoder)
+        finally:  # what is refused by name comes before what is missing
+            check_refused(exchange.body or b"", decoder.type.refused)
 
     return await off_loop(len(content), checked)
 
@@ -273,8 +281,9 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
 
             def submit() -> Sequence[EmbedRequest]:
                 made = [_completed(request, exchange, wishes.lane, served.role) for request in route.to_requests(body, served)]
-                _check_size(made, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
                 most = int(settings.max_answer_mb * 1e6 / route.bytes_per_number)
+                _check_size(made, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
+                _check_numbers(made, served.spec.width, most)
                 deadline = start + exchange.seconds if exchange.timed else None  # else by the size of the request
                 futures.extend(use.model.engine.submit(replace(request, most_numbers=most), deadline) for request in made)
                 return made
@@ -297,7 +306,7 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
                 headers = {**dialect.headers(results[-1], requests[-1]), **headers_of(results[-1], requests[-1], served.spec)}
             if route.vectors and results:
                 failed = sum(error is not None for result in results for error in result.errors)
-                results = with_errors(results, on_error, requests[0].dimensions or served.spec.width)
+                results = with_errors(results, requests, on_error, served.spec.width)
                 headers |= {"x-npu-proxy-failed": str(failed)} if failed else {}
             else:
                 for result in results:
@@ -329,10 +338,19 @@ def _completed(request: EmbedRequest, exchange: Exchange, lane: Lane | None, rol
 
 def _check_size(requests: Sequence[EmbedRequest], limit: int, setting: int) -> None:
     """Raise InputError if a request has more texts than ``max_client_batch`` allows."""
-    for request in requests:
-        if len(request.texts) > limit:
-            message = f"the request has {len(request.texts)} texts; at most {setting} are allowed (`max_client_batch`)"
-            raise InputError(message)
+    several = len(requests) > 2  # a query and its documents are counted as the documents
+    counts = [len(request.texts) + len(request.chunking.boundaries) for request in requests]
+    count = sum(counts) if several else max(counts, default=0)
+    if count > limit:
+        raise InputError(f"the request has {count} texts; at most {setting} are allowed (`max_client_batch`)")
+
+
+def _check_numbers(requests: Sequence[EmbedRequest], width: int, most: int) -> None:
+    """Raise AnswerTooLargeError if several requests for vectors would together have more numbers than allowed."""
+    dense = [request for request in requests if request.output_type is OutputType.DENSE]
+    counts = (len(request.texts) + len(request.chunking.boundaries) for request in dense)
+    if sum(count * (request.dimensions or width) for count, request in zip(counts, dense, strict=True)) > most:
+        raise AnswerTooLargeError(most)
 
 
 def _tokenizer(state: AppState, route: TokenizerRoute[Any, Any]) -> Handler:
@@ -372,7 +390,7 @@ def _command(state: AppState, route: ModelCommand[Any, Any]) -> Handler:
 
     async def handle(exchange: Exchange) -> Response:
         body = await _decoded(state, decoder, exchange)
-        listing = ServerListing(state.models, asyncio.get_running_loop())
+        listing = ServerListing(state.models, asyncio.get_running_loop(), only=exchange.named)
         answer = await state.models.in_thread(route.answer, body, listing)
         if isinstance(answer, Iterator):
             return StreamingResponse(map(_line, answer), media_type="application/x-ndjson")

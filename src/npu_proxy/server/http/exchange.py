@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import codecs
 import itertools
 import re
@@ -20,6 +19,7 @@ import numpy as np
 from starlette.requests import Request
 
 from npu_proxy.engine.encode_options import has_prompt
+from npu_proxy.engine.finish import cast
 from npu_proxy.engine.validation import cuts_untrained
 from npu_proxy.errors import DeadlineError, DeviceError, InputError, NpuProxyError, OverloadedError, UnavailableError
 from npu_proxy.server.apis.common import header_text
@@ -48,10 +48,11 @@ _LARGE, _GIVE_BACK_SECONDS = 256 * 1024, 1.0
 _FIELDS = msgspec.json.Decoder(BodyFields)
 _ANY_FORMAT = 47
 """zlib's window bits for gzip or zlib, by the header."""
-_SURROGATES = re.compile(rb"\\u[dD](?P<pair>[89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_ESCAPES = re.compile(rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})")
+"""An escaped backslash, a pair of surrogates, or half of one."""
 _CHARSETS = ("iso-8859-1", "latin1", "latin-1", "iso-8859-15", "windows-1252", "utf-16", "utf-16le", "utf-16be")
-_BACKSLASH = ord("\\")
-_MOST_REPLACED = 100_000
+_MOST_REPLACED, _MOST_ESCAPES = 100_000, 2_000_000
+_UNPACKED_AT_ONCE, _MOST_MEMBERS = 64 * 1024, 1000
 
 
 @dataclass(slots=True)
@@ -205,9 +206,16 @@ class RequestBodies:
             raise InputError(f"the body is not valid {encoding}: {error}") from None
         if whole is None:
             raise self._too_large()
-        self._budget.hold(exchange.owner, len(whole))
-        exchange.held += len(whole)
-        return whole
+        return self._held(exchange, whole)
+
+    def _held(self, exchange: Exchange, body: bytes) -> bytes:
+        """Count a body that has become larger. Raises BodyTooLargeError, OverloadedError or ClientLimitError."""
+        if len(body) > self._each:
+            raise self._too_large()
+        if (growth := len(body) - exchange.held) > 0:
+            self._budget.hold(exchange.owner, growth)
+            exchange.held += growth
+        return body
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(
@@ -229,19 +237,30 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
 
 
 def decompressed(body: bytes, most: int) -> bytes | None:
-    """Return a gzip or zlib body decompressed; None if that is more than ``most`` bytes. Raises zlib.error."""
+    """Return a gzip or zlib body decompressed; None if that is more than ``most`` bytes. Raises zlib.error.
+
+    A body may have several members, as gzip files have; padding with zeros after them is ignored.
+    """
     parts: list[bytes] = []
-    room = most
-    while body:
-        unpack = zlib.decompressobj(_ANY_FORMAT)
-        part = unpack.decompress(body, room + 1)
-        room -= len(part)
-        if room < 0 or unpack.unconsumed_tail:
-            return None
-        if not unpack.eof:
-            raise zlib.error("it is cut short")
-        parts.append(part)
-        body = unpack.unused_data
+    room, members, unpack, ended = most, 0, zlib.decompressobj(_ANY_FORMAT), False
+    for start in range(0, len(body), _UNPACKED_AT_ONCE):  # in pieces: what follows a member is copied
+        piece = body[start : start + _UNPACKED_AT_ONCE]
+        while piece:
+            if ended:
+                if not piece[0]:
+                    return b"".join(parts)
+                members += 1
+                if members > _MOST_MEMBERS:
+                    raise zlib.error(f"it has more than {_MOST_MEMBERS} members")
+                unpack, ended = zlib.decompressobj(_ANY_FORMAT), False
+            part = unpack.decompress(piece, room + 1)
+            room -= len(part)
+            if room < 0 or unpack.unconsumed_tail:
+                return None
+            parts.append(part)
+            ended, piece = unpack.eof, unpack.unused_data
+    if not ended:
+        raise zlib.error("it is cut short")
     return b"".join(parts)
 
 
@@ -263,7 +282,7 @@ def with_replacements(body: bytes) -> tuple[bytes, int]:
     """Return a body in which bytes that are no UTF-8, and escapes of half a surrogate pair, are U+FFFD, and their number.
 
     That is what the JSON decoders of Go, and so of Ollama, do; JavaScript cuts texts between the halves of an emoji. A byte order
-    mark at the start is removed.
+    mark at the start is removed. Raises InputError if there are too many.
     """
     body = body.removeprefix(codecs.BOM_UTF8)
     count = 0
@@ -272,21 +291,18 @@ def with_replacements(body: bytes) -> tuple[bytes, int]:
     except UnicodeDecodeError:
         text = body.decode(errors="replace")
         count = text.count("\ufffd") - body.count("\ufffd".encode())
+        if count > _MOST_REPLACED:
+            raise InputError("the body is not valid JSON: it is not UTF-8") from None
         body = text.encode()
     parts: list[bytes] = []
     end = 0
-    for match in _SURROGATES.finditer(body):
-        start = match.start()
-        before = start
-        while before > end and body[before - 1] == _BACKSLASH:
-            before -= 1
-        if (start - before) % 2 or match["pair"]:  # the backslash is escaped itself, or both halves are there
-            continue
-        parts += [body[end:start], b"\\ufffd"]
-        end = match.end()
-        count += 1
-        if len(parts) > 2 * _MOST_REPLACED:
-            raise InputError("the body is not valid JSON: it has too many halves of surrogate pairs")
+    for number, match in enumerate(_ESCAPES.finditer(body)):
+        if count > _MOST_REPLACED or number > _MOST_ESCAPES:
+            raise InputError("the body is not valid JSON: it has too many escapes and halves of surrogate pairs")
+        if match["half"]:
+            parts += [body[end : match.start()], b"\\ufffd"]
+            end = match.end()
+            count += 1
     return b"".join([*parts, body[end:]]), count
 
 
@@ -317,7 +333,10 @@ def check_refused(body: bytes, refused: Mapping[str, Refused]) -> None:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return  # reported when the body is decoded
     for name in present:
-        value = msgspec.json.decode(given[name]) if name in given else None
+        try:
+            value: Any = msgspec.json.decode(given[name]) if name in given else None
+        except msgspec.MsgspecError:  # such as 1e400
+            value = given[name]
         if isinstance(value, str) and value.lower() in ("true", "false"):
             value = value.lower() == "true"
         if value is not None and value not in refused[name].neutral:
@@ -359,31 +378,33 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def with_errors(results: Sequence[EmbedResult], how: Literal["fail", "null", "zero"], width: int) -> Sequence[EmbedResult]:
-    """Return results of vectors as ``how`` says (the setting `on_error`): the vectors of failed texts are zero.
+def with_errors(
+    results: Sequence[EmbedResult], requests: Sequence[EmbedRequest], how: Literal["fail", "null", "zero"], width: int
+) -> Sequence[EmbedResult]:
+    """Return results of vectors as ``how`` says (the setting `on_error`): the vectors of failed texts are zero, in their type.
 
-    For `null` their errors stay, from which the APIs make null. Raises the first error for `fail`, or if it is not a text's fault.
+    For `null` their errors stay, from which the APIs make null. Raises the first error for `fail`, or if it is not a text's fault,
+    or one of texts that were read together.
     """
     kept: list[EmbedResult] = []
-    for result in results:
+    for result, request in zip(results, requests, strict=True):
         wrong = [error is not None for error in result.errors]
-        if how == "fail" or any(error is not None and not isinstance(error, InputError) for error in result.errors):
+        own = all(isinstance(error, InputError) for error in result.errors if error is not None)
+        if how == "fail" or not own or request.chunking.spans:
             result.raise_first()
         if any(wrong):
             errors = [None] * len(wrong) if how == "zero" else result.errors
-            kept.append(replace(result, embeddings=_zeroed(result.embeddings, wrong, width), errors=errors))
+            kept.append(replace(result, embeddings=_zeroed(result.embeddings, wrong, request, width), errors=errors))
         else:
             kept.append(result)
     return kept
 
 
-def _zeroed(embeddings: Any, wrong: Sequence[bool], width: int) -> Any:
-    if isinstance(embeddings, np.ndarray):
-        zeroed: Any = embeddings.copy()
-        zeroed[np.array(wrong)] = 0
-        return zeroed
-    zero = base64.b64encode(bytes(4 * width)).decode()
-    return [zero if failed else vector for vector, failed in zip(embeddings, wrong, strict=True)]
+def _zeroed(embeddings: Any, wrong: Sequence[bool], request: EmbedRequest, width: int) -> Any:
+    """Vectors in which the failed ones are zero vectors in the type that the request asks for."""
+    (zero,) = cast(np.zeros((1, request.dimensions or width), np.float32), request.dtype)
+    rows = [zero if failed else vector for vector, failed in zip(embeddings, wrong, strict=True)]
+    return np.stack(rows) if isinstance(embeddings, np.ndarray) else rows
 
 
 def headers_of(result: EmbedResult, request: EmbedRequest, spec: ModelSpec) -> dict[str, str]:

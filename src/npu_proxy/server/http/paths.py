@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -22,11 +22,10 @@ _SAME = {
     "/v1/v2": "/v2",
     "/v1/api": "/api",
     "/api/v1": "/v1",
-    "/pipeline/feature-extraction": "",  # Hugging Face
 }
 """Prefixes and what they are taken for."""
-_DEEPEST = 4
-"""Number of base paths that may follow each other."""
+_MOST_PREFIXES = 4
+"""Number of prefixes that may follow each other."""
 
 Known = Callable[[str, str], bool]
 """Whether there is a route for a method and a path."""
@@ -47,40 +46,48 @@ def meant(method: str, raw_path: str, known: Known, known_with_name: Known, dial
     raw_path: percent-encoded, since the name of a model may contain an encoded slash. known: whether a route has exactly that path;
     known_with_name: or one that contains a model's name. dialects: the base paths of the APIs, without slashes.
 
-    `/models/NAME/...` is every route, for the model NAME: a model's name, percent-encoded or not, an alias, or a kind.
+    `/models/NAME/...` is every route, for the model NAME: a model's name, percent-encoded or not, an alias, or a kind. Takes a
+    few steps for any path, since it runs for every request before its key is looked at.
     """
-    return _meant(method, re.sub("/{2,}", "/", raw_path) or "/", known, known_with_name, dialects, _DEEPEST)
+    whole = re.sub("/{2,}", "/", raw_path) or "/"
+    shorter, dialect = _without_prefixes(whole, dialects)
+    readings = [(whole, None), (shorter, dialect)]
+    for raw, outer in readings:
+        for name, rest in _splits(method, raw):
+            path, inner = _without_prefixes(rest, dialects)
+            if known(method, unquote(path)):
+                return Meant(unquote(path), name, outer or inner)
+    for raw, outer in readings:
+        if known_with_name(method, unquote(raw)):
+            return Meant(unquote(raw), None, outer)
+    return None
 
 
-def _meant(method: str, raw: str, known: Known, known_with_name: Known, dialects: Collection[str], depth: int) -> Meant | None:
-    path = unquote(raw)
-    if known(method, path):
-        return Meant(path)
-    if depth == 0:
-        return None
+def _without_prefixes(raw: str, dialects: Collection[str]) -> tuple[str, str | None]:
+    """Return a path without an API's base path and with its prefix as it is meant, and the API."""
+    dialect = None
+    for _ in range(_MOST_PREFIXES):
+        first, _, rest = raw[1:].partition("/")
+        prefix = next((prefix for prefix in _SAME if raw == prefix or raw.startswith(prefix + "/")), None)
+        if first in dialects and (dialect is None) and prefix is None:
+            raw, dialect = "/" + rest, first
+        elif prefix is not None:
+            raw = _SAME[prefix] + raw[len(prefix) :] or "/"
+        else:
+            break
+    return raw, dialect
 
-    def below(rest: str) -> Meant | None:
-        return _meant(method, rest or "/", known, known_with_name, dialects, depth - 1)
 
-    first, _, rest = raw[1:].partition("/")
-    if first in dialects and (found := below("/" + rest)) is not None:
-        return Meant(found.path, found.model, found.dialect or first)
-    for prefix, other in _SAME.items():
-        if (raw == prefix or raw.startswith(prefix + "/")) and (found := below(other + raw[len(prefix) :])) is not None:
-            return found
+def _splits(method: str, raw: str) -> Iterator[tuple[str | None, str]]:
+    """Yield the ways to read a path: as it is, or as the base path of a model and the rest. A name has one slash at most."""
+    yield None, raw
     for base in _MODEL_BASES:
-        if raw.startswith(base) and (found := _below_model(method, raw[len(base) :], below)) is not None:
-            return found
-    return Meant(path) if known_with_name(method, path) else None
-
-
-def _below_model(method: str, after: str, below: Callable[[str], Meant | None]) -> Meant | None:
-    """Return what `NAME/...` stands for. A name may have slashes that are not encoded, so the shortest name is taken."""
-    for match in re.finditer("/", after):
-        name, rest = after[: match.start()], after[match.start() :]
-        if name and rest != "/" and (found := below(rest)) is not None:
-            return Meant(found.path, found.model or unquote(name), found.dialect)
-    name = after.rstrip("/")
-    if method != "POST" or not name or ":" in name.rpartition("/")[2]:
-        return None
-    return Meant("/", unquote(name))
+        if raw.startswith(base):
+            parts = raw[len(base) :].split("/", 2)
+            for count in (1, 2):
+                name, rest = "/".join(parts[:count]), "/".join(parts[count:])
+                if len(parts) > count and parts[0] and rest:
+                    yield unquote(name), "/" + rest
+            name = "/".join(parts[:2]).rstrip("/")
+            if method == "POST" and name and not any(parts[2:]) and ":" not in parts[-1]:
+                yield unquote(name), "/"

@@ -62,6 +62,7 @@ class ServerListing:
 
     def find(self, name: str | None) -> ModelInfo:
         """Return the model with that name or alias, or the first model without a name. Raises UnknownModelError."""
+        name = self._only or name
         own_name, role = split_role(name or "")
         if role is not None and self._loaded.find(name) is None and not self._index.has(name or ""):
             name = own_name
