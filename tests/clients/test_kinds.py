@@ -4,9 +4,11 @@ Only base URLs, keys and models are set; vectors and scores are held against the
 """
 
 import asyncio
+import gc
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,12 @@ Ranks = list[tuple[int, float]]
 unclosed = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of clients' own code
 litellm_types = pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 def same(found: Any, wanted: Ranks) -> None:

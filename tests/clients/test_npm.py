@@ -1,4 +1,4 @@
-"""The npm clients of OpenAI, Ollama and Cohere, unpatched, against a running server with the real model."""
+"""The npm clients of OpenAI, Azure, Ollama, Cohere, Voyage, Mistral, Google and Hugging Face, unpatched, against a running server with the real model."""
 
 import json
 import shutil
@@ -27,4 +27,4 @@ def test_npm_clients(many_names: Server, reference: tuple[list[dict], np.ndarray
         ["node", "clients.mjs"], cwd=FOLDER, input=json.dumps(given), capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 14, done.stdout
+    assert len(done.stdout.splitlines()) == 21, done.stdout

@@ -1,5 +1,7 @@
 """Clients that need older libraries than the others, as they come: Infinity's, and LangChain's for Cohere."""
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,13 @@ from three_kinds import (  # noqa: E402, F401 - fixtures
 from conftest import Server  # noqa: E402
 
 Ranks = list[tuple[int, float]]
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # clients without a way to close them
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 def test_infinity(three: Server, vectors: np.ndarray, ranked: Ranks, labelled: list[tuple[str, float]]) -> None:  # noqa: F811
@@ -45,7 +54,6 @@ def test_infinity(three: Server, vectors: np.ndarray, ranked: Ranks, labelled: l
     assert {RERANKER.name, CLASSIFIER.name} <= {entry.id.rpartition("/")[2] for entry in listed.data}
 
 
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's own code
 def test_langchain_cohere(three: Server, vectors: np.ndarray, ranked: Ranks) -> None:  # noqa: F811
     from langchain_cohere import CohereEmbeddings, CohereRerank

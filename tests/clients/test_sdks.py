@@ -164,8 +164,8 @@ def test_cohere_v2(url: str, texts: list[str], every: list[str], check: Check) -
         check(client.embed(**COHERE, embedding_types=["float"], inputs=parts).embeddings.float_)
         with pytest.raises(cohere.NotFoundError):
             client.embed(model="no-such", texts=["x"], input_type="search_query", embedding_types=["float"])
-        with pytest.raises(cohere.BadRequestError, match="no head"):
-            client.rerank(model="embed-english-v3.0", query="q", documents=["a", "b"])
+        with pytest.raises(cohere.BadRequestError, match="no documents"):
+            client.rerank(model="embed-english-v3.0", query="q", documents=[])
 
 
 @pytest.mark.filterwarnings(  # cohere's own code
@@ -308,14 +308,26 @@ def test_litellm(url: str, texts: list[str], check: Check, kind: str) -> None:
 
 @unclosed
 @litellm_types
-@pytest.mark.parametrize("name", ["cohere", "infinity", "hosted_vllm", "huggingface"])
-def test_litellm_is_told_that_the_model_has_no_head_for_reranking(url: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["cohere", "infinity", "hosted_vllm", "jina_ai"])
+def test_litellm_ranks_by_cosine_if_there_is_only_an_embedding_model(url: str, reference: Reference, name: str) -> None:
+    import litellm
+
+    texts, base = [row["text"] for row in reference[0][:4]], f"{url}/infinity" if name == "infinity" else url
+    given: dict[str, Any] = {"model": f"{name}/all-minilm", "query": texts[0], "documents": texts[1:], "api_base": base}
+    reply = litellm.rerank(**given, api_key="unused", num_retries=0)
+    wanted = reference[1][1:4] @ reference[1][0]
+    found = {rank["index"]: rank["relevance_score"] for rank in reply.results}
+    assert found == pytest.approx(dict(enumerate(wanted.tolist())), abs=1e-4)
+    assert [rank["index"] for rank in reply.results] == np.argsort(-wanted).tolist()
+
+
+@unclosed
+@litellm_types
+def test_litellm_is_told_that_the_model_has_no_head_for_reranking(url: str) -> None:
     import litellm
 
     with pytest.raises((litellm.exceptions.APIError, litellm.BadRequestError), match="no head"):
-        litellm.rerank(
-            model=f"{name}/all-minilm", query="q", documents=["a", "b"], top_n=2, api_key="unused", api_base=url, num_retries=0
-        )
+        litellm.rerank(model="huggingface/all-minilm", query="q", documents=["a"], api_key="unused", api_base=url, num_retries=0)
 
 
 # -- vector stores ---------------------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_ollama_is_told_what_a_reranker_is(kinds: Kinds) -> None:
     assert shown["model_info"][f"{family}.embedding_length"] == kinds.engine(RERANKER).spec.config["hidden_size"]
     for path in ("/api/generate", "/api/chat"):
         refused = kinds.post(path, {"model": "embedder", "prompt": "hi"})
-        assert (refused.status_code, "does not support" in refused.json()["error"]) == (400, True)
+        assert (refused.status_code, refused.json()["error"]) == (400, f'"embedder" does not support {path.rpartition("/")[2]}')
         assert kinds.post(path, {"model": "none-such"}).status_code == 404
 
 
@@ -268,7 +268,13 @@ def test_ollama_is_told_what_a_reranker_is(kinds: Kinds) -> None:
     "path", ["/health", "/healthz", "/readyz", "/livez", "/v2/health/ready", "/v2/health/live", "/ping", "/.well-known/ready"]
 )
 def test_health_has_many_names(kinds: Kinds, path: str) -> None:
-    assert kinds.call("GET", path).status_code == 200
+    assert kinds.call("GET", path).status_code == (204 if "well-known" in path else 200)
+
+
+def test_an_unknown_model_is_told_which_there_are(kinds: Kinds) -> None:
+    message = kinds.post("/v1/embeddings", {"input": "a", "model": "gpt"}).json()["error"]["message"]
+    assert all(f"`{name}`" in message for name in (EMBEDDER, RERANKER, CLASSIFIER, "embedder"))
+    assert "/golden/" not in message
 
 
 def test_scores_of_content_parts_and_of_other_names(kinds: Kinds) -> None:

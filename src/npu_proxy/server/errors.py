@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from npu_proxy.errors import InputError, ModelNotFoundError, NpuProxyError
 
@@ -32,6 +32,10 @@ STATUS: Mapping[str, int] = {
     "deadline": 504,
 }
 """HTTP status for each error ``kind``; any other is 500. An API may override it (``Dialect.status``)."""
+
+
+_SHOWN = 5
+"""Names of models that the error of an unknown one shows."""
 
 
 class NoBodyError(InputError):
@@ -79,9 +83,11 @@ class UnsupportedEncodingError(InputError):
 class UnknownModelError(ModelNotFoundError):
     """The request names a ``model`` that is not served."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, served: Sequence[str] = ()) -> None:
         shown = model if len(model) <= 200 else f"{model[:200]}..."
-        super().__init__(f"The model `{shown}` does not exist; GET /v1/models lists the available models.", param="model")
+        names = f" ({', '.join(f'`{name}`' for name in served[:_SHOWN])})" if served else ""
+        message = f"The model `{shown}` does not exist; GET /v1/models lists the available models{names}."
+        super().__init__(message, param="model")
         self.model = shown
 
 

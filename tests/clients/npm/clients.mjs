@@ -1,8 +1,12 @@
 // The npm clients against a running server. Reads {url, texts, vectors} from standard input, prints a line a check.
 import { readFileSync } from "node:fs";
+import { GoogleGenAI } from "@google/genai";
+import { InferenceClient } from "@huggingface/inference";
+import { Mistral } from "@mistralai/mistralai";
 import { CohereClient, CohereClientV2 } from "cohere-ai";
 import { Ollama } from "ollama";
-import OpenAI from "openai";
+import OpenAI, { AzureOpenAI } from "openai";
+import { VoyageAIClient } from "voyageai";
 
 const { url, texts, vectors } = JSON.parse(readFileSync(0, "utf8"));
 
@@ -62,3 +66,23 @@ const asked = { model: "embed-english-v3.0", texts, inputType: "search_document"
 check((await v2.embed({ ...asked, embeddingTypes: ["float"] })).embeddings.float, "cohere v2");
 check((await v2.embed({ ...asked, embeddingTypes: ["float"], outputDimension: 256 })).embeddings.float, "cohere v2 dimensions");
 check((await v1.embed(asked)).embeddings, "cohere v1");
+
+const azure = new AzureOpenAI({ endpoint: url, apiKey: "unused", apiVersion: "2024-10-21", maxRetries: 0 });
+check((await azure.embeddings.create({ model, input: texts })).data.map((one) => one.embedding), "azure");
+
+const voyage = new VoyageAIClient({ apiKey: "unused", environment: `${url}/v1` });
+check((await voyage.embed({ model, input: texts })).data.map((one) => one.embedding), "voyage");
+check((await voyage.embed({ model, input: texts, inputType: "document", outputDimension: 256 })).data.map((one) => one.embedding), "voyage dimensions");
+
+const mistral = new Mistral({ apiKey: "unused", serverURL: url });
+check((await mistral.embeddings.create({ model, inputs: texts })).data.map((one) => one.embedding), "mistral");
+
+const google = new GoogleGenAI({ apiKey: "unused", httpOptions: { baseUrl: url } });
+const contents = await google.models.embedContent({ model, contents: texts });
+check(contents.embeddings.map((one) => one.values), "google");
+
+const hugging = new InferenceClient("unused", { endpointUrl: url });
+check(await hugging.featureExtraction({ inputs: texts }), "hugging face");
+const near = await hugging.sentenceSimilarity({ inputs: { source_sentence: texts[0], sentences: texts.slice(0, 2) } });
+if (Math.abs(near[0] - 1) > 1e-5) throw new Error(`hugging face similarity: ${near}`);
+console.log("ok hugging face similarity");

@@ -9,7 +9,7 @@ import logging
 import queue
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -251,11 +251,15 @@ def to_error(error: NpuProxyError, status: int) -> Error:
             return Error(error=words.get(error.kind, str(error)) if status != 500 else str(error))
 
 
-def cannot_write(body: NameBody, listing: ModelListing) -> Nothing:
-    """Refuse to write text, in the words by which clients tell a model that cannot from a server that is not there."""
-    name = body.model or body.name or ""
-    listing.find(name)
-    raise InputError(f'"{name}" does not support generate or chat: this server computes embeddings and ranks texts', param="model")
+def cannot_write(verb: str) -> Callable[[NameBody, ModelListing], Nothing]:
+    """Return what refuses to write text, in the words by which clients tell such a model from a server that is not there."""
+
+    def refuse(body: NameBody, listing: ModelListing) -> Nothing:
+        name = body.model or body.name or ""
+        listing.find(name)
+        raise InputError(f'"{name}" does not support {verb}', param="model")
+
+    return refuse
 
 
 def show(body: NameBody, listing: ModelListing) -> Shown:
@@ -430,8 +434,14 @@ DIALECT = Dialect(
         ),
         ModelCommand(path="/api/show", summary="Show a model", body=NameBody, reply=Shown, answer=show),
         *(
-            ModelCommand(path=path, summary="Refused: no model here writes text", body=NameBody, reply=Nothing, answer=cannot_write)
-            for path in ("/api/generate", "/api/chat")
+            ModelCommand(
+                path=f"/api/{verb}",
+                summary="Refused: no model here writes text",
+                body=NameBody,
+                reply=Nothing,
+                answer=cannot_write(verb),
+            )
+            for verb in ("generate", "chat")
         ),
         ModelCommand(
             path="/api/pull", summary="Download a model (setting `allow_pull`)", body=NameBody, reply=Progress, answer=pull

@@ -148,7 +148,7 @@ def _operations_routes(state: AppState) -> list[StarletteRoute]:
         *((path, health.health(models)) for path in ("/health", "/ping", "/v1/health", "/healthz")),
         *((path, health.live(models)) for path in ("/health/live", "/v2/health/live", "/v1/health/live", "/livez")),
         *((path, health.ready(models)) for path in ("/health/ready", "/v2/health/ready", "/v1/health/ready", "/readyz")),
-        *((f"/.well-known/{name}", health.ready(models)) for name in ("ready", "live")),
+        *((f"/.well-known/{name}", health.well_known(models)) for name in ("ready", "live")),
         ("/metrics", health.metrics(state.metrics)),
         ("/openapi.json", _guarded(state, first, "/openapi.json", _static(openapi, "application/json"))),
         ("/docs", _guarded(state, first, "/docs", _static(health.docs(), "text/html"))),

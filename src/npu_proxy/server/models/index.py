@@ -54,7 +54,8 @@ class ModelIndex:
         for stored in self.models():
             if (target or wanted) in (normalize_name(stored.name), alias(stored.name)):
                 return stored
-        raise UnknownModelError(name)
+        served = [alias(Path(model).name if "/" in model and Path(model).is_absolute() else model) for model in self.settings.model]
+        raise UnknownModelError(name, [*served, *(short for short, _ in self._aliases.values())])
 
     def has(self, name: str) -> bool:
         """Whether a stored model has exactly that name or alias."""

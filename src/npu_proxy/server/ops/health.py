@@ -107,6 +107,17 @@ def ready(models: LoadedModels) -> Handler:
     return handle
 
 
+def well_known(models: LoadedModels) -> Handler:
+    """Return the handler of /.well-known/ready, where Weaviate expects 204."""
+    detailed = ready(models)
+
+    async def handle(request: Request) -> Response:
+        response = await detailed(request)
+        return Response(status_code=204) if response.status_code == 200 else response
+
+    return handle
+
+
 def live(models: LoadedModels) -> Handler:
     """Return the handler of /health/live: 503 only if a stage's thread has died, which only a restart can fix."""
 
