@@ -1,4 +1,4 @@
-"""The npm clients of OpenAI, Azure, Ollama, Cohere, Voyage, Mistral, Google and Hugging Face, unpatched, against a running server with the real model."""
+"""The npm clients of OpenAI, Azure, Ollama, Cohere, Voyage, Mistral, Google and Hugging Face against a running server."""
 
 import json
 import shutil

@@ -25,6 +25,7 @@ LENIENT = RequestTokenizer(SPEC, on_empty="embed")
 PLAIN = Tokenizer.from_file(str(GOLDEN / "mean" / "tokenizer.json"))
 PLAIN.no_padding()
 PLAIN.no_truncation()
+PLAIN.add_special_tokens(sorted(set(SPEC.tokenizer.tokens.values())))  # as transformers does; a text may contain them
 
 
 def encode(

@@ -30,7 +30,7 @@ from npu_proxy.models.tokenizer_file import check_growth
 from npu_proxy.models.weights import Tensors
 from npu_proxy.server.apis.contract import InferenceRoute, ModelQuery
 from npu_proxy.server.http.app import DIALECTS
-from npu_proxy.server.http.exchange import check_refused, decode, with_replacements
+from npu_proxy.server.http.decoding import check_refused, decode, with_replacements
 from npu_proxy.server.http.json_scan import check_values
 from npu_proxy.types import TextResult
 

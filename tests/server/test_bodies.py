@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import app_of, golden
 from npu_proxy import Engine, Settings
-from npu_proxy.server.http.exchange import decompressed, with_replacements
+from npu_proxy.server.http.decoding import decompressed, with_replacements
 
 FOLDER, TEXTS, VECTORS = golden("mean")
 

@@ -51,10 +51,10 @@ from npu_proxy.server.apis.contract import (
 )
 from npu_proxy.server.errors import ClientGoneError, MethodNotAllowedError, RouteNotFoundError
 from npu_proxy.server.http.clients import ApiKey, identify, read_keys, wishes_of
+from npu_proxy.server.http.decoding import check_refused
 from npu_proxy.server.http.exchange import (
     Exchange,
     RequestBodies,
-    check_refused,
     fields_of,
     headers_of,
     off_loop,
