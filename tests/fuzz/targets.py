@@ -136,7 +136,7 @@ def http_body(content: bytes) -> None:
     decoder, route = routes[content[0] % len(routes)] if content else routes[0]
     body = content[1:]
     check_values(body, 2048)
-    check_refused(body, decoder.type.refused)
+    check_refused(body, decoder.type)
     try:
         decoded = decode(decoder, body)
     except InputError:

@@ -191,6 +191,8 @@ def test_one_bad_text_fails_alone_if_that_is_asked_for(kinds: Kinds, path: str, 
 def test_requests_that_are_wrong_as_a_whole_fail_whatever_on_error_says(kinds: Kinds) -> None:
     for path, body in (
         ("/v1/embeddings", {"input": ["a"], "dimensions": 999}),
+        ("/v1/embeddings", {"input": ["a"], "output_dtype": "int8", "normalize": False}),
+        ("/v1/embeddings", {"input": ["a"], "output_dtype": "binary", "dimensions": 9}),
         ("/v1/embeddings", {"input": []}),
         ("/v1/rerank", {"query": "", "documents": ["a"]}),
         ("/v1/embeddings", {"input": ["a", ""], "late_chunking": True}),

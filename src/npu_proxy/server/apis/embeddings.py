@@ -149,9 +149,10 @@ def to_requests(body: EmbeddingsBody, served: ServedModel) -> list[EmbedRequest]
     """Build the request. Raises InputError, also for fields that contradict each other."""
     words, keyed = types_of(body)
     dtypes = {_DTYPES[word] for word in words}
+    late = _late_texts(body) if body.late_chunking else []
     prompt_name, role = _prompt_of(body, served)
     request = EmbedRequest(
-        texts=[""],
+        texts=late or text_inputs(body.input, served, "input"),
         input_type=role,
         prompt_name=prompt_name,
         prompt=body.prompt,
@@ -159,17 +160,18 @@ def to_requests(body: EmbeddingsBody, served: ServedModel) -> list[EmbedRequest]
         normalize=_normalize_of(body),
         truncate=cut_of(body.truncate, body.truncation_side, truncation=body.truncation),
         max_tokens=token_limit(body.truncate_prompt_tokens),
+        dtype=DType.FLOAT32 if late or keyed else _made_by_engine(body, *dtypes),
     )
-    for dtype in dtypes:
-        check_output(replace(request, dtype=dtype), served.spec)
-    if body.late_chunking and (texts := _late_texts(body)):
-        return [late_request(request, texts, served)]
-    request = replace(request, texts=text_inputs(body.input, served, "input"))
-    if keyed:
-        return [request]
-    (dtype,) = dtypes
-    plain = _in_base64(body) and dtype is DType.FLOAT32 and body.endianness != "big"
-    return [replace(request, dtype=DType.BASE64 if plain else dtype)]
+    if late or keyed:  # the reply is cast to these types later, so they are checked now
+        for dtype in dtypes:
+            check_output(replace(request, dtype=dtype), served.spec)
+    return [late_request(request, late, served) if late else request]
+
+
+def _made_by_engine(body: EmbeddingsBody, dtype: DType) -> DType:
+    """The type that the engine makes: base64 of float32 in the usual byte order, or numbers."""
+    plain = dtype is DType.FLOAT32 and body.endianness != "big" and _in_base64(body)
+    return DType.BASE64 if plain else dtype
 
 
 def to_reply(results: Sequence[EmbedResult], body: EmbeddingsBody, served: ServedModel) -> Embeddings:

@@ -251,7 +251,7 @@ async def _decoded(state: AppState, decoder: msgspec.json.Decoder[Any], exchange
         try:
             return exchange.decode(decoder)
         finally:  # what is refused by name comes before what is missing
-            check_refused(exchange.body or b"", decoder.type.refused)
+            check_refused(exchange.body or b"", decoder.type)
 
     return await off_loop(len(content), checked)
 

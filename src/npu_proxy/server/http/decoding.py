@@ -8,13 +8,14 @@ from __future__ import annotations
 import codecs
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import msgspec
 
 from npu_proxy.errors import InputError
-from npu_proxy.server.apis.contract import Refused
+from npu_proxy.server.apis.contract import RequestBody
 from npu_proxy.server.errors import NoBodyError, UnsupportedEncodingError
 
 _ANY_FORMAT = 47
@@ -109,9 +110,15 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         raise InputError(f"the body is not valid JSON: {error}") from error
 
 
-def check_refused(body: bytes, refused: Mapping[str, Refused]) -> None:
+@cache
+def _quoted(kind: type[RequestBody]) -> Sequence[tuple[bytes, str]]:
+    """The refused fields of a body type, as they are in JSON, and their names."""
+    return [(b'"%s"' % name.encode(), name) for name in kind.refused]
+
+
+def check_refused(body: bytes, kind: type[RequestBody]) -> None:
     """Raise InputError if a body has a field that would change the result, and that is not supported."""
-    present = [name for name in refused if b'"%s"' % name.encode() in body]
+    present = [name for quoted, name in _quoted(kind) if quoted in body]
     if not present:
         return
     try:
@@ -125,5 +132,6 @@ def check_refused(body: bytes, refused: Mapping[str, Refused]) -> None:
             value = given[name]
         if isinstance(value, str) and value.lower() in ("true", "false"):
             value = value.lower() == "true"
-        if value is not None and value not in refused[name].neutral:
-            raise InputError(f"`{name}` {refused[name].why}", param=name)
+        refused = kind.refused[name]
+        if value is not None and value not in refused.neutral:
+            raise InputError(f"`{name}` {refused.why}", param=name)
