@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 
 from npu_proxy import Settings, SettingsError
@@ -64,6 +65,13 @@ def test_every_switch_is_true_or_false(name: str) -> None:
     for wrong in ("banana", "true", 1, None, []):
         with pytest.raises(SettingsError, match=f"`{name}`"):
             made(**{name: wrong})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert made(port=np.int64(5), timeout=np.float32(2.5)).port == 5
+    for wrong in ({"port": np.int64(-5)}, {"timeout": np.float32("nan")}):
+        with pytest.raises(SettingsError):
+            made(**wrong)
 
 
 def test_paths_lists_and_poolings_are_converted() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -414,33 +414,41 @@ def _normalized(name: str, value: object, hint: Any) -> object:
             raise _unsuitable(name, value, "a list of words")
         return tuple(map(str, items))  # type: ignore[reportUnknownArgumentType]
     kinds: Sequence[Any] = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-    if value is None and NoneType in kinds:
-        return None
     kind: Any = kinds[0]
-    if kind in (int, float) and NoneType in kinds and value == 0 and not isinstance(value, bool):
-        return None  # 0 used to mean automatic
+    automatic = value is None or (kind in (int, float) and value == 0 and not isinstance(value, bool))  # 0 used to mean automatic
+    if automatic and NoneType in kinds:
+        return None
     choices: Sequence[str] = get_args(kind) if get_origin(kind) is Literal else list(Pooling) if kind is Pooling else ()
-    if choices:
-        if value not in choices:
-            listed = ", ".join(f'"{choice}"' for choice in choices)
-            raise SettingsError(f'Invalid value "{value}" for `{name}`. Choose from: {listed}.', param=name)
-        return Pooling(str(value)) if kind is Pooling else value
+    return _chosen(name, value, choices) if choices else _converted(name, value, kind)
+
+
+def _chosen(name: str, value: object, choices: Sequence[str]) -> str:
+    """The one of the choices that a value is."""
+    for choice in choices:
+        if choice == value:
+            return choice
+    listed = ", ".join(f'"{choice}"' for choice in choices)
+    raise SettingsError(f'Invalid value "{value}" for `{name}`. Choose from: {listed}.', param=name)
+
+
+def _converted(name: str, value: object, kind: Any) -> object:
+    """A value as a bool, int, float, str or Path."""
     if kind is bool and value in ("on", "off"):
         return value == "on"
-    accepted, words = _ACCEPTED[kind]
+    accepted, convert, words = _ACCEPTED[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise _unsuitable(name, value, words)
-    return Path(value) if isinstance(value, str) and kind is Path else value
+    return convert(value)
 
 
-_ACCEPTED: dict[Any, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    str: (str, "a word"),
-    Path: ((str, Path), "a path"),
+_ACCEPTED: dict[Any, tuple[Any, Callable[[Any], object], str]] = {
+    bool: (bool, bool, "true or false"),
+    int: (numbers.Integral, int, "a whole number"),
+    float: (numbers.Real, float, "a number"),
+    str: (str, str, "a word"),
+    Path: ((str, Path), Path, "a path"),
 }
-"""What each type of setting accepts, and what it is called."""
+"""What each type of setting accepts, how it is converted, and what it is called."""
 
 
 def _unsuitable(name: str, value: object, words: str) -> SettingsError:

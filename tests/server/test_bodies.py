@@ -154,9 +154,15 @@ def test_what_is_refused_is_refused_in_bodies_that_need_repair(spoil: bytes) -> 
     for body in (json.dumps(REFUSED), json.dumps(REFUSED).replace('"a"', '"a\\ud800"')):
         answer = post(spoil + body.encode(), "/v1/ranking")
         assert (answer.status_code, "`top_n`" in answer.text) == (400, True)
+    assert post(b'{"input": "a", "instruction": "\xff"}', "/v1/embeddings").status_code == 400
     for number in ("1e400", "9" * 5000):
         answer = post(b'{"input": "a", "padding": %s}' % number.encode(), "/v1/embeddings")
         assert (answer.status_code, "`padding`" in answer.text) == (400, True)
+
+
+def test_a_model_that_is_no_name_costs_nothing() -> None:
+    body = b'{"input": "a", "model": [' + b",".join([b"[]"] * 5000) + b"]}"
+    assert post(body, "/v1/embeddings").status_code == 400
 
 
 def test_parts_within_parts_are_refused() -> None:

@@ -355,6 +355,36 @@ def test_a_base_path_gives_the_api_s_own_form_and_others_where_it_has_none(kinds
     assert kinds.post(f"/models/{RERANKER}/api/show", {}).json() == kinds.post("/api/show", {"model": RERANKER}).json()
 
 
+def test_an_alias_that_is_a_kind_s_name_comes_before_the_kind() -> None:
+    from conftest import GOLDEN
+
+    names = (str(GOLDEN / EMBEDDER), str(GOLDEN / RERANKER))
+    server = Kinds(model=names, served_model_name=(f"embedding={RERANKER}",))
+    try:
+        assert list(server.call("GET", "/models/embedding/info").json()["model_type"]) == ["reranker"]
+        assert list(server.call("GET", "/models/reranker/info").json()["model_type"]) == ["reranker"]
+    finally:
+        server.stop()
+
+
+def test_counts_in_headers_are_those_of_all_requests_of_a_body(kinds: Kinds) -> None:
+    long = "the sea " * 60
+    body = {"requests": [{"content": text, "outputDimensionality": 8 + at} for at, text in enumerate((long, long, "a", "b"))]}
+    answer = kinds.post("/v1beta/models/embedder:batchEmbedContents", body)
+    assert answer.headers["x-npu-proxy-truncated"] == "2"
+    assert answer.headers["x-npu-proxy-cache"] == "miss"
+
+
+def test_types_asked_for_many_times_are_made_once(kinds: Kinds) -> None:
+    rows = kinds.post("/v1/embeddings", {"input": "a", "embedding_type": ["float", "int8"] * 5000}).json()["data"]
+    assert set(rows[0]["embedding"]) == {"float", "int8"}
+
+
+def test_cohere_s_first_version_below_its_base_has_no_documents(kinds: Kinds) -> None:
+    assert all("document" not in rank for rank in kinds.post("/cohere/v1/rerank", RANKING).json()["results"])
+    assert "message" in kinds.post("/cohere/v1/rerank", {"query": 5}).json()
+
+
 def test_requests_of_many_parts_count_as_one(kinds: Kinds) -> None:
     many = [{"content": "a", "outputDimensionality": 8 + index % 2} for index in range(2049)]
     for path, body in (

@@ -344,6 +344,14 @@ def test_an_upgrade_that_is_not_known_is_ignored_however_it_arrives(server: Serv
     assert answer.endswith(b'{"live":true}')
 
 
+@pytest.mark.parametrize("target", [b"/", b"*", b"http://a/b", b"a:80", b"a"])
+def test_a_request_for_a_tunnel_is_refused(server: Server, target: bytes) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"CONNECT " + target + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert read_all(connection).split(b" ")[1] in (b"400", b"404", b"405")
+    assert httpx.get(f"{server.url}/health/live", timeout=5).status_code == 200
+
+
 def test_many_requests_in_a_row_may_ask_for_an_upgrade(server: Server) -> None:
     ask = b"GET /health/live HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
     with connect(server) as connection:

@@ -21,8 +21,9 @@ Which fields of each API's requests npu-proxy obeys, and what becomes of the oth
   brackets ask for nothing, and are accepted.
 - **harmless**: the field does not change the result, and is ignored.
 
-Any other field is ignored, as the APIs themselves do. All routes have `priority` (the lane of the request) and `on_error` (what a
-request for vectors gets if some of its texts fail); `X-Request-Timeout` or `?timeout=` sets a time limit.
+Any other field is ignored, as the APIs themselves do, except within `parameters` of text-embeddings-inference. Routes that compute
+also have `priority` (the lane of the request) and `on_error` (what a request for vectors gets if some of its texts fail);
+`X-Request-Timeout` or `?timeout=` sets a time limit.
 """
 
 

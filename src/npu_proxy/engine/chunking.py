@@ -72,11 +72,7 @@ def complete_chunking(chunking: Chunking, spec: ModelSpec, limit: int, special_t
         if not 0 <= overlap < room - special_tokens:
             raise InputError(f"an overlap of {overlap} tokens leaves no room for text in chunks of {room} tokens", param="overlap")
         return replace(chunking, overlap=overlap)
-    if spec.output_type is not OutputType.DENSE or spec.pooling not in (Pooling.MEAN, Pooling.MAX):
-        message = f"late chunking needs a dense model with mean or maximum pooling; {spec.name} has {spec.output_type} output"
-        raise InputError(f"{message} and {spec.pooling} pooling", param="late")
-    if chunking.overlap:
-        raise InputError("late chunks already see the text around them, so they cannot overlap; remove `overlap`", param="overlap")
+    _check_late(chunking, spec)
     if chunking.boundaries:
         return replace(chunking, size=limit, overlap=0)
     size, smallest = chunking.size or _LATE_SIZE, max(_MIN_LATE_SIZE, -(-limit // _MAX_LATE_CHUNKS))
@@ -85,6 +81,17 @@ def complete_chunking(chunking: Chunking, spec: ModelSpec, limit: int, special_t
     if size < smallest:
         raise InputError(f"late chunks of {size} tokens are too small; {spec.name} needs at least {smallest} tokens", param="size")
     return replace(chunking, size=size, overlap=0)
+
+
+def _check_late(chunking: Chunking, spec: ModelSpec) -> None:
+    """Raise InputError if a model does not support late chunks, or if they should overlap."""
+    if spec.output_type is not OutputType.DENSE or spec.pooling not in (Pooling.MEAN, Pooling.MAX):
+        message = f"late chunking needs a dense model with mean or maximum pooling; {spec.name} has {spec.output_type} output"
+        raise InputError(f"{message} and {spec.pooling} pooling", param="late")
+    if spec.dropped_ids or spec.most_characters is not None:
+        raise InputError(f"late chunking is not supported for {spec.name}, which leaves out tokens of its texts", param="late")
+    if chunking.overlap:
+        raise InputError("late chunks already see the text around them, so they cannot overlap; remove `overlap`", param="overlap")
 
 
 # -- splitting -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ from npu_proxy.errors import InputError
 from npu_proxy.spec import PROMPT_NAMES, ModelSpec
 from npu_proxy.types import DEFAULT_CHUNKING, Chunking, EmbedRequest, Truncate
 
+_MOST_CHUNKS = 1 << 20
+"""Stands for any number of chunks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
@@ -33,6 +36,13 @@ class EncodeOptions:
     def late_chunking(self) -> bool:
         """Whether chunks see the text around them and are pooled separately."""
         return self.truncate is Truncate.CHUNK and self.chunking.late
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a text that are computed at most."""
+        if self.truncate is not Truncate.CHUNK:
+            return self.limit
+        return self.limit * (self.chunking.most or _MOST_CHUNKS)
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -406,7 +406,7 @@ class Engine:
     def _time_limit(self, request: EmbedRequest, options: EncodeOptions, pipeline: Pipeline) -> float:
         """Seconds for a request that sets no limit, by its size."""
         settings = self.settings
-        seconds = pipeline.seconds_for(estimated_tokens(request.texts, options.limit))
+        seconds = pipeline.seconds_for(estimated_tokens(request.texts, options.most_tokens))
         if seconds is None and len(request.texts) <= settings.interactive_texts:
             return settings.timeout
         return time_limit(seconds, timeout=settings.timeout, bulk_timeout=settings.bulk_timeout)

@@ -138,7 +138,12 @@ class Pipeline:
         """Accept a request. Raises OverloadedError (see check_admission), or StoppedError if the pipeline is stopping."""
         missing = [index for index, result in enumerate(request.results) if result is None]
         slices = [
-            _Slice(request, options, indices, estimated_tokens([request.request.texts[index] for index in indices], options.limit))
+            _Slice(
+                request,
+                options,
+                indices,
+                estimated_tokens([request.request.texts[index] for index in indices], options.most_tokens),
+            )
             for start in range(0, len(missing), _SLICE)
             if (indices := missing[start : start + _SLICE])
         ]
@@ -147,7 +152,7 @@ class Pipeline:
         with self._lock:
             if not self._accepting:
                 raise StoppedError("the engine is stopping or was stopped; start it again, or create a new one")
-            load = self._load(request, tokens, len(missing) * options.limit)
+            load = self._load(request, tokens, len(missing) * options.most_tokens)
             try:
                 check_admission(
                     len(missing),

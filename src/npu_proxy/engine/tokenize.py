@@ -39,7 +39,7 @@ from npu_proxy.errors import (
 from npu_proxy.models.json_files import MOST_TOKENS
 from npu_proxy.models.tokenizer_file import LONGEST_WORD, open_tokenizer
 from npu_proxy.spec import ModelSpec
-from npu_proxy.types import EmbedRequest, OutputType, Pair, Pooling, TextInput, Truncate
+from npu_proxy.types import DEFAULT_CHUNKING, EmbedRequest, OutputType, Pair, Pooling, TextInput, Truncate
 
 _CHARACTERS_PER_TOKEN = 16
 """Characters of a long text that are tokenized at first per token that may be kept; more if that is not enough."""
@@ -133,7 +133,7 @@ class RequestTokenizer:
             limit, document_limit = min(limit, document_limit + self.special_tokens), None
         query = spec.query_weights is not None and document is False
         if request.truncate is Truncate.CHUNK and (query or spec.pair_template is not None):
-            request = replace(request, truncate=Truncate.END)  # what is one text, or has no chunks, is cut
+            request = replace(request, truncate=Truncate.END, chunking=DEFAULT_CHUNKING)  # one text, or without chunks: it is cut
         if spec.pair_template is not None:
             _check_template_options(spec, request)
         chunking = request.chunking
@@ -210,6 +210,7 @@ class RequestTokenizer:
         self, texts: Sequence[TextInput], options: EncodeOptions, most: int
     ) -> list[Encoding | ChunkedText | NpuProxyError]:
         """Encode pairs that a template joins, after their documents have been cut."""
+        most = min(most, options.limit)
         short = [self._short_document(text, most) for text in texts]
         encoded = self._encode(short, replace(options, document_limit=None))
         for index, (whole, cut) in enumerate(zip(texts, short, strict=True)):
@@ -217,14 +218,14 @@ class RequestTokenizer:
             if cut is whole or not isinstance(encoding, Encoding) or not isinstance(whole, Pair):
                 continue
             if options.truncate is Truncate.ERROR:
-                encoded[index] = TooLongError(limit=most, tokens=len(self._tokens(whole.second, special=False).ids))
+                encoded[index] = TooLongError(limit=most, tokens=most, more=True)
             else:
                 encoded[index] = replace(encoding, truncated=True)
         return encoded
 
     def _short_document(self, text: TextInput, most: int) -> TextInput:
         """Cut the document of a pair that a template joins after so many tokens of its own."""
-        if not isinstance(text, Pair) or len(text.second) <= most:
+        if not isinstance(text, Pair) or len(text.second) <= most or text_error(text.second) is not None:
             return text
         offsets = self._tokens(text.second[: _CHARACTERS_PER_TOKEN * (most + _WORD_TOKENS)], special=False).offsets
         return Pair(text.first, text.second[: offsets[most - 1][1]]) if len(offsets) > most else text

@@ -12,6 +12,7 @@ from npu_proxy.engine.finish import cast
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
 from npu_proxy.server.apis.common import float_rows, float_vectors, tokens_used, with_failures
 from npu_proxy.server.apis.contract import Dialect, InferenceRoute, Refused, RequestBody, ServedModel, TokenizerRoute
+from npu_proxy.server.apis.embeddings import most_numbers
 from npu_proxy.server.apis.inputs import TextPart, cut_of, input_type, texts_of
 from npu_proxy.server.apis.scoring import ApiVersion, rerank_route
 from npu_proxy.types import DType, EmbedRequest, EmbedResult
@@ -56,12 +57,12 @@ class Meta(msgspec.Struct, kw_only=True):
 class ByType(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Vectors by the requested types."""
 
-    floats: list[list[float]] | None = msgspec.field(default=None, name="float")
-    int8: list[list[int]] | None = None
-    uint8: list[list[int]] | None = None
-    binary: list[list[int]] | None = None
-    ubinary: list[list[int]] | None = None
-    base64: list[str] | None = None
+    floats: list[list[float] | None] | None = msgspec.field(default=None, name="float")
+    int8: list[list[int] | None] | None = None
+    uint8: list[list[int] | None] | None = None
+    binary: list[list[int] | None] | None = None
+    ubinary: list[list[int] | None] | None = None
+    base64: list[str | None] | None = None
 
 
 class ReplyV1(msgspec.Struct, kw_only=True):
@@ -69,7 +70,7 @@ class ReplyV1(msgspec.Struct, kw_only=True):
 
     response_type: Literal["embeddings_floats", "embeddings_by_type"]
     id: str
-    embeddings: list[list[float]] | ByType
+    embeddings: list[list[float] | None] | ByType
     texts: list[str]
     meta: Meta
 
@@ -108,7 +109,7 @@ def to_requests(body: BodyV1, served: ServedModel) -> list[EmbedRequest]:
     if (body.input_type or "").lower() == "image":
         raise InputError("input_type `image` needs an image model; this server embeds only text", param="input_type")
     newer = body if isinstance(body, BodyV2) else BodyV2()
-    dimensions = newer.output_dimension or None
+    dimensions, types = newer.output_dimension or None, len(set(body.embedding_types or ()))
     if (dimensions or served.spec.width) % 8 and {"binary", "ubinary"} & set(body.embedding_types or ()):
         raise InputError("binary types need a number of dimensions divisible by 8", param="output_dimension")
     if newer.max_tokens is not None and newer.max_tokens < 1:
@@ -119,6 +120,7 @@ def to_requests(body: BodyV1, served: ServedModel) -> list[EmbedRequest]:
         dimensions=dimensions,
         truncate=cut_of(body.truncate),
         max_tokens=newer.max_tokens,
+        most_numbers=most_numbers(served, types) if types > 1 else None,
     )
     return [request]
 
@@ -192,6 +194,7 @@ DIALECT = Dialect(
             to_reply=to_v2,
         ),
         rerank_route("/v2/rerank", documents=False),
+        rerank_route("/v1/rerank", documents=False, below_base=True),  # which others share
         TokenizerRoute(
             path="/v1/tokenize",
             summary="Tokenize a text",

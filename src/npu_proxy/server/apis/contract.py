@@ -111,7 +111,7 @@ class ModelListing(Protocol):
 class BodyFields(msgspec.Struct):
     """The fields that distinguish the bodies of the APIs, as raw JSON; empty if a body does not have the field."""
 
-    model: Any = None
+    model: msgspec.Raw = msgspec.Raw()
     raw_scores: msgspec.Raw = msgspec.Raw()
     top_k: msgspec.Raw = msgspec.Raw()
     truncation: msgspec.Raw = msgspec.Raw()
@@ -276,6 +276,7 @@ class Dialect:
         return self.status.get(error.kind, STATUS.get(error.kind, 500))
 
 
+_LONGEST_NAME = 10_000
 _UNNAMED = ("", "default/not-specified")
 """Names that clients send if their user names no model: the second one is Infinity's."""
 
@@ -283,4 +284,7 @@ _UNNAMED = ("", "default/not-specified")
 def model_of(body: object) -> str | None:
     """Return the model that a body names, or None."""
     name = getattr(body, "model", None)
+    if isinstance(name, msgspec.Raw):
+        raw = bytes(name)
+        name = msgspec.json.decode(raw) if raw.startswith(b'"') and len(raw) < _LONGEST_NAME else None
     return name if isinstance(name, str) and name not in _UNNAMED else None

@@ -33,6 +33,7 @@ _DTYPES = {
     "binary": DType.BINARY,
     "ubinary": DType.UBINARY,
 }
+_BYTES_PER_NUMBER = 21
 _JOIN = " "
 """What stands between texts that are read as one, for late chunking."""
 
@@ -161,11 +162,17 @@ def to_requests(body: EmbeddingsBody, served: ServedModel) -> list[EmbedRequest]
         truncate=cut_of(body.truncate, body.truncation_side, truncation=body.truncation),
         max_tokens=token_limit(body.truncate_prompt_tokens),
         dtype=DType.FLOAT32 if late or keyed else _made_by_engine(body, *dtypes),
+        most_numbers=most_numbers(served, len(words)) if len(words) > 1 else None,
     )
     if late or keyed:  # the reply is cast to these types later, so they are checked now
         for dtype in dtypes:
             check_output(replace(request, dtype=dtype), served.spec)
     return [late_request(request, late, served) if late else request]
+
+
+def most_numbers(served: ServedModel, types: int) -> int:
+    """Return how many numbers a result may have if the answer has them in so many types."""
+    return int(served.settings.max_answer_mb * 1e6 / _BYTES_PER_NUMBER / types)
 
 
 def _made_by_engine(body: EmbeddingsBody, dtype: DType) -> DType:
@@ -202,7 +209,7 @@ def types_of(body: EmbeddingsBody) -> tuple[list[str], bool]:
         others = (body.encoding_format, body.output_dtype, body.embed_dtype)
         if any(word is not None and word.lower() not in ("float", "float32") for word in others):
             raise InputError("`embedding_type` is a list of types; send no other type", param="embedding_type")
-        return [_known(word, "embedding_type") for word in kinds] or ["float"], True
+        return list(dict.fromkeys(_known(word, "embedding_type") for word in kinds)) or ["float"], True
     if body.encoding_format is not None and body.encoding_format.lower() not in ("float", "base64"):
         message = f"`encoding_format` is `{body.encoding_format[:40]}`; it must be float or base64"
         raise InputError(message, param="encoding_format")

@@ -30,11 +30,10 @@ from npu_proxy.types import EmbedRequest, EmbedResult
 
 _VERSIONS = ("/v1beta/models", "/v1/models", "/models")
 """What stands before a model's name; LiteLLM leaves the version out."""
+_FILES = ("mimeType", "mime_type", "documentOcr", "document_ocr", "audioTrackExtraction", "audio_track_extraction")
 _REFUSED: Mapping[str, Refused] = {
     "title": Refused("is not supported; put it before the text"),
-    "mimeType": Refused("is for files; this server takes only text"),
-    "documentOcr": Refused("is for files; this server takes only text", neutral=(False,)),
-    "audioTrackExtraction": Refused("is for files; this server takes only text", neutral=(False,)),
+    **{name: Refused("is for files; this server takes only text", neutral=(False,)) for name in _FILES},
 }
 
 
@@ -70,8 +69,11 @@ class OneContent(EmbedContent, kw_only=True):
 
     title: str | None = None
     mimeType: str | None = None  # noqa: N815
+    mime_type: str | None = None
     documentOcr: bool | None = None  # noqa: N815
+    document_ocr: bool | None = None
     audioTrackExtraction: bool | None = None  # noqa: N815
+    audio_track_extraction: bool | None = None
 
 
 class BatchBody(RequestBody, kw_only=True):

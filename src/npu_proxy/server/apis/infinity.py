@@ -182,7 +182,7 @@ DIALECT = Dialect(
     routes=[
         InferenceRoute(
             path="/rerank",
-            summary="Rank documents (needs a reranker)",
+            summary="Rank documents (with a reranker, or by the cosines of an embedding model)",
             suits=can_rerank,
             bytes_per_number=4,
             body=RerankBody,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -51,6 +51,8 @@ class TextPart(msgspec.Struct, kw_only=True):
     text: str | None = None
     type: str | None = None
     content: str | list[TextPart] | None = None
+    image: Any = None
+    image_url: Any = None
 
 
 Text = str | TextPart
@@ -64,6 +66,8 @@ def text_of(given: Text, param: str) -> str:
         return given
     if given.type not in (None, "text", "input_text"):
         raise InputError(f"`{param}` has a part of type `{given.type[:40]}`; this server takes only text", param=param)
+    if given.image is not None or given.image_url is not None or (given.text is not None and given.content is not None):
+        raise InputError(f"`{param}` has an object with more than a text; this server takes only text", param=param)
     if isinstance(given.content, str):
         return given.content
     if given.content is not None:

@@ -93,6 +93,8 @@ class Tokens(msgspec.Struct, kw_only=True):
 
 def to_requests(body: EmbeddingBody, served: ServedModel) -> list[EmbedRequest]:
     """Return the request to embed texts or token ids. Raises InputError."""
+    if body.content is not None and body.input is not None:
+        raise InputError("`input` and `content` are names of one thing; send one of them", param="content")
     given, name = (body.content, "content") if body.input is None else (body.input, "input")
     if given is None:
         raise InputError('"input" or "content" must be provided', param="content")

@@ -71,7 +71,7 @@ class Embeddings(msgspec.Struct, kw_only=True):
     """Reply of POST /api/embed; durations are in nanoseconds, the count includes special tokens."""
 
     model: str
-    embeddings: list[list[float]]
+    embeddings: list[list[float] | None]
     total_duration: int = 0
     load_duration: int = 0
     prompt_eval_count: int = 0

@@ -15,8 +15,6 @@ from npu_proxy.engine.validation import can_rerank, check_classifier, check_rank
 from npu_proxy.errors import InputError
 from npu_proxy.server.apis.common import Usage, float_vectors, usage
 from npu_proxy.server.apis.contract import (
-    Applies,
-    BodyFields,
     InferenceRoute,
     Refused,
     RequestBody,
@@ -24,7 +22,6 @@ from npu_proxy.server.apis.contract import (
     is_dense,
 )
 from npu_proxy.server.apis.inputs import Text, TextPart, cut_of, only_one, text_of, token_limit
-from npu_proxy.settings import Settings
 from npu_proxy.types import Chunking, EmbedRequest, EmbedResult, Label, OutputType, RerankResult, TextInput, Truncate
 
 # -- used by all formats -------------------------------------------------------------------------------------------------
@@ -198,7 +195,7 @@ class Reranking(msgspec.Struct, kw_only=True):
     meta: RerankMeta
 
 
-def rerank_route(path: str, *, documents: bool = True, applies: Applies | None = None) -> InferenceRoute[RerankBody, Reranking]:
+def rerank_route(path: str, *, documents: bool = True, below_base: bool = False) -> InferenceRoute[RerankBody, Reranking]:
     """Return a route for this format. documents: whether the reply has the documents unless the body says otherwise."""
 
     def to_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> Reranking:
@@ -214,12 +211,8 @@ def rerank_route(path: str, *, documents: bool = True, applies: Applies | None =
         reply=Reranking,
         to_requests=requests_of,
         to_reply=to_reply,
-        applies=applies or _always,
+        below_base=below_base,
     )
-
-
-def _always(fields: BodyFields, settings: Settings) -> bool:
-    return True
 
 
 def top_of(body: RerankBody) -> int | None:

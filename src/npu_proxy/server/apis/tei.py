@@ -38,6 +38,7 @@ from npu_proxy.version import __version__
 
 Direction = Literal["left", "right", "Left", "Right"]
 Vectors = list[list[float]]
+VectorsOrNull = list[list[float] | None]
 _LEAST_OFFER = 32
 """Texts per request that are offered before the speed is known; the default of text-embeddings-inference."""
 _ACTIVATIONS = {"softmax": "softmax", "sigmoid": "sigmoid", "identity": "none"}
@@ -76,7 +77,7 @@ class ComparedSentences(msgspec.Struct, kw_only=True):
     sentences: list[str]
 
 
-class SimilarityParameters(msgspec.Struct, kw_only=True):
+class SimilarityParameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Options for embedding the sentences."""
 
     truncate: bool | None = None
@@ -136,7 +137,7 @@ class AllBody(RequestBody, kw_only=True):
     }
 
 
-class PredictParameters(msgspec.Struct, kw_only=True):
+class PredictParameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Options of Hugging Face's text classification. top_k: number of labels."""
 
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
@@ -270,7 +271,7 @@ def _inputs(given: str | list[str | int | list[int] | TextPart], served: ServedM
     return texts
 
 
-def to_reply(results: Sequence[EmbedResult], _: EmbedBody, __: ServedModel) -> Vectors:
+def to_reply(results: Sequence[EmbedResult], _: EmbedBody, __: ServedModel) -> VectorsOrNull:
     """Return a list of vectors, even for one input."""
     return float_rows(results[0])
 
@@ -493,16 +494,17 @@ def _ranks(fields: BodyFields, _: Settings) -> bool:
     return fields.has("query") and fields.has("texts")
 
 
-def _embed(path: str) -> InferenceRoute[EmbedBody, Vectors]:
+def _embed(path: str) -> InferenceRoute[EmbedBody, VectorsOrNull]:
     return InferenceRoute(
         path=path,
         summary="Embed texts",
         body=EmbedBody,
         vectors=True,
-        reply=Vectors,
+        reply=VectorsOrNull,
         to_requests=to_requests,
         to_reply=to_reply,
-        applies=lambda fields, _: fields.has("inputs") or not fields.has("input"),  # which is Ollama's
+        # `input` is Ollama's, and what can only be ranked is not embedded.
+        applies=lambda fields, settings: fields.has("inputs") or not (fields.has("input") or _ranks(fields, settings)),
     )
 
 

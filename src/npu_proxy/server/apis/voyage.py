@@ -86,7 +86,7 @@ class Document(msgspec.Struct, kw_only=True):
     index: int
 
 
-class ContextUsage(Usage, kw_only=True):
+class PartsUsage(Usage, kw_only=True):
     """Number of tokens, with the names of the multimodal route."""
 
     text_tokens: int
@@ -109,7 +109,7 @@ class Embeddings(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
-    usage: ContextUsage
+    usage: PartsUsage
 
 
 class Error(msgspec.Struct, kw_only=True):
@@ -166,7 +166,7 @@ def parts_reply(results: Sequence[EmbedResult], body: PartsBody, served: ServedM
     rows = encoded(list(cast(float_vectors(results[0]), _dtype(body.output_dtype))), in_base64=in_base64)
     rows = with_failures(rows, results[0])
     counted = usage(results)
-    tokens = ContextUsage(prompt_tokens=counted.prompt_tokens, total_tokens=counted.total_tokens, text_tokens=counted.total_tokens)
+    tokens = PartsUsage(prompt_tokens=counted.prompt_tokens, total_tokens=counted.total_tokens, text_tokens=counted.total_tokens)
     data = [Embedding(embedding=row, index=index) for index, row in enumerate(rows)]
     return Embeddings(data=data, model=served.requested_name, usage=tokens)
 
@@ -190,7 +190,7 @@ DIALECT = Dialect(
     routes=[
         InferenceRoute(
             path="/v1/rerank",
-            summary="Rank documents (needs a reranker)",
+            summary="Rank documents (with a reranker, or by the cosines of an embedding model)",
             suits=can_rerank,
             bytes_per_number=4,
             body=RerankBody,

@@ -8,17 +8,19 @@ from typing import Any, ClassVar
 import msgspec
 
 from npu_proxy.engine.validation import can_rerank
-from npu_proxy.errors import NpuProxyError
+from npu_proxy.errors import InputError, NpuProxyError
 from npu_proxy.server.apis.common import float_rows
 from npu_proxy.server.apis.contract import Dialect, InferenceRoute, ModelListing, ModelQuery, RequestBody, ServedModel
+from npu_proxy.server.apis.inputs import input_type
 from npu_proxy.server.apis.scoring import reranked, to_rerank
 from npu_proxy.types import EmbedRequest, EmbedResult
 
 
 class VectorConfig(msgspec.Struct, kw_only=True):
-    """Options of a vector. task_type: query or passage."""
+    """Options of a vector. task_type: query or passage. pooling_strategy: its default, `masked_mean`, means the model's own."""
 
     task_type: str | None = None
+    pooling_strategy: str | None = None
 
 
 class VectorBody(RequestBody, kw_only=True):
@@ -27,7 +29,7 @@ class VectorBody(RequestBody, kw_only=True):
     text: str
     config: VectorConfig | None = None
 
-    harmless: ClassVar[Mapping[str, str]] = {"config.pooling_strategy": "the model's own pooling is used", "dims": "not used"}
+    harmless: ClassVar[Mapping[str, str]] = {"dims": "not used"}
 
 
 class Vector(msgspec.Struct, kw_only=True):
@@ -72,13 +74,13 @@ class Error(msgspec.Struct, kw_only=True):
     error: str
 
 
-_ROLES = {"query": "query", "passage": "document", "document": "document"}
-
-
-def to_requests(body: VectorBody, _: ServedModel) -> list[EmbedRequest]:
-    """Return the request to embed a text."""
-    role = _ROLES.get((body.config.task_type or "").lower()) if body.config else None
-    return [EmbedRequest(texts=[body.text], input_type=role)]
+def to_requests(body: VectorBody, served: ServedModel) -> list[EmbedRequest]:
+    """Return the request to embed a text. Raises InputError for another pooling than the model's."""
+    config = body.config or VectorConfig()
+    if config.pooling_strategy not in (None, "masked_mean", str(served.spec.pooling)):
+        message = f"`pooling_strategy` is {config.pooling_strategy[:40]}; this model pools by {served.spec.pooling}"
+        raise InputError(message, param="config.pooling_strategy")
+    return [EmbedRequest(texts=[body.text], input_type=input_type(config.task_type, "config.task_type"))]
 
 
 def to_reply(results: Sequence[EmbedResult], body: VectorBody, served: ServedModel) -> Vector:

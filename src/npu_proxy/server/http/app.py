@@ -61,6 +61,7 @@ from npu_proxy.server.http.exchange import (
     request_id,
     retry_headers,
     timeout_of,
+    together,
     unless_disconnected,
     with_errors,
 )
@@ -148,7 +149,8 @@ def _operations_routes(state: AppState) -> list[StarletteRoute]:
         *((path, health.health(models)) for path in ("/health", "/ping", "/v1/health", "/healthz")),
         *((path, health.live(models)) for path in ("/health/live", "/v2/health/live", "/v1/health/live", "/livez")),
         *((path, health.ready(models)) for path in ("/health/ready", "/v2/health/ready", "/v1/health/ready", "/readyz")),
-        *((f"/.well-known/{name}", health.well_known(models)) for name in ("ready", "live")),
+        ("/.well-known/live", health.well_known(health.live(models))),
+        ("/.well-known/ready", health.well_known(health.ready(models))),
         ("/metrics", health.metrics(state.metrics)),
         ("/openapi.json", _guarded(state, first, "/openapi.json", _static(openapi, "application/json"))),
         ("/docs", _guarded(state, first, "/docs", _static(health.docs(), "text/html"))),
@@ -285,7 +287,12 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
                 _check_size(made, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
                 _check_numbers(made, served.spec.width, most)
                 deadline = start + exchange.seconds if exchange.timed else None  # else by the size of the request
-                futures.extend(use.model.engine.submit(replace(request, most_numbers=most), deadline) for request in made)
+                if len(made) > 2 and sum(len(request.texts) for request in made) > settings.interactive_texts:
+                    # Many small requests of one body are one large one.
+                    made = [replace(request, lane=request.lane or Lane.BULK) for request in made]
+                    deadline = deadline or start + settings.bulk_timeout
+                bounded = [replace(request, most_numbers=min(most, request.most_numbers or most)) for request in made]
+                futures.extend(use.model.engine.submit(request, deadline) for request in bounded)
                 return made
 
             try:
@@ -303,7 +310,8 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
                 exchange.result = results[-1]
                 exchange.texts = sum(len(result.tokens) for result in results)
                 exchange.tokens = tokens_used(results)
-                headers = {**dialect.headers(results[-1], requests[-1]), **headers_of(results[-1], requests[-1], served.spec)}
+                whole = together(results)
+                headers = {**dialect.headers(whole, requests[-1]), **headers_of(whole, requests[-1], served.spec)}
             if route.vectors and results:
                 failed = sum(error is not None for result in results for error in result.errors)
                 results = with_errors(results, requests, on_error, served.spec.width)

@@ -50,7 +50,7 @@ def decompressed(body: bytes, most: int) -> bytes | None:
                 return None
             parts.append(part)
             ended, piece = unpack.eof, unpack.unused_data
-    if not ended:
+    if body and not ended:
         raise zlib.error("it is cut short")
     return b"".join(parts)
 
@@ -128,7 +128,7 @@ def check_refused(body: bytes, kind: type[RequestBody]) -> None:
     for name in present:
         try:
             value: Any = msgspec.json.decode(given[name]) if name in given else None
-        except msgspec.MsgspecError:  # such as 1e400
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # such as 1e400
             value = given[name]
         if isinstance(value, str) and value.lower() in ("true", "false"):
             value = value.lower() == "true"

@@ -137,9 +137,8 @@ class RequestBodies:
             try:
                 async with asyncio.timeout(seconds):
                     body = await self._decompressed(exchange, await self._read(exchange))
-                    exchange.body = await off_loop(
-                        len(body), lambda: as_utf8(body, exchange.request.headers.get("content-type", ""))
-                    )
+                    content_type = exchange.request.headers.get("content-type", "")
+                    exchange.body = self._held(exchange, await off_loop(len(body), lambda: as_utf8(body, content_type)))
             except TimeoutError:
                 raise DeadlineError(f"the request's body did not arrive within {seconds:g} seconds") from None
         return exchange.body
@@ -277,9 +276,11 @@ def with_errors(
     kept: list[EmbedResult] = []
     for result, request in zip(results, requests, strict=True):
         wrong = [error is not None for error in result.errors]
-        own = all(isinstance(error, InputError) for error in result.errors if error is not None)
-        if how == "fail" or not own or request.chunking.spans:
+        other = next((error for error in result.errors if error is not None and not isinstance(error, InputError)), None)
+        if how == "fail" or request.chunking.spans:
             result.raise_first()
+        if other is not None:
+            raise other
         if any(wrong):
             errors = [None] * len(wrong) if how == "zero" else result.errors
             kept.append(replace(result, embeddings=_zeroed(result.embeddings, wrong, request, width), errors=errors))
@@ -293,6 +294,18 @@ def _zeroed(embeddings: Any, wrong: Sequence[bool], request: EmbedRequest, width
     (zero,) = cast(np.zeros((1, request.dimensions or width), np.float32), request.dtype)
     rows = [zero if failed else vector for vector, failed in zip(embeddings, wrong, strict=True)]
     return np.stack(rows) if isinstance(embeddings, np.ndarray) else rows
+
+
+def together(results: Sequence[EmbedResult]) -> EmbedResult:
+    """Return the last of several results, with the counts of all of them."""
+    if len(results) == 1:
+        return results[0]
+    return replace(
+        results[-1],
+        tokens=[count for result in results for count in result.tokens],
+        truncated=[cut for result in results for cut in result.truncated],
+        cached=sum(result.cached for result in results),
+    )
 
 
 def headers_of(result: EmbedResult, request: EmbedRequest, spec: ModelSpec) -> dict[str, str]:

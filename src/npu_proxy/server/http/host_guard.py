@@ -20,7 +20,11 @@ from npu_proxy.server.http.paths import DIALECT, MODEL, Meant, meant
 _LONGEST_PATH = 1000
 """Characters of a path that may stand for another."""
 
-HEALTH_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/v2/health/live", "/v2/health/ready")
+HEALTH_PATHS = (
+    *("/health", "/health/live", "/health/ready", "/ping", "/healthz", "/livez", "/readyz"),
+    *(f"/{version}/health{kind}" for version in ("v1", "v2") for kind in ("", "/live", "/ready")),
+    *("/.well-known/live", "/.well-known/ready"),
+)
 """Paths that are answered under any Host, since the programs that probe them use whatever name or address they know."""
 
 

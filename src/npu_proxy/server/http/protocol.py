@@ -67,6 +67,9 @@ class Protocol(HttpToolsProtocol):
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
+                if not self._asks_for_upgrade():  # a tunnel, which would be asked for again
+                    self.send_400_response("Invalid HTTP request received.")
+                    return
                 # The parser has stopped after the head, and takes no body: a new one reads the same request without the upgrade.
                 data = self._head_without_upgrade() + data[upgrade.args[0] :]
                 self.parser: httptools.HttpRequestParser = httptools.HttpRequestParser(self)

@@ -47,6 +47,10 @@ class ModelIndex:
         """Return the names in `served_model_name` of a model. names: its normalized names. first: whether it is the first model."""
         return [short for short, target in self._aliases.values() if target in names or (first and not target)]
 
+    def is_alias(self, wanted: str) -> bool:
+        """Whether a normalized name is one of `served_model_name`."""
+        return wanted in self._aliases
+
     def find(self, name: str) -> StoredModel:
         """Return the stored model with a name or alias. Raises UnknownModelError, also if models are not loaded on demand."""
         wanted = normalize_name(name)

@@ -207,7 +207,8 @@ class LoadedModels:
             elif model.pinned:
                 unavailable |= dict.fromkeys(names, self._why_not_running(model))
         for info in models:  # a kind is a name for its first model, unless a model has that name
-            by_name.setdefault(kind_of(info.spec), info)
+            if not self.index.is_alias(kind_of(info.spec)):
+                by_name.setdefault(kind_of(info.spec), info)
         return LoadedSnapshot(
             models=models, by_name=by_name, unavailable=unavailable, first=next(iter(self._own_names(self.first)))
         )
@@ -290,8 +291,9 @@ class LoadedModels:
         """
         loaded = self.loaded()
         named = (model for model in loaded if wanted in self._names(model))
-        of_kind = (model for model in loaded if wanted in KINDS and model.running and kind_of(model.engine.spec) == wanted)
-        return next(named, None) or next(of_kind, None)
+        if (found := next(named, None)) is not None or wanted not in KINDS or self.index.is_alias(wanted):
+            return found
+        return next((model for model in loaded if model.running and kind_of(model.engine.spec) == wanted), None)
 
     async def first_suiting(self, name: str | None, choices: Sequence[Callable[[ModelSpec], bool]]) -> int:
         """Return the index of the first of ``choices`` that suits the model with that name, or any model if there is no name.

@@ -107,9 +107,8 @@ def ready(models: LoadedModels) -> Handler:
     return handle
 
 
-def well_known(models: LoadedModels) -> Handler:
-    """Return the handler of /.well-known/ready, where Weaviate expects 204."""
-    detailed = ready(models)
+def well_known(detailed: Handler) -> Handler:
+    """Return the handler of /.well-known/live and ready, where Weaviate expects 204, from one with details."""
 
     async def handle(request: Request) -> Response:
         response = await detailed(request)
