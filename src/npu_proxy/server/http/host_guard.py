@@ -120,7 +120,7 @@ class ExactRouter:
 
     def __init__(self, routes: Sequence[Route], rest: ASGIApp, dialects: Collection[str] = ()) -> None:
         for route in routes:  # `$` would also match before a trailing line feed
-            route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
+            route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z", re.DOTALL)  # any name has a route
         exact = (route for route in routes if "{" not in route.path)
         self._table = {(method, route.path): route.endpoint for route in exact for method in route.methods or ()}
         self._named = [route for route in routes if "{" in route.path]

@@ -42,6 +42,8 @@ def document(dialects: Sequence[Dialect]) -> Json:
             methods = paths.setdefault(route.path.replace(":path}", "}"), {})
             known = methods.get(route.method.lower())
             methods[route.method.lower()] = _merged(known, operation) if known else operation
+    if (root := paths["/"].get("post")) is not None and "/models/{id}" in paths:  # the base path of a model (http/paths.py)
+        paths["/models/{id}"]["post"] = {**root, "parameters": [*root["parameters"], _ID]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "npu-proxy", "version": __version__, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},
@@ -59,8 +61,8 @@ def _operation(dialect: Dialect, route: Route, schema: Json) -> Json:
     if not isinstance(route, ModelQuery):
         operation["requestBody"] = {"required": True, "content": _json(schema[repr(route.body)])}
         operation["parameters"] = [_TIMEOUT, *([_PRIORITY] if isinstance(route, InferenceRoute) else [])]
-    elif "{id" in route.path:
-        operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
+    if "{id" in route.path:
+        operation["parameters"] = [*operation.get("parameters", []), _ID]
     return operation
 
 
@@ -100,6 +102,7 @@ _ERRORS = {
     503: "overloaded or not ready; retry after the seconds in Retry-After",
     504: "the deadline has passed",
 }
+_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _TIMEOUT = {
     "name": "timeout",
     "in": "query",

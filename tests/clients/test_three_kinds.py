@@ -33,8 +33,10 @@ from three_kinds import (  # noqa: E402, F401 - fixtures
 from conftest import Server  # noqa: E402
 
 Ranks = list[tuple[int, float]]
-unclosed = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of clients' own code
+pytestmark = [  # clients' own code, and clients without a way to close them
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 litellm_types = pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning")
 
 
@@ -68,7 +70,6 @@ LITELLM = {
 }
 
 
-@unclosed
 @litellm_types
 @pytest.mark.parametrize("kind", LITELLM)
 def test_litellm_reranks(three: Server, ranked: Ranks, kind: str) -> None:  # noqa: F811
@@ -90,7 +91,6 @@ def test_litellm_reranks(three: Server, ranked: Ranks, kind: str) -> None:  # no
     same(((rank["index"], rank["relevance_score"]) for rank in asyncio.run(run()).results), ranked)
 
 
-@unclosed
 @litellm_types
 @pytest.mark.parametrize("model", [f"nvidia_nim/{RERANKER.name}", f"nvidia_nim/ranking/{RERANKER.name}"])
 def test_litellm_ranks_as_nvidia_does(three: Server, logits: Ranks, model: str) -> None:  # noqa: F811
@@ -141,7 +141,6 @@ def test_voyage(three: Server, ranked: Ranks, vectors: np.ndarray) -> None:  # n
 # -- mistral, google, azure ----------------------------------------------------------------------------------------------
 
 
-@unclosed
 def test_mistral(three: Server, vectors: np.ndarray, labelled: list[tuple[str, float]]) -> None:  # noqa: F811
     from mistralai.client import Mistral
 
@@ -158,7 +157,6 @@ def test_mistral(three: Server, vectors: np.ndarray, labelled: list[tuple[str, f
         np.testing.assert_allclose([score for _, score in best], [score for _, score in labelled], atol=1e-4)
 
 
-@unclosed
 def test_google_genai(three: Server, vectors: np.ndarray) -> None:  # noqa: F811
     from google import genai  # type: ignore[reportAttributeAccessIssue] - a namespace package
 
@@ -173,7 +171,6 @@ def test_google_genai(three: Server, vectors: np.ndarray) -> None:  # noqa: F811
     assert any("gemini-embedding-001" in (model.name or "") for model in client.models.list())
 
 
-@unclosed
 def test_azure_openai(three: Server, vectors: np.ndarray) -> None:  # noqa: F811
     from openai import AzureOpenAI, OpenAI
 
@@ -191,7 +188,6 @@ def test_azure_openai(three: Server, vectors: np.ndarray) -> None:  # noqa: F811
 # -- haystack ------------------------------------------------------------------------------------------------------------
 
 
-@unclosed
 def test_haystack(three: Server, vectors: np.ndarray, ranked: Ranks) -> None:  # noqa: F811
     os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
     from haystack import Document
