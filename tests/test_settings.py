@@ -78,9 +78,25 @@ def test_paths_lists_and_poolings_are_converted() -> None:
     settings = made(store="x", model="a", served_model_name=["b", "c"], pooling="cls", uds=None)
     assert (settings.store, settings.model, settings.served_model_name) == (Path("x"), ("a",), ("b", "c"))
     assert settings.pooling is Pooling.CLS
-    for wrong in ({"store": 5}, {"model": 5}, {"pooling": "none-such"}, {"host": 5}, {"model": ()}):
+    for wrong in (
+        {"store": 5},
+        {"model": 5},
+        {"pooling": "none-such"},
+        {"host": 5},
+        {"model": ()},
+        {"api_key": [None]},
+        {"model": [5]},
+    ):
         with pytest.raises(SettingsError, match=f"`{next(iter(wrong))}`"):
             made(**wrong)
+
+
+def test_settings_in_place_of_a_model_are_a_short_error() -> None:
+    from npu_proxy import Engine
+
+    with pytest.raises(SettingsError, match=r"^`model` is Settings.*it must be a list of words$") as error:
+        Engine(Settings(model="a"))  # type: ignore[arg-type]
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(

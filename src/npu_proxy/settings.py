@@ -409,10 +409,11 @@ def _normalized(name: str, value: object, hint: Any) -> object:
     Raises SettingsError for a value that is none of the setting's, in the words of the command line.
     """
     if hint == tuple[str, ...]:
-        items = (value,) if isinstance(value, str | os.PathLike) else value
-        if not isinstance(items, Iterable):
+        given: Any = (value,) if isinstance(value, str | os.PathLike) else value
+        items: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+        if not all(isinstance(item, str | os.PathLike) for item in items):
             raise _unsuitable(name, value, "a list of words")
-        return tuple(map(str, items))  # type: ignore[reportUnknownArgumentType]
+        return tuple(map(str, items))
     kinds: Sequence[Any] = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     kind: Any = kinds[0]
     automatic = value is None or (kind in (int, float) and value == 0 and not isinstance(value, bool))  # 0 used to mean automatic
@@ -441,6 +442,8 @@ def _converted(name: str, value: object, kind: Any) -> object:
     return convert(value)
 
 
+_SHOWN = 200
+"""Characters of an unsuitable value that its error shows."""
 _ACCEPTED: dict[Any, tuple[Any, Callable[[Any], object], str]] = {
     bool: (bool, bool, "true or false"),
     int: (numbers.Integral, int, "a whole number"),
@@ -452,4 +455,5 @@ _ACCEPTED: dict[Any, tuple[Any, Callable[[Any], object], str]] = {
 
 
 def _unsuitable(name: str, value: object, words: str) -> SettingsError:
-    return SettingsError(f"`{name}` is {value!r}; it must be {words}", param=name)
+    shown = repr(value)
+    return SettingsError(f"`{name}` is {shown[:_SHOWN]}{'...' * (len(shown) > _SHOWN)}; it must be {words}", param=name)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from conftest import GOLDEN
-from npu_proxy import Chunking, EmbedRequest, Engine, InputError, OutputType, Pair, Pooling, Settings, UnsupportedError
+from npu_proxy import (
+    Chunking,
+    EmbedRequest,
+    EmptyInputError,
+    Engine,
+    InputError,
+    OutputType,
+    Pair,
+    Pooling,
+    Settings,
+    UnsupportedError,
+)
 from npu_proxy.engine.scoring import rerank_requests, rerank_results, sigmoid
 from npu_proxy.engine.similarity import max_sim, similarity
 from npu_proxy.types import Truncate
@@ -213,6 +225,17 @@ def test_a_limit_on_documents_leaves_the_query_alone() -> None:
         assert scores(max_document_tokens=1000) == pytest.approx(scores(), abs=1e-6)
         with pytest.raises(InputError, match="5"):
             scores(max_document_tokens=5, truncate=Truncate.ERROR)
+
+
+def test_a_pair_without_a_letter_and_with_half_an_emoji_fails_alone() -> None:
+    pairs = [Pair("\ud83d", "\ud83d"), Pair("", "\ud83d"), Pair("\ud83d", "b"), Pair("\0", " "), Pair("a", "b")]
+    request = EmbedRequest(texts=pairs, output_type=OutputType.SCORES)
+    for sanitize, wrong in (
+        ("none", [InputError, InputError, InputError, EmptyInputError, NoneType]),
+        ("basic", [EmptyInputError, EmptyInputError, NoneType, EmptyInputError, NoneType]),
+    ):
+        with engine("bert_rerank", sanitize=sanitize) as ranker:
+            assert list(map(type, ranker.submit(request).result().errors)) == wrong
 
 
 @pytest.mark.parametrize("name", ["bert_rerank", "colbert"])

@@ -137,8 +137,6 @@ def positive(value: Any) -> int | None:
 
 def vectors_of(kinds: Kinds, asked: Asked) -> np.ndarray:
     engine = kinds.engine(EMBEDDER)
-    if asked.late:
-        pytest.skip("compared in tests/engine/test_scoring.py")
     request = EmbedRequest(
         texts=asked.texts,
         input_type=asked.input_type,

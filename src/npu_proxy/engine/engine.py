@@ -128,9 +128,11 @@ class Engine:
         cache: a cache shared with other engines; its owner closes it. None opens the cache that the settings ask for.
         """
         settings = settings or Settings()
+        if model is not None:
+            settings = replace(settings, model=model)  # type: ignore[reportArgumentType] (one is a list of one)
         if device is not None:
             settings = replace(settings, device=device)
-        self.settings: Settings = settings_of(settings, settings.model[0] if model is None else str(model))
+        self.settings: Settings = settings_of(settings, settings.model[0])
         self._load = components
         self._shared_cache = cache
         self._cache = cache

@@ -108,6 +108,9 @@ class TextPreparer:
         """Whether a text has no tokens but special ones. A letter or digit always gives one, so few texts are tokenized twice."""
         if not may_be_empty(text):
             return False
+        text = sanitized(text, self._sanitize)
+        if text_error(text) is not None:
+            return False  # which is its error
         visible = text.strip()[: self.most] or text[:_SAMPLED]
         parts = (visible[start : start + _PART] for start in range(0, len(visible), _PART))
         return not any(self._tokenizer.encode(part, add_special_tokens=False).ids for part in parts)

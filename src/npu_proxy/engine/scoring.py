@@ -108,6 +108,11 @@ def rerank_results(
     else:
         query, *documents = (np.asarray(vectors, np.float32) for result in results for vectors in result.embeddings)
         scores = np.array([max_sim(query, document) for document in documents], np.float32)
+    return ranked(scores, top_n)
+
+
+def ranked(scores: Array, top_n: int | None = None) -> list[RerankResult]:
+    """Documents by their scores [n], best first; documents with equal scores keep their order."""
     order = np.argsort(-scores, kind="stable")[:top_n]
     return [RerankResult(int(index), float(scores[index])) for index in order]
 

@@ -1,8 +1,8 @@
-"""Code that several APIs share: usage, errors with the HTTP status as their code, vectors, header values."""
+"""Code that several APIs share: usage, errors with the HTTP status as their code, names of models, vectors, header values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_proxy.errors import NpuProxyError
+from npu_proxy.server.apis.contract import ModelInfo, ModelListing
 from npu_proxy.types import EmbedResult
 
 
@@ -44,6 +45,13 @@ def to_status_error(error: NpuProxyError, status: int) -> StatusError:
 def error_type(status: int) -> str:
     """Return OpenAI's name for the type of an error."""
     return "invalid_request_error" if 400 <= status < 499 else "server_error"
+
+
+def named_models(listing: ModelListing) -> Iterator[tuple[ModelInfo, str]]:
+    """Yield every model with its own name, then with each further name in the server's settings."""
+    models = listing.all()
+    yield from ((model, model.spec.name) for model in models)
+    yield from ((model, name) for model in models for name in model.names)
 
 
 def tokens_used(results: Sequence[EmbedResult]) -> int:

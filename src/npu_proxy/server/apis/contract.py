@@ -21,6 +21,9 @@ from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
 from npu_proxy.types import EmbedRequest, EmbedResult, OutputType
 
+JSON_BYTES = 21
+"""Bytes of a number in JSON, about."""
+
 Body = TypeVar("Body", bound="RequestBody")
 Reply = TypeVar("Reply")
 
@@ -191,8 +194,8 @@ class InferenceRoute(Generic[Body, Reply]):
     request; if the body names no model, the first that can is used. model_in_path: whether ``{id:path}`` in the path names the
     model. vectors: whether the reply has one vector per text, so that the setting `on_error` applies. below_base: whether it
     answers only below the base path of its API. texts_per_item: texts per item of the request, two if pairs are compared.
-    bytes_per_number: memory per number of a result; about 21 as JSON, 4 in an array. keep_alive: seconds to keep the model loaded
-    afterwards, None if the body does not specify it.
+    bytes_per_number: memory per number of a result; JSON_BYTES if the reply has it, 4 in an array. keep_alive: seconds to keep the
+    model loaded afterwards, None if the body does not specify it.
     """
 
     path: str
@@ -208,7 +211,7 @@ class InferenceRoute(Generic[Body, Reply]):
     vectors: bool = False
     below_base: bool = False
     texts_per_item: int = 1
-    bytes_per_number: int = 21
+    bytes_per_number: int = JSON_BYTES
     method: Literal["POST"] = "POST"
 
 

@@ -19,8 +19,18 @@ from npu_proxy.engine.preparer import sanitized
 from npu_proxy.engine.validation import check_output
 from npu_proxy.errors import InputError
 from npu_proxy.server.apis.common import Usage, float_vectors, json_vectors, usage, with_failures
-from npu_proxy.server.apis.contract import InferenceRoute, Refused, RequestBody, ServedModel
-from npu_proxy.server.apis.inputs import Inputs, TextPart, cut_of, input_type, only_one, text_inputs, texts_of, token_limit
+from npu_proxy.server.apis.contract import JSON_BYTES, InferenceRoute, Refused, RequestBody, ServedModel
+from npu_proxy.server.apis.inputs import (
+    Inputs,
+    TextPart,
+    cut_of,
+    input_type,
+    only_one,
+    text_inputs,
+    texts_of,
+    token_limit,
+    unit_length,
+)
 from npu_proxy.types import Chunking, DType, EmbedRequest, EmbedResult, Truncate
 
 _DTYPES = {
@@ -33,14 +43,12 @@ _DTYPES = {
     "binary": DType.BINARY,
     "ubinary": DType.UBINARY,
 }
-_BYTES_PER_NUMBER = 21
 _JOIN = " "
 """What stands between texts that are read as one, for late chunking."""
 
-CHAT = "is a chat, which needs a chat template; send texts as `input`"
 VLLM_REFUSED: Mapping[str, Refused] = {
     "add_special_tokens": Refused("cannot be turned off", neutral=(True,)),
-    "messages": Refused(CHAT),
+    "messages": Refused("is a chat, which needs a chat template; send texts as `input`"),
     "chat_template": Refused("is for chats; send texts as `input`"),
     "chat_template_kwargs": Refused("is for chats; send texts as `input`", neutral=({},)),
     "add_generation_prompt": Refused("is for chats; send texts as `input`", neutral=(False,)),
@@ -172,7 +180,7 @@ def to_requests(body: EmbeddingsBody, served: ServedModel) -> list[EmbedRequest]
 
 def most_numbers(served: ServedModel, types: int) -> int:
     """Return how many numbers a result may have if the answer has them in so many types."""
-    return int(served.settings.max_answer_mb * 1e6 / _BYTES_PER_NUMBER / types)
+    return int(served.settings.max_answer_mb * 1e6 / JSON_BYTES / types)
 
 
 def _made_by_engine(body: EmbeddingsBody, dtype: DType) -> DType:
@@ -213,18 +221,17 @@ def types_of(body: EmbeddingsBody) -> tuple[list[str], bool]:
     if body.encoding_format is not None and body.encoding_format.lower() not in ("float", "base64"):
         message = f"`encoding_format` is `{body.encoding_format[:40]}`; it must be float or base64"
         raise InputError(message, param="encoding_format")
-    word = kinds if isinstance(kinds, str) else None
-    if (word or "").lower() == "base64" and (body.encoding_format or "base64").lower() != "base64":
+    kind = _known(kinds, "embedding_type") if isinstance(kinds, str) else None
+    if kind == "base64" and (body.encoding_format or "base64").lower() != "base64":
         raise InputError("`embedding_type` is base64, but `encoding_format` is float; send one of them", param="encoding_format")
-    chosen = {"embedding_type": word} if word is not None and word.lower() != "base64" else {}
-    chosen |= {"output_dtype": body.output_dtype} if body.output_dtype is not None else {}
-    chosen = {name: _known(word, name, _NUMBERS if name == "output_dtype" else _FORMS) for name, word in chosen.items()}
-    if body.embed_dtype is not None and _known(body.embed_dtype, "embed_dtype", ("float32", "float16")) == "float16":
-        chosen["embed_dtype"] = "float16"
-        if not _in_base64(body):
-            del chosen["embed_dtype"]  # a list of numbers has no such type
-    _, word = only_one(**chosen) if chosen else ("", "float")
-    return [str(word)], False
+    output = None if body.output_dtype is None else _known(body.output_dtype, "output_dtype", _NUMBERS)
+    half = body.embed_dtype is not None and _known(body.embed_dtype, "embed_dtype", ("float32", "float16")) == "float16"
+    _, word = only_one(
+        embedding_type=None if kind == "base64" else kind,
+        output_dtype=output,
+        embed_dtype="float16" if half and _in_base64(body) else None,  # a list of numbers has no such type
+    )
+    return [str(word or "float")], False
 
 
 _NUMBERS = ("float", "int8", "uint8", "binary", "ubinary")
@@ -243,12 +250,8 @@ def _in_base64(body: EmbeddingsBody) -> bool:
 
 
 def _normalize_of(body: EmbeddingsBody) -> bool:
-    if body.embd_normalize not in (None, -1, 2):
-        message = f"`embd_normalize` is {body.embd_normalize}; it must be 2 (unit length) or -1 (as the model computes them)"
-        raise InputError(message, param="embd_normalize")
-    norm = None if body.embd_normalize is None else body.embd_normalize == 2
     fields = {"normalize": body.normalize, "normalized": body.normalized, "use_activation": body.use_activation}
-    _, value = only_one(**fields, embd_normalize=norm)
+    _, value = only_one(**fields, embd_normalize=unit_length(body.embd_normalize))
     return value is not False
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import msgspec
 
 from npu_proxy.errors import EmptyInputError, InputError, NpuProxyError
-from npu_proxy.server.apis.common import float_rows, tokens_used
+from npu_proxy.server.apis.common import float_rows, named_models, tokens_used
 from npu_proxy.server.apis.contract import (
     Dialect,
     InferenceRoute,
@@ -21,6 +21,7 @@ from npu_proxy.server.apis.contract import (
     ModelQuery,
     Refused,
     RequestBody,
+    Route,
     ServedModel,
     TokenizerRoute,
     kind_of,
@@ -28,7 +29,7 @@ from npu_proxy.server.apis.contract import (
 from npu_proxy.server.apis.inputs import cut_of, input_type, only_one
 from npu_proxy.types import EmbedRequest, EmbedResult
 
-_VERSIONS = ("/v1beta/models", "/v1/models", "/models")
+_MODELS = ("/v1beta/models", "/v1/models", "/models")
 """What stands before a model's name; LiteLLM leaves the version out."""
 _FILES = ("mimeType", "mime_type", "documentOcr", "document_ocr", "audioTrackExtraction", "audio_track_extraction")
 _REFUSED: Mapping[str, Refused] = {
@@ -207,9 +208,7 @@ def count(body: CountBody, served: ServedModel) -> Count:
 
 def models(listing: ModelListing, _: str) -> Models:
     """List every model by its own name, then by the further names in the server's settings."""
-    found = listing.all()
-    names = [(info, info.spec.name) for info in found] + [(info, name) for info in found for name in info.names]
-    return Models(models=[_model(info, name) for info, name in names])
+    return Models(models=[_model(info, name) for info, name in named_models(listing)])
 
 
 def model(listing: ModelListing, name: str) -> Model:
@@ -252,47 +251,45 @@ def _text(content: Content | str | None) -> str:
     return "\n".join(texts)
 
 
+def _methods(base: str) -> list[Route]:
+    """Return the routes of a model whose name follows this path."""
+    return [
+        InferenceRoute(
+            path=f"{base}/{{id:path}}:embedContent",
+            summary="Embed a text",
+            body=EmbedContent,
+            vectors=True,
+            reply=Embedded,
+            to_requests=to_requests,
+            to_reply=to_reply,
+            model_in_path=True,
+        ),
+        InferenceRoute(
+            path=f"{base}/{{id:path}}:batchEmbedContents",
+            summary="Embed texts",
+            body=BatchBody,
+            vectors=True,
+            reply=BatchEmbedded,
+            to_requests=batch_requests,
+            to_reply=batch_reply,
+            model_in_path=True,
+        ),
+        TokenizerRoute(
+            path=f"{base}/{{id:path}}:countTokens",
+            summary="Count tokens",
+            body=CountBody,
+            reply=Count,
+            answer=count,
+            model_in_path=True,
+        ),
+    ]
+
+
 DIALECT = Dialect(
     name="Gemini",
     base="gemini",
     routes=[
-        *(
-            InferenceRoute(
-                path=f"{prefix}/{{id:path}}:embedContent",
-                summary="Embed a text",
-                body=EmbedContent,
-                vectors=True,
-                reply=Embedded,
-                to_requests=to_requests,
-                to_reply=to_reply,
-                model_in_path=True,
-            )
-            for prefix in _VERSIONS
-        ),
-        *(
-            InferenceRoute(
-                path=f"{prefix}/{{id:path}}:batchEmbedContents",
-                summary="Embed texts",
-                body=BatchBody,
-                vectors=True,
-                reply=BatchEmbedded,
-                to_requests=batch_requests,
-                to_reply=batch_reply,
-                model_in_path=True,
-            )
-            for prefix in _VERSIONS
-        ),
-        *(
-            TokenizerRoute(
-                path=f"{prefix}/{{id:path}}:countTokens",
-                summary="Count tokens",
-                body=CountBody,
-                reply=Count,
-                answer=count,
-                model_in_path=True,
-            )
-            for prefix in _VERSIONS
-        ),
+        *(route for base in _MODELS for route in _methods(base)),
         ModelQuery(path="/v1beta/models", summary="List the models", reply=Models, answer=models),
         ModelQuery(path="/v1beta/models/{id:path}", summary="Show a model", reply=Model, answer=model),
     ],

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from npu_proxy.engine.validation import can_classify, can_rerank
-from npu_proxy.server.apis.common import StatusError, Usage, to_status_error, usage
+from npu_proxy.server.apis.common import StatusError, Usage, named_models, to_status_error, usage
 from npu_proxy.server.apis.contract import (
     BodyFields,
     Dialect,
@@ -23,7 +23,7 @@ from npu_proxy.server.apis.contract import (
     kind_of,
 )
 from npu_proxy.server.apis.inputs import Text, texts_of
-from npu_proxy.server.apis.scoring import RerankBody, classified, documents_of, ranks_of, requests_of, to_classify
+from npu_proxy.server.apis.scoring import RerankBody, classified, ranks_of, requests_of, to_classify
 from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedRequest, EmbedResult
 
@@ -109,10 +109,8 @@ _CAPABILITIES = {"embedding": "embed", "reranker": "rerank", "classifier": "clas
 
 def models(listing: ModelListing, _: str) -> Models:
     """List every model by its own name, then by the further names in the server's settings."""
-    found = listing.all()
     batch = listing.settings.max_client_batch
-    names = [(info, info.spec.name) for info in found] + [(info, name) for info in found for name in info.names]
-    return Models(data=[_model(info, name, batch) for info, name in names])
+    return Models(data=[_model(info, name, batch) for info, name in named_models(listing)])
 
 
 def _model(info: ModelInfo, name: str, batch: int) -> Model:
@@ -130,10 +128,9 @@ def _model(info: ModelInfo, name: str, batch: int) -> Model:
 
 def rerank_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> Ranks:
     """Return the ranks by descending score; on request with the documents, as plain strings."""
-    documents = documents_of(body)
     ranks = [
-        Rank(relevance_score=rank.score, index=rank.index, document=documents[rank.index] if body.return_documents else None)
-        for rank in ranks_of(results, body, served)
+        Rank(relevance_score=rank.score, index=rank.index, document=text)
+        for rank, text in ranks_of(results, body, served, returned=bool(body.return_documents))
     ]
     return Ranks(results=ranks, **_common(results, served))
 

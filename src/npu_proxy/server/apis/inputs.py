@@ -181,6 +181,14 @@ def token_limit(tokens: int | None, param: str = "truncate_prompt_tokens") -> in
     return None if tokens == -1 else tokens
 
 
+def unit_length(embd_normalize: int | None) -> bool | None:
+    """Return whether llama.cpp's `embd_normalize` asks for vectors of length 1; None if it is missing. Raises InputError."""
+    if embd_normalize not in (None, -1, 2):
+        message = f"`embd_normalize` is {embd_normalize}; it must be 2 (unit length) or -1 (as the model computes them)"
+        raise InputError(message, param="embd_normalize")
+    return None if embd_normalize is None else embd_normalize == 2
+
+
 def only_one(**given: int | str | bool | None) -> tuple[str, object]:
     """Return the name and the value of the only field that is set, of several that mean the same; None if there is none.
 

@@ -12,7 +12,7 @@ from npu_proxy.errors import InputError
 from npu_proxy.server.apis.common import StatusError, Usage, float_rows, to_status_error, usage
 from npu_proxy.server.apis.contract import BodyFields, Dialect, InferenceRoute, RequestBody, ServedModel, TokenizerRoute
 from npu_proxy.server.apis.embeddings import embeddings_route
-from npu_proxy.server.apis.inputs import Inputs, text_inputs
+from npu_proxy.server.apis.inputs import Inputs, text_inputs, unit_length
 from npu_proxy.server.apis.scoring import reranked, to_rerank
 from npu_proxy.settings import Settings
 from npu_proxy.types import EmbedRequest, EmbedResult
@@ -98,10 +98,8 @@ def to_requests(body: EmbeddingBody, served: ServedModel) -> list[EmbedRequest]:
     given, name = (body.content, "content") if body.input is None else (body.input, "input")
     if given is None:
         raise InputError('"input" or "content" must be provided', param="content")
-    if body.embd_normalize not in (None, -1, 2):
-        message = f"`embd_normalize` is {body.embd_normalize}; it must be 2 (unit length) or -1 (as the model computes them)"
-        raise InputError(message, param="embd_normalize")
-    return [EmbedRequest(texts=text_inputs(given, served, name), normalize=body.embd_normalize != -1)]
+    normalize = unit_length(body.embd_normalize) is not False
+    return [EmbedRequest(texts=text_inputs(given, served, name), normalize=normalize)]
 
 
 def to_reply(results: Sequence[EmbedResult], _: EmbeddingBody, __: ServedModel) -> list[Embedding]:

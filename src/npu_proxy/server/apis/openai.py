@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from npu_proxy.errors import NpuProxyError
-from npu_proxy.server.apis.common import error_type
+from npu_proxy.server.apis.common import error_type, named_models
 from npu_proxy.server.apis.contract import Dialect, ModelInfo, ModelListing, ModelQuery, kind_of
 from npu_proxy.server.apis.embeddings import embeddings_route
 
@@ -66,8 +66,7 @@ def to_error(error: NpuProxyError, status: int) -> Error:
 
 def models(listing: ModelListing, _: str) -> Models:
     """List every model by its own name, then by the further names in the server's settings."""
-    found = listing.all()
-    listed = [_model(info, info.spec.name) for info in found] + [_model(info, name) for info in found for name in info.names]
+    listed = [_model(info, name) for info, name in named_models(listing)]
     return Models(data=listed, models=listed)
 
 

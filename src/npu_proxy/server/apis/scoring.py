@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import msgspec
-import numpy as np
 
-from npu_proxy.engine.scoring import probabilities, rerank_requests, rerank_results, sorted_labels
+from npu_proxy.engine.scoring import probabilities, ranked, rerank_requests, rerank_results, sorted_labels
 from npu_proxy.engine.validation import can_rerank, check_classifier, check_ranking
 from npu_proxy.errors import InputError
 from npu_proxy.server.apis.common import Usage, float_vectors, usage
@@ -21,6 +20,7 @@ from npu_proxy.server.apis.contract import (
     ServedModel,
     is_dense,
 )
+from npu_proxy.server.apis.embeddings import VLLM_HARMLESS, VLLM_REFUSED
 from npu_proxy.server.apis.inputs import Text, TextPart, cut_of, only_one, text_of, token_limit
 from npu_proxy.types import Chunking, EmbedRequest, EmbedResult, Label, OutputType, RerankResult, TextInput, Truncate
 
@@ -88,9 +88,7 @@ def cosine_requests(query: str, documents: Sequence[str], **options: Any) -> lis
 def cosines(results: Sequence[EmbedResult], top_n: int | None = None) -> list[RerankResult]:
     """Return the documents by descending cosine. A constant or zero vector has the cosine 0."""
     query, documents = (float_vectors(result.raise_first()) for result in results)
-    scores = documents @ query[0]
-    order = np.argsort(-scores, kind="stable")[:top_n]
-    return [RerankResult(int(index), float(scores[index])) for index in order]
+    return ranked(documents @ query[0], top_n)
 
 
 # -- the shared rerank format --------------------------------------------------------------------------------------------
@@ -119,22 +117,17 @@ class RerankBody(RequestBody, kw_only=True):
     raw_scores: bool | None = None
 
     refused: ClassVar[Mapping[str, Refused]] = {
+        **{name: VLLM_REFUSED[name] for name in ("activation", "add_special_tokens", "mm_processor_kwargs")},
         "instruction": Refused("is not supported for reranking; put it into the query"),
         "instruct": Refused("is not supported for reranking; put it into the query"),
-        "activation": Refused("is the former name of `use_activation`; send that", neutral=(True,)),
-        "mm_processor_kwargs": Refused("is for images; this server takes only text", neutral=({},)),
         "chat_template": Refused("is not supported; the model's own is used"),
-        "add_special_tokens": Refused("cannot be turned off", neutral=(True,)),
         "max_doc_length": Refused("is not supported; send `max_tokens_per_doc`"),
         "max_query_length": Refused("is not supported; the query is cut together with each document"),
         "relevant_spans": Refused("is not supported", neutral=({},)),
         "return_embeddings": Refused("is not supported; embed the documents", neutral=(False,)),
     }
     harmless: ClassVar[Mapping[str, str]] = {
-        "user": "who asks; not used",
-        "priority": "the lane of the request, for all routes",
-        "request_id": "a name for the request",
-        "cache_salt": "separates caches; set `cache_scope`",
+        **VLLM_HARMLESS,
         "return_len": "asks for lengths, which `usage` has",
         "kwargs": "Xinference's further options, which its client sends empty",
         "extra_body": "a wrapper that clients unfold",
@@ -264,11 +257,14 @@ def requests_of(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
     )
 
 
-def ranks_of(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> list[RerankResult]:
-    """Return the ranked documents that a body asks for."""
-    if _by_cosine(served):
-        return cosines(results, top_of(body))
-    return reranked(served, results, top_of(body), raw=raw_of(body))
+def ranks_of(
+    results: Sequence[EmbedResult], body: RerankBody, served: ServedModel, *, returned: bool
+) -> list[tuple[RerankResult, str | None]]:
+    """Return the ranks that a body asks for. returned: each with the document's text."""
+    top = top_of(body)
+    ranks = cosines(results, top) if _by_cosine(served) else reranked(served, results, top, raw=raw_of(body))
+    documents = documents_of(body) if returned else []
+    return [(rank, documents[rank.index] if returned else None) for rank in ranks]
 
 
 def _by_cosine(served: ServedModel) -> bool:
@@ -276,7 +272,7 @@ def _by_cosine(served: ServedModel) -> bool:
 
 
 def _to_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel, *, returned: bool) -> Reranking:
-    documents = documents_of(body)
+    count = 1 if isinstance(body.documents, str) else len(body.documents)
     counted = usage(results)
     return Reranking(
         id=str(uuid.uuid4()),
@@ -284,16 +280,16 @@ def _to_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedMo
         created=int(time.time()),
         results=[
             RerankItem(
-                index=result.index,
-                relevance_score=result.score,
-                document=RerankedDocument(text=documents[result.index]) if returned else None,
+                index=rank.index,
+                relevance_score=rank.score,
+                document=None if text is None else RerankedDocument(text=text),
             )
-            for result in ranks_of(results, body, served)
+            for rank, text in ranks_of(results, body, served, returned=returned)
         ],
         usage=counted,
         meta=RerankMeta(
             api_version=ApiVersion(version="2"),
-            billed_units=SearchUnits(search_units=-(-len(documents) // 100)),
+            billed_units=SearchUnits(search_units=-(-count // 100)),
             tokens=TokenCounts(input_tokens=counted.prompt_tokens),
         ),
     )

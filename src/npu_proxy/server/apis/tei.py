@@ -29,11 +29,11 @@ from npu_proxy.server.apis.contract import (
     ServedModel,
     TokenizerRoute,
 )
-from npu_proxy.server.apis.inputs import TextPart, text_of
+from npu_proxy.server.apis.inputs import TextPart, cut_of, text_of
 from npu_proxy.server.apis.scoring import classified, reranked, to_classify, to_rerank
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
-from npu_proxy.types import EmbedRequest, EmbedResult, OutputType, Pair, TextInput, Truncate
+from npu_proxy.types import EmbedRequest, EmbedResult, OutputType, Pair, TextInput
 from npu_proxy.version import __version__
 
 Direction = Literal["left", "right", "Left", "Right"]
@@ -245,7 +245,7 @@ def to_requests(body: EmbedBody, served: ServedModel) -> list[EmbedRequest]:
     request = EmbedRequest(
         texts=texts,
         normalize=(body.normalize if more.normalize is None else more.normalize) is not False,
-        truncate=_truncate(
+        truncate=cut_of(
             body.truncate if more.truncate is None else more.truncate, more.truncation_direction or body.truncation_direction
         ),
         prompt_name=more.prompt_name or body.prompt_name,
@@ -282,7 +282,7 @@ def similarity_requests(body: SimilarityBody, _: ServedModel) -> list[EmbedReque
     if not body.inputs.sentences:
         raise EmptyInputError("`inputs.sentences` cannot be empty", param="inputs")
     texts: list[TextInput] = [body.inputs.source_sentence, *body.inputs.sentences]
-    truncate = _truncate(parameters.truncate, parameters.truncation_direction)
+    truncate = cut_of(parameters.truncate, parameters.truncation_direction)
     return [EmbedRequest(texts=texts, truncate=truncate, prompt_name=parameters.prompt_name)]
 
 
@@ -390,7 +390,7 @@ def _all(body: AllBody, served: ServedModel, output_type: OutputType) -> list[Em
     request = EmbedRequest(
         texts=_inputs(body.inputs, served),
         output_type=output_type,
-        truncate=_truncate(body.truncate, body.truncation_direction),
+        truncate=cut_of(body.truncate, body.truncation_direction),
         prompt_name=body.prompt_name,
         normalize=False,
     )
@@ -405,7 +405,7 @@ def predict_requests(body: PredictBody, served: ServedModel) -> list[EmbedReques
     if parameters.function_to_apply not in (None, "none", _ACTIVATIONS[served.spec.activation]):
         message = f"this model's scores are made by {served.spec.activation}, not by {parameters.function_to_apply}"
         raise InputError(f"`function_to_apply`: {message}", param="parameters.function_to_apply")
-    return to_classify(served, _predicted(body)[0], _truncate(body.truncate, body.truncation_direction))
+    return to_classify(served, _predicted(body)[0], cut_of(body.truncate, body.truncation_direction))
 
 
 def predict_reply(
@@ -442,7 +442,7 @@ def _predicted(body: PredictBody) -> tuple[list[TextInput], bool]:
 
 def rerank_requests(body: RerankBody, served: ServedModel) -> list[EmbedRequest]:
     """Return the requests to score the query with each text."""
-    truncate = _truncate(body.truncate, body.truncation_direction)
+    truncate = cut_of(body.truncate, body.truncation_direction)
     return to_rerank(served, body.query, body.texts, None, truncate=truncate, empty_query=True)
 
 
@@ -474,12 +474,6 @@ def headers(result: EmbedResult, request: EmbedRequest) -> dict[str, str]:
         "x-queue-time": str(round(1000 * timings.queued)),
         "x-inference-time": str(round(1000 * timings.infer)),
     }
-
-
-def _truncate(wanted: bool | None, direction: Direction | None) -> Truncate:
-    if wanted is False:
-        return Truncate.ERROR
-    return Truncate.START if (direction or "right").lower() == "left" else Truncate.END
 
 
 def _has_texts(fields: BodyFields, _: Settings) -> bool:

@@ -15,7 +15,7 @@ from npu_proxy.server.apis.common import Usage, float_vectors, usage, with_failu
 from npu_proxy.server.apis.contract import BodyFields, Dialect, InferenceRoute, Refused, RequestBody, ServedModel
 from npu_proxy.server.apis.embeddings import encoded, late_request, late_vectors
 from npu_proxy.server.apis.inputs import TextPart, cut_of, input_type, texts_of
-from npu_proxy.server.apis.scoring import RerankBody, documents_of, ranks_of, requests_of
+from npu_proxy.server.apis.scoring import RerankBody, ranks_of, requests_of
 from npu_proxy.settings import Settings
 from npu_proxy.types import DType, EmbedRequest, EmbedResult
 
@@ -120,10 +120,9 @@ class Error(msgspec.Struct, kw_only=True):
 
 def rerank_reply(results: Sequence[EmbedResult], body: RerankBody, served: ServedModel) -> Ranks:
     """Return the ranks by descending score; on request with the documents."""
-    documents = documents_of(body)
     ranks = [
-        Rank(index=rank.index, relevance_score=rank.score, document=documents[rank.index] if body.return_documents else None)
-        for rank in ranks_of(results, body, served)
+        Rank(index=rank.index, relevance_score=rank.score, document=text)
+        for rank, text in ranks_of(results, body, served, returned=bool(body.return_documents))
     ]
     return Ranks(data=ranks, results=ranks, model=served.requested_name, usage=usage(results))
 

@@ -138,19 +138,21 @@ def create_app(
     router.router.redirect_slashes = False
     router.state.npu_proxy = state
     app = ExactRouter(routes, router, [dialect.base for dialect in DIALECTS])
-    return HostGuard(app, hosts=allowed_hosts(settings), origins=settings.cors_allow_origin, prefix=settings.url_prefix)
+    return HostGuard(
+        app,
+        hosts=allowed_hosts(settings),
+        origins=settings.cors_allow_origin,
+        prefix=settings.url_prefix,
+        probed=health.HEALTH_PATHS,
+    )
 
 
 def _operations_routes(state: AppState) -> list[StarletteRoute]:
     """Return the routes for health, metrics and the API description, with and without a trailing slash."""
     openapi = msgspec.json.encode(document(DIALECTS))
-    first, models = openai.DIALECT, state.models
+    first = openai.DIALECT
     handlers: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
-        *((path, health.health(models)) for path in ("/health", "/ping", "/v1/health", "/healthz")),
-        *((path, health.live(models)) for path in ("/health/live", "/v2/health/live", "/v1/health/live", "/livez")),
-        *((path, health.ready(models)) for path in ("/health/ready", "/v2/health/ready", "/v1/health/ready", "/readyz")),
-        ("/.well-known/live", health.well_known(health.live(models))),
-        ("/.well-known/ready", health.well_known(health.ready(models))),
+        *health.health_handlers(state.models),
         ("/metrics", health.metrics(state.metrics)),
         ("/openapi.json", _guarded(state, first, "/openapi.json", _static(openapi, "application/json"))),
         ("/docs", _guarded(state, first, "/docs", _static(health.docs(), "text/html"))),
@@ -188,16 +190,16 @@ def _dispatching(state: AppState, shared: Sequence[tuple[Dialect, Route]]) -> Ha
     handlers = [_handler(state, dialect, route) for dialect, route in shared]
     if len(handlers) == 1:
         return handlers[0]
+    by_base = {dialect.base: [number for number, (other, _) in enumerate(shared) if other is dialect] for dialect, _ in shared}
+    open_to_all = [number for number, (_, route) in enumerate(shared) if not _below_base(route)]
+    suits = [_suits(route) for _, route in shared]
 
     async def handle(exchange: Exchange) -> Response:
         content = await state.bodies.read(exchange)
         fields = await off_loop(len(content), lambda: fields_of(exchange))
-        wanted = exchange.request.scope.get(DIALECT)
-        own = [number for number, (dialect, _) in enumerate(shared) if dialect.base == wanted]
-        open_to_all = [number for number, (_, route) in enumerate(shared) if not _below_base(route)]
-        candidates = own or open_to_all
+        candidates = by_base.get(exchange.request.scope.get(DIALECT, ""), open_to_all)
         numbers = [number for number in candidates if _applies(shared[number][1], fields, state.settings)] or candidates
-        choices = [_suits(shared[number][1]) for number in numbers]
+        choices = [suits[number] for number in numbers]
         chosen = 0
         if len(set(choices)) > 1:
             chosen = await state.models.first_suiting(exchange.named or model_of(fields), choices)
@@ -283,16 +285,13 @@ def _inference(state: AppState, dialect: Dialect, route: InferenceRoute[Any, Any
 
             def submit() -> Sequence[EmbedRequest]:
                 made = [_completed(request, exchange, wishes.lane, served.role) for request in route.to_requests(body, served)]
-                most = int(settings.max_answer_mb * 1e6 / route.bytes_per_number)
-                _check_size(made, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
-                _check_numbers(made, served.spec.width, most)
+                made = _bounded(made, route, settings, served.spec.width)
                 deadline = start + exchange.seconds if exchange.timed else None  # else by the size of the request
                 if len(made) > 2 and sum(len(request.texts) for request in made) > settings.interactive_texts:
                     # Many small requests of one body are one large one.
                     made = [replace(request, lane=request.lane or Lane.BULK) for request in made]
                     deadline = deadline or start + settings.bulk_timeout
-                bounded = [replace(request, most_numbers=min(most, request.most_numbers or most)) for request in made]
-                futures.extend(use.model.engine.submit(request, deadline) for request in bounded)
+                futures.extend(use.model.engine.submit(request, deadline) for request in made)
                 return made
 
             try:
@@ -342,6 +341,16 @@ def _completed(request: EmbedRequest, exchange: Exchange, lane: Lane | None, rol
         input_type=role if all(value is None for value in chosen) else request.input_type,
         expect_fingerprint=exchange.request.headers.get("x-npu-proxy-expect-fingerprint"),
     )
+
+
+def _bounded(
+    requests: Sequence[EmbedRequest], route: InferenceRoute[Any, Any], settings: Settings, width: int
+) -> list[EmbedRequest]:
+    """The requests of a body, each with a limit of numbers. Raises InputError for too many texts, or AnswerTooLargeError."""
+    most = int(settings.max_answer_mb * 1e6 / route.bytes_per_number)
+    _check_size(requests, route.texts_per_item * settings.max_client_batch, settings.max_client_batch)
+    _check_numbers(requests, width, most)
+    return [replace(request, most_numbers=min(most, request.most_numbers or most)) for request in requests]
 
 
 def _check_size(requests: Sequence[EmbedRequest], limit: int, setting: int) -> None:

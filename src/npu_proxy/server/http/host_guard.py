@@ -20,25 +20,22 @@ from npu_proxy.server.http.paths import DIALECT, MODEL, Meant, meant
 _LONGEST_PATH = 1000
 """Characters of a path that may stand for another."""
 
-HEALTH_PATHS = (
-    *("/health", "/health/live", "/health/ready", "/ping", "/healthz", "/livez", "/readyz"),
-    *(f"/{version}/health{kind}" for version in ("v1", "v2") for kind in ("", "/live", "/ready")),
-    *("/.well-known/live", "/.well-known/ready"),
-)
-"""Paths that are answered under any Host, since the programs that probe them use whatever name or address they know."""
-
 
 class HostGuard:
     """Passes on requests whose Host is in ``hosts``, and strips the prefix that a proxy added to the path.
 
-    origins: the setting `cors_allow_origin`.
+    origins: the setting `cors_allow_origin`. probed: paths that are answered under any Host, since the programs that probe them use
+    whatever name or address they know.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: HostNames, origins: Sequence[str], prefix: str) -> None:
+    def __init__(
+        self, app: ASGIApp, *, hosts: HostNames, origins: Sequence[str], prefix: str, probed: Collection[str] = ()
+    ) -> None:
         self._app = app
         self._for_pages = _Cors(app, origins)
         self._origins = origins
         self._hosts = hosts
+        self._probed = frozenset(probed)
         self._prefix = "/" + prefix.strip("/") if prefix.strip("/") else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +57,7 @@ class HostGuard:
             path = path[len(self._prefix) :] or "/"
             raw: bytes = scope.get("raw_path") or scope["path"].encode()
             scope = {**scope, "path": path, "raw_path": raw[len(self._prefix) :] or b"/", "root_path": ""}
-        if not self._hosts.admits(host) and path.rstrip("/") not in HEALTH_PATHS:
+        if not self._hosts.admits(host) and path.rstrip("/") not in self._probed:
             await _refusal("this server does not accept that Host; see `allowed_hosts`", 421)(scope, receive, send)
             return
         if origin and not self._is_allowed_origin(origin, host):

@@ -58,7 +58,7 @@ class ModelIndex:
         for stored in self.models():
             if (target or wanted) in (normalize_name(stored.name), alias(stored.name)):
                 return stored
-        served = [alias(Path(model).name if "/" in model and Path(model).is_absolute() else model) for model in self.settings.model]
+        served = [alias(Path(model).name if Path(model).is_absolute() else model) for model in self.settings.model]
         raise UnknownModelError(name, [*served, *(short for short, _ in self._aliases.values())])
 
     def has(self, name: str) -> bool:

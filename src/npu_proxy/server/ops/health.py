@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,6 +21,13 @@ from npu_proxy.server.ops.readiness import is_live, state_of, why_unready
 from npu_proxy.version import __version__
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+_HEALTH = ("/health", "/ping", "/v1/health", "/healthz")
+_LIVE = ("/health/live", "/v1/health/live", "/v2/health/live", "/livez")
+_READY = ("/health/ready", "/v1/health/ready", "/v2/health/ready", "/readyz")
+_WELL_KNOWN_LIVE, _WELL_KNOWN_READY = "/.well-known/live", "/.well-known/ready"
+HEALTH_PATHS = (*_HEALTH, *_LIVE, *_READY, _WELL_KNOWN_LIVE, _WELL_KNOWN_READY)
+"""Paths of the handlers for health."""
 
 
 class DeviceHealth(msgspec.Struct, kw_only=True):
@@ -74,6 +81,16 @@ class Health(msgspec.Struct, kw_only=True):
     executed: dict[str, int] = {}
     devices: list[DeviceHealth] = []
     models: list[ModelHealth] = []
+
+
+def health_handlers(models: LoadedModels) -> Iterator[tuple[str, Handler]]:
+    """Yield each path of health with its handler. The paths of one handler share its probe of the devices."""
+    whole, alive, able = health(models), live(models), ready(models)
+    yield from ((path, whole) for path in _HEALTH)
+    yield from ((path, alive) for path in _LIVE)
+    yield from ((path, able) for path in _READY)
+    yield _WELL_KNOWN_LIVE, well_known(alive)
+    yield _WELL_KNOWN_READY, well_known(able)
 
 
 def health(models: LoadedModels) -> Handler:
