@@ -17,11 +17,12 @@ NpuProxyError
 │   ├── OverloadedError        the queue is full; a retry after ``retry_after`` seconds may succeed
 │   │   └── ClientLimitError   the client has reached its own limit
 │   └── StoppedError           the engine is not running or is stopping
+├── JobError                   a job cannot go on, but what it has done is kept
 ├── DeadlineError              the request's deadline passed
 └── DeviceError                a device failed or returned numbers that are not finite
 
 Further subclasses are in server/errors.py (HTTP requests), cache/tier.py (TierError), models/weights.py (NoWeightsError,
-MissingTensorError) and devices/failure.py (BatchError).
+MissingTensorError), devices/failure.py (BatchError) and commands/files.py (Ended).
 
 APIs and logs distinguish errors by ``kind``; ``param`` names the request field or setting at fault. A message says what
 happened, then what to do. Clients never see a path of the server or a stack trace.
@@ -165,6 +166,12 @@ class StoppedError(UnavailableError):
     """The engine is not running or is stopping."""
 
     kind = "stopped"
+
+
+class JobError(NpuProxyError):
+    """A job over files cannot go on, such as for want of disk space; what it has done is kept, and can be resumed."""
+
+    kind = "job"
 
 
 class DeadlineError(NpuProxyError):

@@ -1,83 +1,236 @@
-"""Embed one file into another, in order, with a progress bar."""
+"""Embed files into a file: read rows, compute each distinct text once, store parts, and write the output from them.
+
+The job can be killed at any moment and resumed (work_folder.py). Threads: this one reads rows and takes results, the engine has
+its own, one stores parts, and one writes the output from them.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+import pyarrow as pa
 
-from npu_proxy.bulk.readers import Reader, open_texts
-from npu_proxy.bulk.writers import VectorWriter
-from npu_proxy.engine.engine import Engine
-from npu_proxy.engine.options import RequestOptions
+from npu_proxy.bulk.arrow import compute as arrow
+from npu_proxy.bulk.files import InputFile
+from npu_proxy.bulk.output import Output, write_errors
+from npu_proxy.bulk.parts import Parts
+from npu_proxy.bulk.readers import Block, Inputs, ReadOptions
+from npu_proxy.bulk.rows import ERROR, HASH, ROW_ID, Compute, Pipeline, RowOptions, Rows
+from npu_proxy.bulk.work_folder import Start, WorkFolder, open_work
+from npu_proxy.bulk.writers import PLACE, Format, OutputSchema, format_of, json_lines, row_schema
 from npu_proxy.errors import InputError
-from npu_proxy.types import DType
+
+OnError = Literal["stop", "null", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileJob:
-    """What to read and where to write. ``on_error``: `stop` at a text that cannot be embedded, or write `null` for it."""
+class Job:
+    """What to read, what to compute and where to write it.
 
-    source: Path
-    text_field: str
-    target: Path | None
-    on_error: Literal["stop", "null"]
-    batch_size: int
-    parallel: int | None
+    shard: (i, n), computes every n-th block from the i-th on. target: None writes JSON lines to standard output. on_error: what
+    becomes of a row whose text cannot be embedded. max_errors: how many of those there may be. metadata: about the model and the
+    options, stored in the output; an unfinished job is only resumed if it is the same.
+    """
+
+    files: Sequence[InputFile]
+    rows: RowOptions
+    metadata: Mapping[str, Any]
+    delimiter: str | None = None
+    limit: int | None = None
+    shard: tuple[int, int] = (1, 1)
+    target: Path | None = None
+    start: Start = "new"
+    on_error: OnError = "null"
+    max_errors: int = 0
 
 
 @dataclass(kw_only=True)
-class JobReport:
-    """Counts of texts and tokens that a job has processed."""
+class Progress:
+    """Counts of a job so far. resumed, resumed_tokens, resumed_fraction: what was done before."""
 
-    texts: int = 0
+    rows: int = 0
+    resumed: int = 0
+    resumed_tokens: int = 0
+    resumed_fraction: float = 0.0
     tokens: int = 0
     truncated: int = 0
     failed: int = 0
+    fraction: float | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
-def run(engine: Engine, job: FileJob, options: RequestOptions) -> JobReport:
-    """Embed the file. Raises InputError for a bad file, and for the first bad text unless ``on_error`` is `null`."""
-    report = JobReport()
+Report = Callable[[Progress], None]
+
+
+def run(job: Job, compute: Compute, report: Report = lambda _: None) -> Progress:
+    """Run a job, or what is left of it.
+
+    Raises InputError for a wrong file, and for more bad rows than the job allows; JobError if it cannot go on. Everything that was
+    finished is kept.
+    """
+    progress = Progress()
+    inputs = Inputs(job.files, ReadOptions(columns=job.rows.needed(), delimiter=job.delimiter))
+
+    def tell(done: pa.Table) -> None:
+        progress.rows += done.num_rows
+        progress.tokens += arrow.sum(done["tokens"]).as_py() or 0
+        progress.truncated += arrow.sum(done["truncated"]).as_py() or 0
+        progress.failed += done.num_rows - done[ERROR].null_count
+        progress.fraction = inputs.fraction() if job.limit is None else progress.rows / job.limit
+        report(progress)
+
+    if job.target is None:
+        stream(job, _own(job, inputs), compute, tell)
+        return progress
+    target = checked_target(job)
+    form = _checked_format(job, target)
+    with open_work(target) as work:
+        work.begin(_plan(job), job.start)
+        for part in work.parts:
+            tell(work.table(part))
+        progress.resumed, progress.resumed_tokens = progress.rows, progress.tokens
+        _write_parts(job, work, form, _own(job, inputs), compute, progress, tell)
+    return progress
+
+
+def _write_parts(
+    job: Job,
+    work: WorkFolder,
+    form: Format,
+    blocks: Iterator[Block],
+    compute: Compute,
+    progress: Progress,
+    tell: Callable[[pa.Table], None],
+) -> None:
+    """Compute what is missing, and make the output of all parts."""
+    schema = OutputSchema(form, job.metadata, job.rows.computed())
     with (
-        open_texts(job.source, job.text_field) as source,
-        VectorWriter(job.target, DType(options.get("dtype", DType.FLOAT32))) as target,
-        _progress(source, report) as advance,
+        Output(work, form, schema, skip_failed=job.on_error == "skip") as output,
+        Parts(work, output.add, job.rows.computed()) as parts,
     ):
-        for result in engine.results(source.items, batch_size=job.batch_size, parallel=job.parallel, **options):
-            if job.on_error == "stop":
-                for number, error in enumerate(result.errors):
-                    if error is not None:
-                        where = f"text {report.texts + number} (counted from 0) of `{job.source}`"
-                        raise InputError(f"{where}: {error}; use --on-error null to continue without it") from error
-            target.write(result, report.texts)
-            report.texts += len(result.tokens)
-            report.tokens += sum(result.tokens)
-            report.truncated += sum(result.truncated)
-            report.failed += sum(error is not None for error in result.errors)
-            advance()
-    return report
+        for part in work.parts:
+            output.add(part)
+
+        def done(table: pa.Table, rows: Rows) -> None:
+            tell(table)
+            if problem := _too_many_errors(job, form, table, progress.failed):
+                parts.finish()
+                raise problem
+            parts.add(table, rows)
+
+        pipeline = Pipeline(job.rows, done, parts.earlier)
+        parts.skip(blocks, pipeline)
+        for result in compute(pipeline.texts(blocks)):
+            pipeline.take(result, compute)
+        pipeline.end()
+        parts.finish()
+        if not work.parts:  # no file had a row or columns
+            pipeline.take_block(Block(file="", unit="row", places=(), table=pa.table({})))
+            parts.finish()
+        written = output.finish()
+        write_errors(work, work.target)
+        work.finish(written)
 
 
-@contextmanager
-def _progress(source: Reader[str], report: JobReport) -> Generator[Callable[[], None]]:
-    """Show a progress bar if standard error is a terminal; yields a function to call after each batch."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("embedding", total=1.0)
+def _too_many_errors(job: Job, form: Format, table: pa.Table, failed: int) -> InputError | None:
+    """The error that ends the job, if the rows that failed in a block are more than it allows."""
+    bad = table.filter(arrow.is_valid(table[ERROR]))
+    if not bad.num_rows or (job.on_error != "stop" and failed <= job.max_errors):
+        return None
+    first = f"{bad[PLACE][0].as_py()}: {bad[ERROR][0].as_py()}"
+    if job.on_error == "stop":
+        has_null = form.has_null(row_schema(job.rows.columns.schema))
+        go_on = "null or skip" if has_null else "skip (this output has no value for such a row; parquet and jsonl have)"
+        return InputError(f"{first}; go on with --resume --on-error {go_on}", param="on_error")
+    message = f"more than {job.max_errors} rows failed, at last {first}; go on with a larger --max-errors and --resume"
+    return InputError(message, param="max_errors")
 
-        def advance() -> None:
-            seconds = max(1e-9, progress.tasks[0].elapsed or 0)
-            speed = f"{report.texts} texts, {report.tokens / seconds:,.0f} tokens/s"
-            progress.update(task, completed=source.fraction(), description=speed)
 
-        yield advance
+def stream(job: Job, blocks: Iterable[Block], compute: Compute, tell: Callable[[pa.Table], None] = lambda _: None) -> None:
+    """Write JSON lines to standard output, as they come. Raises InputError at the first row that fails, if that is to stop it."""
+
+    def done(table: pa.Table, rows: Rows) -> None:
+        for place, error in zip(table[PLACE].to_pylist(), table[ERROR].to_pylist(), strict=True):
+            if error is not None and job.on_error == "stop":
+                raise InputError(f"{place}: {error}; use --on-error null to continue without it", param="on_error")
+        shown = table.filter(arrow.is_null(table[ERROR])) if job.on_error == "skip" else table
+        sys.stdout.buffer.write(json_lines(shown.drop_columns([name for name in _INNER if name in table.schema.names])))
+        sys.stdout.buffer.flush()
+        tell(table)
+
+    pipeline = Pipeline(job.rows, done, None)
+    for result in compute(pipeline.texts(blocks)):
+        pipeline.take(result, compute)
+    pipeline.end()
+
+
+_INNER = (ROW_ID, PLACE, HASH)
+"""Columns that standard output does not have."""
+
+
+# -- what is checked before any work -------------------------------------------------------------------------------------
+
+
+def _checked_format(job: Job, target: Path) -> Format:
+    """The output's format. Raises InputError if it cannot hold what is computed."""
+    form, schema = format_of(target), row_schema(job.rows.columns.schema)
+    form.check(schema)
+    if job.on_error == "null" and not form.has_null(schema):
+        message = "this output has no value for a row that failed"
+        raise InputError(f"{message}; write parquet or jsonl, or leave such rows out with --on-error skip", param="on_error")
+    return form
+
+
+def checked_target(job: Job) -> Path:
+    """The file that will be the output; a symbolic link stands for the file it names. Raises InputError if it cannot be."""
+    assert job.target is not None
+    target = Path(os.path.realpath(job.target))
+    format_of(job.target)
+    if target.is_dir():
+        raise InputError(f"`{job.target}` is a folder; name a file in it", param="output")
+    if target.exists() and not target.is_file():
+        message = f"`{job.target}` is neither a file nor a folder; leave out --output to write JSON lines to standard output"
+        raise InputError(message, param="output")
+    if not target.parent.is_dir():
+        raise InputError(f"`{target.parent}` is not a folder; create it first", param="output")
+    for file in job.files:
+        if not file.is_pipe and not file.is_url and target.exists() and target.samefile(file.name):
+            raise InputError(f"`{job.target}` is also an input; choose another --output", param="output")
+    if target.exists() and job.start == "new":
+        raise InputError(f"`{job.target}` exists; replace it with --overwrite, or choose another --output", param="output")
+    return target
+
+
+def _plan(job: Job) -> Mapping[str, Any]:
+    """What must be the same for a job to be resumed."""
+    return {
+        "inputs": [[file.name, file.format, file.size, file.modified] for file in job.files],
+        "text": [job.rows.text.field, job.rows.text.template],
+        "columns": job.rows.keep if job.rows.keep is None else list(job.rows.keep),
+        "id_field": job.rows.id_field,
+        "delimiter": job.delimiter,
+        "limit": job.limit,
+        "shard": list(job.shard),
+        "output": str(job.rows.columns.schema),
+        **job.metadata,
+    }
+
+
+def _own(job: Job, blocks: Iterable[Block]) -> Iterator[Block]:
+    """The blocks of a job's shard, within its limit."""
+    number, count = job.shard
+    left = job.limit
+    for position, whole in enumerate(blocks):
+        block = whole if left is None else whole.head(left)
+        if left is not None:
+            left -= len(block)
+        if position % count == number - 1:
+            yield block
+        if left == 0:
+            return

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npu_proxy.bulk.readers import open_records, open_texts
+from npu_proxy.bulk.files import find_inputs
+from npu_proxy.bulk.texts import TextSource, read_fields, read_texts
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.similarity import normalize
 from npu_proxy.errors import InputError
@@ -92,22 +93,21 @@ def _sample(
     chosen: list[tuple[str, npt.NDArray[Any]]] = []
     random_numbers, count, seen = random.Random(_SEED), 0, 0  # noqa: S311 (a sample, not a secret)
     missing = object()
-    with open_texts(source, text_field) as texts:
-        rows = _vectors(vectors, vector_field)
-        for text in texts.items:
-            row = next(rows, missing)
-            if row is missing:
-                raise InputError(f"`{vectors}` has {count} vectors, but `{source}` has more texts", param="vectors")
-            count += 1
-            if not isinstance(row, np.ndarray) or not np.isfinite(row).all():
-                continue  # a text that could not be embedded
-            seen += 1
-            if len(chosen) < sample:
-                chosen.append((text, row))
-            elif (place := random_numbers.randrange(seen)) < sample:
-                chosen[place] = (text, row)
-        if next(rows, missing) is not missing:
-            raise InputError(f"`{vectors}` has more vectors than `{source}` has texts ({count})", param="vectors")
+    rows = _vectors(vectors, vector_field)
+    for text in read_texts(find_inputs([str(source)]), TextSource(field=text_field)):
+        row = next(rows, missing)
+        if row is missing:
+            raise InputError(f"`{vectors}` has {count} vectors, but `{source}` has more texts", param="vectors")
+        count += 1
+        if not isinstance(row, np.ndarray) or not np.isfinite(row).all():
+            continue  # a text that could not be embedded
+        seen += 1
+        if len(chosen) < sample:
+            chosen.append((text, row))
+        elif (place := random_numbers.randrange(seen)) < sample:
+            chosen[place] = (text, row)
+    if next(rows, missing) is not missing:
+        raise InputError(f"`{vectors}` has more vectors than `{source}` has texts ({count})", param="vectors")
     if not chosen:
         raise InputError(f"`{vectors}` has no vectors", param="vectors")
     if len({row.shape for _, row in chosen}) > 1:
@@ -128,11 +128,7 @@ def _vectors(path: Path, field: str) -> Iterator[npt.NDArray[Any] | None]:
             )
         yield from (np.array(row) for row in array)
         return
-    with open_records(path, [field]) as records:
-        for place, record in records.items:
-            if isinstance(record, str) or field not in record:
-                raise InputError(f"{place} has no field `{field}`; set --vector-field", param="vector_field")
-            value = record[field]
-            if value is not None and not (isinstance(value, list) and value and isinstance(value[0], int | float)):
-                raise InputError(f"{place}: `{field}` is not a list of numbers", param="vector_field")
-            yield None if value is None else np.asarray(value, np.float32)
+    for place, (value,) in read_fields(find_inputs([str(path)]), [field], "; set --vector-field"):
+        if value is not None and not (isinstance(value, list) and value and isinstance(value[0], int | float)):
+            raise InputError(f"{place}: `{field}` is not a list of numbers", param="vector_field")
+        yield None if value is None else np.asarray(value, np.float32)

@@ -1,158 +1,300 @@
-"""Stream vectors to files. Each format is one class and one row of a table.
-
-Files are written atomically: writers write NAME.partial and rename it.
-"""
+"""Write the finished parts of a job to a file. Each format is one function and one row of a table."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
+import base64
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from npu_proxy.bulk.arrow import JSON, are_json_texts, compute, is_json, json_as_texts, json_values
+from npu_proxy.bulk.columns import CHUNKS
 from npu_proxy.errors import InputError
-from npu_proxy.types import DType, EmbedResult
+
+_GROUP_ROWS = 16_384
+METADATA = b"npu_proxy"
+PLACE = "place"
+"""Where a row with an error stands; only for the file of errors."""
+
+Tables = Iterable[pa.Table]
 
 
-class Sink(Protocol):
-    """Receives results in order. The file is complete only after ``close``."""
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """write: writes tables of one schema to a file. typed: whether a column has one type, so that JSON values get one.
 
-    def write(self, result: EmbedResult, first: int) -> None:
-        """Append a batch whose first text has index ``first``."""
-        ...
+    check: raises InputError if the format cannot hold the columns. has_null: whether it can say that a row has no vector.
+    """
 
-    def close(self) -> None: ...
-
-
-class NpySink:
-    """One .npy array [n, width], written incrementally; the header is completed at the end."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._rows, self._width = 0, 0
-        self._kind = np.dtype(np.float32)
-
-    def write(self, result: EmbedResult, first: int) -> None:
-        if isinstance(result.embeddings, list):
-            raise InputError("the npy format cannot store base64; write jsonl or parquet, or choose another dtype", param="dtype")
-        if not self._rows:
-            self._width, self._kind = result.embeddings.shape[1], result.embeddings.dtype
-            self._header()
-        self._file.write(np.ascontiguousarray(result.embeddings).tobytes())
-        self._rows += len(result.embeddings)
-
-    def close(self) -> None:
-        self._file.seek(0)  # numpy pads the header so that the number of rows can grow in place
-        self._header()
-        self._file.close()
-
-    def _header(self) -> None:
-        header = {"descr": np.lib.format.dtype_to_descr(self._kind), "fortran_order": False, "shape": (self._rows, self._width)}
-        np.lib.format.write_array_header_1_0(self._file, header)
+    write: Callable[[Tables, pa.Schema, Path], None]
+    typed: bool = True
+    check: Callable[[pa.Schema], None] = lambda _: None
+    has_null: Callable[[pa.Schema], bool] = lambda _: True
 
 
-class JsonlSink:
-    """One JSON object per text: index, embedding, tokens, truncated; if it failed, embedding is null and `error` is added."""
-
-    def __init__(self, target: Path | BinaryIO) -> None:
-        self._file = target.open("wb") if isinstance(target, Path) else target
-
-    def write(self, result: EmbedResult, first: int) -> None:
-        vectors: list[Any] = result.embeddings if isinstance(result.embeddings, list) else result.embeddings.tolist()
-        for number, vector in enumerate(vectors):
-            error = result.errors[number]
-            row: dict[str, Any] = {
-                "index": first + number,
-                "embedding": None if error else vector,
-                "tokens": result.tokens[number],
-                "truncated": result.truncated[number],
-            }
-            row |= {"error": str(error)} if error else {}
-            self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not sys.stdout.buffer:
-            self._file.close()
+def format_of(path: Path) -> Format:
+    """The format of an output by its suffix. Raises InputError if it is unknown."""
+    found = FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise InputError(f"`{path}`: unknown file format; supported: {', '.join(FORMATS)}", param="output")
+    return found
 
 
-class ParquetSink:
-    """Columns index, embedding (fixed-size list, or string for base64), tokens, truncated, error."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, result: EmbedResult, first: int) -> None:
-        count = len(result.tokens)
-        bad = np.array([error is not None for error in result.errors])
-        if isinstance(result.embeddings, list):
-            embedding: pa.Array = pa.array(result.embeddings, mask=bad)
-        else:
-            flat = pa.array(np.ascontiguousarray(result.embeddings).reshape(-1))
-            width = result.embeddings.shape[1]
-            embedding = pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(bad))
-        table = pa.table(
-            {
-                "index": pa.array(range(first, first + count), pa.int64()),
-                "embedding": embedding,
-                "tokens": pa.array(result.tokens, pa.int32()),
-                "truncated": pa.array(result.truncated, pa.bool_()),
-                "error": pa.array([str(error) if error else None for error in result.errors], pa.string()),
-            }
-        )
-        self._writer = self._writer or pq.ParquetWriter(self._path, table.schema)
-        self._writer.write_table(table)
-
-    def close(self) -> None:
-        if self._writer is None:
-            pq.write_table(pa.table({"index": pa.array([], pa.int64())}), self._path)
-        else:
-            self._writer.close()
+# -- from parts to rows --------------------------------------------------------------------------------------------------
 
 
-_SINKS: dict[str, Callable[[Path], Sink]] = {".npy": NpySink, ".jsonl": JsonlSink, ".parquet": ParquetSink}
+@dataclass(frozen=True)
+class OutputSchema:
+    """Makes the schema of an output from parts: without what only parts have, with types for JSON values if the format has types.
+
+    Their type is what all values of a column have in common. If that is nothing, the column is a string: texts as they are, other
+    values as JSON. computed: names of the columns that are not the input's.
+    """
+
+    format: Format
+    metadata: Mapping[str, Any]
+    computed: Sequence[str]
+
+    def of(self, parts: Tables) -> pa.Schema:
+        """The schema of all parts together."""
+        known: dict[str, pa.Field | None] = {}
+        for part in parts:
+            for field in part.schema:
+                found = self._typed(part, field) if known.get(field.name, field) is not None else None
+                before = known.get(field.name)
+                known[field.name] = _unified(before, found) if before is not None and found is not None else found
+        inner = (PLACE, CHUNKS) if self.format.typed else (PLACE, CHUNKS, "hash")
+        text = None if self.format.typed else JSON
+        fields = [field or pa.field(name, pa.string(), metadata=text) for name, field in known.items() if name not in inner]
+        if known.get(CHUNKS) is not None:
+            fields[_after_kept(fields) :] = _chunk_fields(known[CHUNKS]) + fields[_after_kept(fields) :]
+        kept = [name for name in known if name not in (*self.computed, "index", "row_id", "hash", PLACE)]
+        return pa.schema(fields, metadata={METADATA: msgspec.json.encode({**self.metadata, "kept": kept})})
+
+    def holds(self, schema: pa.Schema, part: pa.Table) -> bool:
+        """Whether a schema would be the same if the part were among those it was made of."""
+        inner = (PLACE, CHUNKS) if self.format.typed else (PLACE, CHUNKS, "hash")
+        for field in part.schema:
+            if field.name in inner:
+                continue
+            if field.name not in schema.names:
+                return False
+            own = schema.field(field.name)
+            if is_json(own) or pa.types.is_string(own.type):
+                continue  # has values of any type
+            found = self._typed(part, field)
+            if found is None or _unified(own, found) != own.remove_metadata():
+                return False
+        return True
+
+    def _typed(self, part: pa.Table, field: pa.Field) -> pa.Field | None:
+        """A column of a part with the type that its values have; None if they have none in common."""
+        if not is_json(field):
+            return field.remove_metadata()
+        kind = _type_of(part[field.name]) if self.format.typed else None
+        return None if kind is None else pa.field(field.name, kind)
 
 
-class VectorWriter:
-    """A context manager around a sink: renames the file to its final name on success, and removes it otherwise."""
+def _unified(first: pa.Field, second: pa.Field) -> pa.Field | None:
+    """A column that holds the values of both; None if there is none."""
+    if first.type == second.type:
+        return first.remove_metadata()
+    schemas = [pa.schema([field.remove_metadata()]) for field in (first, second)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0)
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return None
 
-    def __init__(self, path: Path | None, dtype: DType = DType.FLOAT32) -> None:
-        """``path``: .npy, .jsonl or .parquet; None writes jsonl to standard output. Raises InputError."""
-        self._path = path
-        if path is None:
-            self._sink: Sink = JsonlSink(sys.stdout.buffer)
-            return
-        if path.suffix.lower() not in _SINKS:
-            raise InputError(f"`{path}`: unknown file format; supported: {', '.join(_SINKS)}", param="output")
-        if path.suffix.lower() == ".npy" and dtype is DType.BASE64:
-            raise InputError("the npy format cannot store base64; write jsonl or parquet, or choose another dtype", param="dtype")
-        if not path.parent.is_dir():
-            raise InputError(f"`{path.parent}` is not a folder; create it first", param="output")
-        self._partial = path.with_name(path.name + ".partial")
-        try:
-            self._sink = _SINKS[path.suffix.lower()](self._partial)
-        except OSError as error:
-            raise InputError(f"`{path}` cannot be written: {error.strerror}", param="output") from error
 
-    def write(self, result: EmbedResult, first: int) -> None:
-        """Append a batch whose first text has index ``first``."""
-        self._sink.write(result, first)
+def row_schema(computed: pa.Schema) -> pa.Schema:
+    """The computed columns of a row: chunks become rows of their own."""
+    fields = [_chunk_fields(field) if field.name == CHUNKS else [field] for field in computed]
+    return pa.schema(itertools.chain.from_iterable(fields))
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._sink.close()
-        if self._path is None:
-            return
-        if error is None:
-            self._partial.replace(self._path)
-        else:
-            self._partial.unlink(missing_ok=True)
+def _after_kept(fields: Sequence[pa.Field]) -> int:
+    return next(number for number, field in enumerate(fields) if field.name == "tokens")
+
+
+def _chunk_fields(chunks: pa.Field) -> list[pa.Field]:
+    return [pa.field("chunk", pa.int32()), *chunks.type.value_type]
+
+
+def output_tables(parts: Tables, schema: pa.Schema, *, skip_failed: bool) -> Iterator[pa.Table]:
+    """The rows of the parts in the output's columns, in tables of a fixed size, so that equal rows make equal files."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for part in parts:
+        kept = part.filter(compute.is_null(part["error"])) if skip_failed else part
+        table = _in_schema(_exploded(kept) if CHUNKS in kept.schema.names else kept, schema)
+        waiting.append(table)
+        count += table.num_rows
+        while count >= _GROUP_ROWS:
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, _GROUP_ROWS)
+            waiting, count = [whole.slice(_GROUP_ROWS)], count - _GROUP_ROWS
+    if count:
+        yield pa.concat_tables(waiting)
+
+
+def _exploded(part: pa.Table) -> pa.Table:
+    """A row per chunk. A text that failed keeps one row."""
+    lengths = np.asarray(compute.fill_null(compute.list_value_length(part[CHUNKS]), 0)).astype(np.int64)
+    rows = np.repeat(np.arange(part.num_rows), np.maximum(lengths, 1))
+    starts = np.cumsum(np.maximum(lengths, 1)) - np.maximum(lengths, 1)
+    failed = np.repeat(lengths == 0, np.maximum(lengths, 1))
+    positions = np.cumsum(~failed) - 1
+    chunks = part[CHUNKS].combine_chunks()
+    flat = chunks.flatten().take(pa.array(positions, mask=failed))
+    table = part.drop_columns([CHUNKS]).take(pa.array(rows))
+    numbers = pa.array((np.arange(len(rows)) - starts[rows]).astype(np.int32), mask=failed)
+    table = table.append_column("chunk", numbers)
+    for field in flat.type:
+        table = table.append_column(field, compute.struct_field(flat, field.name))
+    return table
+
+
+def _in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    columns: list[Any] = []
+    for field in schema:
+        if field.name not in table.schema.names:
+            columns.append(pa.nulls(table.num_rows, field.type))
+            continue
+        column, own = table[field.name], table.schema.field(field.name)
+        if is_json(own) and not is_json(field):
+            column = json_as_texts(column) if pa.types.is_string(field.type) else pa.array(json_values(column), field.type)
+        elif is_json(field) and not is_json(own):
+            column = pa.array([_encode(value).decode() for value in column.to_pylist()], pa.string())
+        elif pa.types.is_string(field.type) and pa.types.is_nested(column.type):
+            column = pa.array(map(_as_text, column.to_pylist()), pa.string())
+        columns.append(column.cast(field.type) if column.type != field.type else column)
+    return pa.table(columns, schema=schema)
+
+
+def _as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else _encode(value).decode()
+
+
+def _type_of(column: pa.ChunkedArray) -> pa.DataType | None:
+    """The Arrow type of JSON values; None if they have none in common."""
+    if are_json_texts(column):
+        return pa.null() if column.null_count == len(column) else pa.string()
+    try:
+        return pa.array(json_values(column)).type
+    except (pa.ArrowException, OverflowError, msgspec.DecodeError):
+        return None
+
+
+# -- formats -------------------------------------------------------------------------------------------------------------
+
+
+def _write_parquet(tables: Tables, schema: pa.Schema, path: Path) -> None:
+    """Vectors are stored as they are: floats hardly compress."""
+    plain: Any = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    leaves = [column.path for column in pq.ParquetFile(empty.getvalue()).schema]  # numbers within vectors have names of their own
+    compression: Any = {name: "zstd" if name in plain else "none" for name in leaves}
+    with pq.ParquetWriter(path, schema, compression=compression, use_dictionary=plain, write_statistics=plain) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=_GROUP_ROWS)
+
+
+def _write_arrow(tables: Tables, schema: pa.Schema, path: Path) -> None:
+    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for table in tables:
+            writer.write_table(table.combine_chunks())
+
+
+def _write_npy(tables: Tables, schema: pa.Schema, path: Path) -> None:
+    """One array [n, width] for numpy.load, which can map it into memory."""
+    vector = _vector_field(schema)
+    kind, rows = np.dtype(vector.type.value_type.to_pandas_dtype()), 0
+
+    def header(file: BinaryIO) -> None:
+        shape = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (rows, vector.type.list_size)}
+        np.lib.format.write_array_header_1_0(file, shape)
+
+    with path.open("wb") as file:
+        header(file)
+        for table in tables:
+            column = table[vector.name].combine_chunks()
+            if column.null_count:
+                column = compute.if_else(column.is_valid(), column, pa.scalar([np.nan] * vector.type.list_size, vector.type))
+            file.write(np.ascontiguousarray(column.flatten().to_numpy(zero_copy_only=False), kind).tobytes())
+            rows += table.num_rows
+        file.seek(0)  # numpy pads the header so that the number of rows can grow in place
+        header(file)
+
+
+def _check_npy(schema: pa.Schema) -> None:
+    _vector_field(schema)
+
+
+def _vector_field(schema: pa.Schema) -> pa.Field:
+    found = [field for field in schema if pa.types.is_fixed_size_list(field.type) and field.name not in _kept(schema)]
+    if len(found) != 1:
+        message = "the npy format stores one vector of numbers per row, so neither base64, sparse and token vectors nor labels"
+        raise InputError(f"{message}; write jsonl or parquet", param="output")
+    return found[0]
+
+
+def _kept(schema: pa.Schema) -> Sequence[str]:
+    """The columns of the input."""
+    return msgspec.json.decode((schema.metadata or {}).get(METADATA, b"{}")).get("kept", [])
+
+
+def _write_jsonl(tables: Tables, schema: pa.Schema, path: Path) -> None:
+    with path.open("wb") as file:
+        for table in tables:
+            file.write(json_lines(table))
+
+
+def json_lines(table: pa.Table) -> bytes:
+    """A JSON object per row. `error` is there only for rows that failed; other columns may be null."""
+    columns = {field.name: _json_values(table[field.name], field) for field in table.schema}
+    errors = columns.pop("error", itertools.repeat(None))
+    names = list(columns)
+    lines: list[bytes] = []
+    for error, *values in zip(errors, *columns.values(), strict=False):
+        row = dict(zip(names, values, strict=True))
+        if error is not None:
+            row["error"] = error
+        lines.append(_encode(row))
+    return b"".join(line + b"\n" for line in lines)
+
+
+def _json_values(column: pa.ChunkedArray, field: pa.Field) -> Iterable[Any]:
+    if is_json(field):
+        return (None if text is None else msgspec.Raw(text.encode()) for text in column.to_pylist())
+    if pa.types.is_fixed_size_list(field.type):
+        whole = column.combine_chunks()
+        width = field.type.list_size
+        numbers = np.asarray(whole.values.slice(whole.offset * width, len(whole) * width)).reshape(len(whole), width)
+        valid = whole.is_valid().to_pylist()
+        return (row.tolist() if is_valid else None for row, is_valid in zip(numbers, valid, strict=True))
+    return column.to_pylist()
+
+
+def _plain(value: Any) -> Any:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+_encode = msgspec.json.Encoder(enc_hook=_plain, decimal_format="number").encode
+
+FORMATS: dict[str, Format] = {
+    ".parquet": Format(write=_write_parquet),
+    ".arrow": Format(write=_write_arrow),
+    ".feather": Format(write=_write_arrow),
+    ".npy": Format(
+        write=_write_npy, check=_check_npy, has_null=lambda schema: pa.types.is_floating(_vector_field(schema).type.value_type)
+    ),
+    ".jsonl": Format(write=_write_jsonl, typed=False),
+}

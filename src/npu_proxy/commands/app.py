@@ -9,33 +9,32 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 from cyclopts import App, CycloptsError, config
 from rich.console import Console
 from rich.markup import escape
 
 from npu_proxy.commands.cache import cache
+from npu_proxy.commands.embed import embed
+from npu_proxy.commands.files import PARAMETERS, Ended
 from npu_proxy.commands.models import list_models, pull, rm, show
 from npu_proxy.commands.prepare import certify, compare, compile_model, convert, doctor, quantize, tune
 from npu_proxy.commands.query import classify, rerank, similarity, verify
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings
-from npu_proxy.engine.engine import Engine
-from npu_proxy.engine.options import RequestOptions
 from npu_proxy.errors import InputError, ModelError, NpuProxyError, SettingsError
 from npu_proxy.settings import Settings
-from npu_proxy.types import DType, Truncate
 from npu_proxy.version import __version__
 
 _PREFIX = "NPU_PROXY_"
 _CONFIG = f"{_PREFIX}CONFIG"
 _PARAMETERS = (
-    "INPUT",
-    "TEXT_FIELD",
-    "OUTPUT",
+    *PARAMETERS,
     "DIMENSIONS",
     "NORMALIZE",
     "TRUNCATE",
+    "CHUNKS",
+    "OUTPUT_TYPE",
     "DTYPE",
     "INPUT_TYPE",
     "PROMPT_NAME",
@@ -44,7 +43,6 @@ _PARAMETERS = (
     "HOW",
     "BATCH_SIZE",
     "PARALLEL",
-    "ON_ERROR",
     "REVISION",
     "JSON",
     "PAIRS",
@@ -73,105 +71,6 @@ app: App = App(
 
 
 @app.command
-def embed(
-    *texts: str,
-    input: Path | None = None,
-    text_field: str = "text",
-    output: Path | None = None,
-    dimensions: int | None = None,
-    normalize: bool = True,
-    truncate: Truncate = Truncate.END,
-    dtype: DType = DType.FLOAT32,
-    input_type: Literal["query", "document"] | None = None,
-    prompt_name: str | None = None,
-    batch_size: int = 256,
-    parallel: int | None = None,
-    on_error: Literal["stop", "null"] = "stop",
-    settings: SharedSettings = DEFAULTS,
-) -> None:
-    """Embed texts from the command line, a file or standard input.
-
-    Prints one JSON object per text: index, embedding, tokens, truncated. If neither texts nor --input are given, each line of
-    standard input is a text.
-
-    Parameters
-    ----------
-    texts
-        Texts to embed.
-    input
-        File of texts: .jsonl, .csv, .txt (one text per line) or .parquet.
-    text_field
-        Field or column of the file that contains the text.
-    output
-        File to write the vectors to, in input order: .npy, .jsonl or .parquet.
-    dimensions
-        Keep only the first `dimensions` numbers of each vector, and normalize again (Matryoshka models).
-    normalize
-        Scale each vector to length 1.
-    truncate
-        What to do with texts longer than the model's limit: cut off the end, cut off the start, fail, or split them into
-        chunks and average the vectors.
-    dtype
-        Number format of the output.
-    input_type
-        Use the model's prompt for queries or documents, if it has one.
-    prompt_name
-        Use one of the model's prompts by name.
-    batch_size
-        Number of texts passed to the engine at once.
-    parallel
-        Number of worker processes, each with its own copy of the model; 0 means one per core.
-    on_error
-        What to do with a text that cannot be embedded: stop, or write null and continue.
-    """
-    from npu_proxy.bulk.job import FileJob, run
-    from npu_proxy.bulk.readers import read_lines
-    from npu_proxy.bulk.writers import VectorWriter
-
-    options: RequestOptions = {
-        "dimensions": dimensions,
-        "normalize": normalize,
-        "truncate": truncate,
-        "dtype": dtype,
-        "input_type": input_type,
-        "prompt_name": prompt_name,
-    }
-    if texts and input:
-        raise InputError("texts and --input cannot be combined; give one of them", param="input")
-    with Engine(settings=settings) as engine:
-        if input is not None:
-            job = FileJob(
-                source=input,
-                text_field=text_field,
-                target=output,
-                on_error=on_error,
-                batch_size=batch_size,
-                parallel=parallel,
-            )
-            report = run(engine, job, options)
-            notes = f", {report.truncated} truncated" * bool(report.truncated)
-            notes += f", {report.failed} without a vector" * bool(report.failed)
-            print(f"{report.texts} texts, {report.tokens} tokens on {_devices(engine)}{notes}", file=sys.stderr)
-            return
-        source = texts or read_lines(sys.stdin)
-        with VectorWriter(output, dtype) as writer:
-            first = 0
-            for result in engine.results(source, batch_size=batch_size, parallel=parallel, **options):
-                if on_error == "stop":
-                    result.raise_first()
-                writer.write(result, first)
-                first += len(result.tokens)
-
-
-def _devices(engine: Engine) -> str:
-    """The devices that computed, as in `npu`; with the number of texts per device if there were several."""
-    executed = engine.stats().counters.executed
-    if len(executed) < 2:
-        return "".join(executed) or engine.device.name
-    return ", ".join(f"{device} ({texts} texts)" for device, texts in executed.items())
-
-
-@app.command
 def serve(*, settings: SharedSettings = DEFAULTS) -> None:
     """Serve the model over HTTP.
 
@@ -196,6 +95,7 @@ def _read_again() -> Settings:
     return bound.arguments.get("settings", DEFAULTS)
 
 
+app.command(embed)
 app.command(cache)
 app.command(list_models, name="list")
 app.command(compile_model, name="compile")
@@ -206,13 +106,16 @@ for _command in (pull, rm, doctor, certify, quantize, tune, convert, compare, re
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0 for success, 1 for failure, 2 for a wrong flag, setting, file or model, 130 if interrupted.
+    Exit codes: 0 for success, 1 for failure, 2 for a wrong flag, setting, file or model, 130 if interrupted,
+    and 128 plus the number of the signal that ended it.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         _check_environment()
         app.config = [config.Env(_PREFIX, command=False), _toml()]
         app(list(_without_old_spellings(sys.argv[1:] if arguments is None else arguments)))
+    except Ended as error:
+        _quit(str(error), 128 + error.signal)
     except NpuProxyError as error:
         _quit(str(error), 2 if isinstance(error, InputError | SettingsError | ModelError) else 1)
     except KeyboardInterrupt:

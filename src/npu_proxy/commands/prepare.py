@@ -245,12 +245,13 @@ def _texts(path: Path | None, text_field: str, limit: int) -> list[str]:
     """The first ``limit`` texts of a file that are not blank; [] if there is no file. Raises InputError if the file has none."""
     from itertools import islice
 
-    from npu_proxy.bulk.readers import open_texts
+    from npu_proxy.bulk.files import find_inputs
+    from npu_proxy.bulk.texts import TextSource, read_texts
 
     if path is None:
         return []
-    with open_texts(path, text_field) as source:
-        texts = list(islice(filter(str.strip, source.items), limit))
+    source = read_texts(find_inputs([str(path)]), TextSource(field=text_field))
+    texts = list(islice(filter(str.strip, source), limit))
     if not texts:
         raise InputError(f"`{path}` contains no texts", param="sample")
     return texts

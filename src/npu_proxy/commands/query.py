@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
 
-from npu_proxy.bulk.readers import read_lines
+from npu_proxy.bulk.files import STANDARD_INPUT, find_inputs
+from npu_proxy.bulk.texts import read_texts
 from npu_proxy.bulk.verify import verify as compare_vectors
+from npu_proxy.commands.files import INPUT, InputFlags
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.validation import can_classify, can_rerank
@@ -24,7 +27,7 @@ from npu_proxy.types import Similarity
 def rerank(
     query: str,
     *documents: str,
-    input: Path | None = None,
+    reading: InputFlags = INPUT,
     top_n: int | None = None,
     raw: bool = False,
     json: bool = False,
@@ -32,35 +35,35 @@ def rerank(
 ) -> None:
     """Rank documents by relevance to a query, best first. A long document is scored by its best part.
 
-    Uses the first cross-encoder or late-interaction model in the setting `model`.
+    Uses the first cross-encoder or late-interaction model in the setting `model`. If neither documents nor --input are given, each
+    line of standard input is a document. Blank documents are not ranked.
 
     Parameters
     ----------
     query
         The query.
     documents
-        The documents, one per argument; see also --input.
-    input
-        File of documents, one per line. If neither a file nor documents are given, standard input is read.
+        The documents, one per argument; those of --input follow.
     top_n
         Show only the best `top_n` documents.
     raw
         Show logits instead of scores from 0 to 1.
     json
-        Print one JSON object per document.
+        Print one JSON object per document: its index among all documents, blank ones included, its score, and the document.
     """
-    candidates = _texts(documents, input)
+    candidates = _texts(documents, reading)
     with Engine(settings=_with_first(settings, can_rerank)) as engine:
-        for result in engine.rerank(query, candidates, top_n=top_n, raw=raw, truncate="chunk"):
+        for result in engine.rerank(query, [text for _, text in candidates], top_n=top_n, raw=raw, truncate="chunk"):
+            index, document = candidates[result.index]
             if json:
-                _print({"index": result.index, "score": result.score, "document": candidates[result.index]})
+                _print({"index": index, "score": result.score, "document": document})
             else:
-                print(f"{result.score:9.4f}  {result.index:4}  {candidates[result.index]}")
+                print(f"{result.score:9.4f}  {index:4}  {document}")
 
 
 def classify(
     *texts: str,
-    input: Path | None = None,
+    reading: InputFlags = INPUT,
     top_n: int | None = 1,
     raw: bool = False,
     json: bool = False,
@@ -68,29 +71,29 @@ def classify(
 ) -> None:
     """Classify texts.
 
-    Uses the first sequence classification model in the setting `model`.
+    Uses the first sequence classification model in the setting `model`. If neither texts nor --input are given, each line of
+    standard input is a text. Blank texts are left out.
 
     Parameters
     ----------
     texts
-        The texts, one per argument; see also --input.
-    input
-        File of texts, one per line. If neither a file nor texts are given, standard input is read.
+        The texts, one per argument; those of --input follow.
     top_n
         How many labels to show per text, the most likely first.
     raw
         Show logits instead of probabilities.
     json
-        Print one JSON object per text.
+        Print one JSON object per text: its index among all texts, blank ones included, the text, and its labels.
     """
-    inputs = _texts(texts, input)
+    inputs = _texts(texts, reading)
     if not inputs:
         message = "there are no texts to classify; give texts as arguments, a file with --input, or lines on standard input"
         raise InputError(message, param="input")
     with Engine(settings=_with_first(settings, can_classify)) as engine:
-        for text, labels in zip(inputs, engine.classify(inputs, top_n=top_n, raw=raw), strict=True):
+        found = engine.classify([text for _, text in inputs], top_n=top_n, raw=raw)
+        for (index, text), labels in zip(inputs, found, strict=True):
             if json:
-                _print({"text": text, "labels": [asdict(label) for label in labels]})
+                _print({"index": index, "text": text, "labels": [asdict(label) for label in labels]})
             else:
                 print(f"{', '.join(f'{label.label} {label.score:.4f}' for label in labels)}  {text}")
 
@@ -131,19 +134,15 @@ def _with_first(settings: Settings, is_suitable: Callable[[ModelSpec], bool]) ->
     return settings
 
 
-def _texts(arguments: Sequence[str], file: Path | None) -> list[str]:
-    """The arguments and the non-blank lines of a file, or those of standard input if there is neither. Raises InputError."""
-    if file is None and arguments:
-        return list(arguments)
-    try:
-        if file is None:
-            lines = list(read_lines(sys.stdin))
-        else:
-            with file.open(encoding="utf-8-sig", newline="") as stream:
-                lines = list(read_lines(stream))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file or 'standard input'} cannot be read: {error}", param="input") from error
-    return [*arguments, *filter(str.strip, lines)]
+def _texts(arguments: Sequence[str], reading: InputFlags) -> list[tuple[int, str]]:
+    """Arguments and rows of files, or lines of standard input if there is neither: those that are not blank, and their numbers.
+
+    Raises InputError.
+    """
+    names = reading.input or (() if arguments else (STANDARD_INPUT,))
+    rows: Iterable[str] = read_texts(find_inputs(names, reading.format), reading.text(), reading.delimiter) if names else ()
+    numbered = enumerate(itertools.chain(arguments, itertools.islice(rows, reading.limit)))
+    return [(index, text) for index, text in numbered if text.strip()]
 
 
 def _print(content: dict[str, object]) -> None:

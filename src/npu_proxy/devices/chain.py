@@ -55,7 +55,7 @@ def open_devices(
     names = device_chain(settings.device)[: None if settings.fallback else 1]
     if names == ["debug"]:
         shapes = dynamic_shapes(spec.max_length, full_batch_tokens(settings), packed=settings.packing)
-        return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes)], probe_every=0)
+        return Fallback([FakeDevice(name="debug", width=spec.width, shapes=shapes, records=False)], probe_every=0)
     if len(names) == 1 and names[0] in GRAPH_FILES:
         exported = _watched(settings, spec, golden, lambda: _exported(settings, spec, golden, names[0]))
         return Fallback(

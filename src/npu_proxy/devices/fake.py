@@ -41,7 +41,9 @@ class FakeDevice:
         seconds: float = 0.0,
         script: Callable[[Batch], None] = lambda batch: None,
         name: str = "fake",
+        records: bool = True,
     ) -> None:
+        """records: keep every batch in ``batches``."""
         self.name = name
         self.width = width
         self.streams: int = streams
@@ -50,6 +52,7 @@ class FakeDevice:
         self.batches: list[Batch] = []
         self.closed: bool = False
         self.doubts: list[str] = []
+        self._records = records
         self._seconds = seconds
         self._script = script
         self._began: dict[int, float] = {}
@@ -73,7 +76,8 @@ class FakeDevice:
     def infer(self, batch: Batch) -> Output:
         """Like ``submit``, but in the caller's thread."""
         start = time.perf_counter()
-        self.batches.append(batch)
+        if self._records:
+            self.batches.append(batch)
         self._began[threading.get_ident()] = time.monotonic()
         try:
             self._script(batch)

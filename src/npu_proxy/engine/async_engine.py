@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -16,6 +17,7 @@ from npu_proxy.devices.base import Device
 from npu_proxy.engine.calls import (
     BATCH_SIZE,
     Call,
+    as_output_type,
     check_batch_size,
     classify_call,
     embed_call,
@@ -38,6 +40,7 @@ from npu_proxy.types import (
     EmbedRequest,
     EmbedResult,
     Label,
+    OutputType,
     RerankResult,
     Similarity,
     SparseVector,
@@ -156,10 +159,11 @@ class AsyncEngine:
         *,
         batch_size: int = BATCH_SIZE,
         parallel: int | None = None,
+        output_type: OutputType | str = OutputType.DENSE,
         **options: Unpack[RequestOptions],
     ) -> AsyncIterator[EmbedResult]:
         """Like Engine.results; takes asynchronous iterables too."""
-        async with aclosing(self._results(texts, batch_size, parallel, options)) as results:
+        async with aclosing(self._results(texts, batch_size, parallel, options, as_output_type(output_type))) as results:
             async for result in results:
                 yield result
 
@@ -240,6 +244,7 @@ class AsyncEngine:
         batch_size: int,
         parallel: int | None,
         options: RequestOptions,
+        output_type: OutputType = OutputType.DENSE,
     ) -> AsyncGenerator[EmbedResult]:
         check_batch_size(batch_size)
         source = _checked(texts) if isinstance(texts, AsyncIterable) else text_stream(texts)
@@ -247,7 +252,8 @@ class AsyncEngine:
             if isinstance(source, AsyncIterable):
                 source = iter([text async for text in source])  # worker processes are fed from a thread
             lists = batches(source, batch_size)
-            async with aclosing(in_thread(parallel_results(type(self.engine), self.settings, lists, parallel, options))) as found:
+            made = parallel_results(type(self.engine), self.settings, lists, parallel, options, output_type)
+            async with aclosing(in_thread(made)) as found:
                 async for result in found:
                     yield result
             return
@@ -255,7 +261,7 @@ class AsyncEngine:
         seconds = self.settings.bulk_timeout
         async with (
             aclosing(batches_async(source, batch_size)) as lists,
-            aclosing(stream_results_async(_requests(lists, options, seconds), self.engine.submit, seconds)) as results,
+            aclosing(stream_results_async(_requests(lists, options, output_type, seconds), self.engine.submit, seconds)) as results,
         ):
             async for result in results:
                 yield result
@@ -268,6 +274,8 @@ async def _checked(texts: AsyncIterable[Any]) -> AsyncIterator[TextInput]:
         index += 1
 
 
-async def _requests(lists: AsyncIterable[Any], options: RequestOptions, seconds: float) -> AsyncIterator[EmbedRequest]:
+async def _requests(
+    lists: AsyncIterable[Any], options: RequestOptions, output_type: OutputType, seconds: float
+) -> AsyncIterator[EmbedRequest]:
     async for texts in lists:
-        yield make_request(texts, options, seconds)
+        yield replace(make_request(texts, options, seconds), output_type=output_type)

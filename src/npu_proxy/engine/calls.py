@@ -130,9 +130,21 @@ def rerank_call(
     )
 
 
-def stream_requests(settings: Settings, lists: Iterable[Sequence[TextInput]], options: RequestOptions) -> Iterator[EmbedRequest]:
+def stream_requests(
+    settings: Settings,
+    lists: Iterable[Sequence[TextInput]],
+    options: RequestOptions,
+    output_type: OutputType = OutputType.DENSE,
+) -> Iterator[EmbedRequest]:
     """One request per list of texts, made when it is needed, so that its time begins then."""
-    return (make_request(texts, options, settings.bulk_timeout) for texts in lists)
+    return (replace(make_request(texts, options, settings.bulk_timeout), output_type=output_type) for texts in lists)
+
+
+def as_output_type(name: OutputType | str) -> OutputType:
+    """An output type by its name. Raises InputError."""
+    if name not in set(OutputType):
+        raise InputError(f"`output_type` is {name!r}; it must be one of {', '.join(OutputType)}", param="output_type")
+    return OutputType(name)
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -165,8 +177,7 @@ def _requests(
         request = make_request(items, options, None)
         return [replace(request, output_type=output_type)], 0.0
     make_request(items[:1], options, 0.0)  # a wrong option is an error before any text is computed
-    requests = stream_requests(settings, batches(items, batch_size), options)
-    return (replace(request, output_type=output_type) for request in requests), settings.bulk_timeout
+    return stream_requests(settings, batches(items, batch_size), options, output_type), settings.bulk_timeout
 
 
 def _strings(documents: Sequence[TextInput]) -> Iterator[str]:

@@ -33,6 +33,7 @@ from npu_proxy.engine.admission import QueueLimits, estimated_tokens, time_limit
 from npu_proxy.engine.calls import (
     BATCH_SIZE,
     Call,
+    as_output_type,
     check_batch_size,
     classify_call,
     embed_call,
@@ -65,6 +66,7 @@ from npu_proxy.types import (
     EmbedResult,
     Label,
     Lane,
+    OutputType,
     RerankResult,
     Similarity,
     SparseVector,
@@ -330,14 +332,15 @@ class Engine:
         *,
         batch_size: int = BATCH_SIZE,
         parallel: int | None = None,
+        output_type: OutputType | str = OutputType.DENSE,
         **options: Unpack[RequestOptions],
     ) -> Iterator[EmbedResult]:
         """Like ``stream``, but yield one EmbedResult per batch, with token counts and the errors of individual texts."""
         check_batch_size(batch_size)
         lists = batches(text_stream(texts), batch_size)
         if parallel is not None:
-            return parallel_results(type(self), self.settings, lists, parallel, options)
-        requests = stream_requests(self.settings, lists, options)
+            return parallel_results(type(self), self.settings, lists, parallel, options, as_output_type(output_type))
+        requests = stream_requests(self.settings, lists, options, as_output_type(output_type))
         return stream_results(requests, self.submit, self._wait, self.settings.bulk_timeout)
 
     def embed_query(self, text: str) -> list[float]:

@@ -17,7 +17,7 @@ from npu_proxy.engine.options import RequestOptions
 from npu_proxy.errors import DeviceError, InputError
 from npu_proxy.settings import Settings
 from npu_proxy.system import available_threads
-from npu_proxy.types import EmbedResult, TextInput
+from npu_proxy.types import EmbedResult, OutputType, TextInput
 
 _AHEAD = 3
 """Batches per worker that may be waiting or in progress."""
@@ -33,6 +33,7 @@ def parallel_results(
     batches: Iterable[Sequence[TextInput]],
     parallel: int,
     options: RequestOptions,
+    output_type: OutputType = OutputType.DENSE,
 ) -> Iterator[EmbedResult]:
     """Yield one EmbedResult per batch, in order. parallel: number of worker processes; 0 starts one per core.
 
@@ -50,15 +51,24 @@ def parallel_results(
     try:
         same_model = _SameModel()
         for batch in batches:
-            futures.append(pool.submit(_embed, batch, options))
+            futures.append(pool.submit(_embed, batch, output_type, options))
             if len(futures) >= _AHEAD * workers:
                 yield from same_model(futures.popleft().result())
         while futures:
             yield from same_model(futures.popleft().result())
     except BrokenProcessPool as error:
         raise DeviceError("a worker process died or could not start; see its error message above") from error
+    except BaseException:  # the caller no longer waits for what the workers compute
+        _kill(pool)
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End the worker processes now. The pool has a method for it from Python 3.14 on."""
+    for process in list((getattr(pool, "_processes", None) or {}).values()):
+        process.kill()
 
 
 class _SameModel:
@@ -90,5 +100,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _embed(batch: Sequence[TextInput], options: RequestOptions) -> list[EmbedResult]:
-    return list(_engines[0].results(batch, batch_size=max(1, len(batch)), **options))
+def _embed(batch: Sequence[TextInput], output_type: OutputType, options: RequestOptions) -> list[EmbedResult]:
+    return list(_engines[0].results(batch, batch_size=max(1, len(batch)), output_type=output_type, **options))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import numpy.typing as npt
 import openvino as ov
 
 from npu_proxy.batch import NATIVE_STYLE, Batch, GraphShape
-from npu_proxy.bulk.readers import open_records
+from npu_proxy.bulk.files import find_inputs
+from npu_proxy.bulk.texts import read_fields
 from npu_proxy.devices.cpu import OpenVinoCpu
 from npu_proxy.devices.graphs import Graphs
 from npu_proxy.devices.shapes import ROW_TOKENS, dynamic_shapes
@@ -96,9 +97,8 @@ def _sts_benchmark(path: Path) -> list[list[Any]]:
 
 def _columns(path: Path) -> list[list[Any]]:
     names = ("sentence1", "sentence2", "score")
-    with open_records(path, names) as opened:
-        rows = [record if isinstance(record, Mapping) else {} for _, record in opened.items]
-    return [[row[name] for row in rows] for name in names]
+    rows = [values for _, values in read_fields(find_inputs([str(path)]), names)]
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def quantize(

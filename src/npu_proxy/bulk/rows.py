@@ -1,0 +1,263 @@
+"""Between rows and the engine: which texts are new, and from the results the columns of each row."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from npu_proxy.bulk.columns import Columns, joined, split
+from npu_proxy.bulk.duplicates import DigestIndex, Digests, Numbers, digests, first_of_each, hexadecimal, occurrences
+from npu_proxy.bulk.readers import Block
+from npu_proxy.bulk.texts import TextSource
+from npu_proxy.bulk.writers import PLACE
+from npu_proxy.errors import InputError, JobError
+from npu_proxy.types import EmbedResult
+
+INDEX_BYTES = 1_000_000_000
+"""Most memory for the digests of texts (24 million of them), and as much for counts of those that occur again."""
+_PAUSES = (1.0, 5.0, 20.0)
+"""Seconds before texts that failed through no fault of their own are tried again."""
+INDEX, ROW_ID, HASH, ERROR = "index", "row_id", "hash", "error"
+"""Columns of every row: its number among all inputs, its id, the digest of its text, and why it failed."""
+
+
+class Compute(Protocol):
+    """Computes texts: yields results in order, each for as many texts as it likes."""
+
+    def __call__(self, texts: Iterable[str], /) -> Iterator[EmbedResult]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """What becomes of rows: their text, what is computed, which columns of the input are kept (None: all), and their ids.
+
+    id_field: a column; None makes an id of the file's name, the text, and how often it occurred before.
+    """
+
+    text: TextSource
+    columns: Columns
+    keep: Sequence[str] | None = None
+    id_field: str | None = None
+
+    def needed(self) -> Sequence[str] | None:
+        """The columns to read; None for all."""
+        if self.keep is None:
+            return None
+        return list(dict.fromkeys((*self.keep, *self.text.fields(), *filter(None, [self.id_field]))))
+
+    def computed(self) -> Sequence[str]:
+        """The names of the columns that are computed."""
+        return [*self.columns.schema.names, ERROR]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A block, what is wrong with its rows, and where each row's columns come from.
+
+    order: for each row a position in what is new, then what earlier rows have, then the errors. earlier: row numbers. bad: whether
+    a row has no text.
+    """
+
+    block: Block
+    keys: Digests
+    ids: Sequence[str] | None
+    new: Sequence[str]
+    earlier: Numbers
+    errors: Sequence[str]
+    bad: npt.NDArray[np.bool_]
+    order: Numbers
+
+
+class Pipeline:
+    """Between rows and the engine: ``texts`` is what to compute, ``take`` receives it, ``done`` gets the finished blocks."""
+
+    def __init__(
+        self, options: RowOptions, done: Callable[[pa.Table, Rows], None], earlier: Callable[[Numbers], pa.Table] | None
+    ) -> None:
+        """earlier: looks up finished rows; None computes a text again in every block."""
+        self._options = options
+        self._done = done
+        self._earlier = earlier
+        self._index = DigestIndex(INDEX_BYTES) if earlier else None
+        self._counts = DigestIndex(INDEX_BYTES) if earlier and not options.id_field else None
+        self._waiting: deque[Rows] = deque()
+        self._texts: deque[str] = deque()
+        self._results: list[EmbedResult] = []
+        self._count = 0
+
+    def texts(self, blocks: Iterable[Block]) -> Iterator[str]:
+        """The texts to compute, each once as far as that is known."""
+        for block in blocks:
+            yield from self.take_block(block)
+
+    def take_block(self, block: Block) -> Sequence[str]:
+        """Receive the next block; returns the texts of it that are to be computed."""
+        rows = self.prepare(block)
+        self._waiting.append(rows)
+        self._texts.extend(rows.new)
+        self._finish()
+        return rows.new
+
+    def take(self, result: EmbedResult, again: Compute) -> None:
+        """Receive the next texts' results. again: computes those that failed through no fault of their own."""
+        texts = list(itertools.islice(self._texts, self._count, self._count + len(result.errors)))
+        self._results.append(_persistent(texts, result, again))
+        self._count += len(texts)
+        self._finish()
+
+    def end(self) -> None:
+        """Finish the blocks that had nothing new. Raises JobError if results are missing."""
+        self._finish()
+        if self._waiting:
+            raise JobError("the engine returned fewer results than there were texts; this is a bug in npu-proxy, please report it")
+
+    def prepare(self, block: Block) -> Rows:
+        """Find out which texts of a block are new. Raises InputError if ids cannot be made."""
+        texts = self._options.text.texts(block)
+        good = np.array([isinstance(text, str) for text in texts], np.bool_)
+        keys = digests(map(str, texts))
+        numbers = np.arange(len(texts))
+        first = numbers.copy()
+        first[good] = numbers[good][first_of_each(keys[good])]
+        known = self._index.find(keys) if self._index is not None else np.full(len(texts), -1, np.int64)
+        known[~good] = -1
+        is_new = good & (first == numbers) & (known < 0)
+        fits = self._index is None or self._index.put(keys[is_new], numbers[is_new] + block.first)
+        if not fits and self._counts is not None:
+            message = "there are more different texts than ids can be made for; name a column of ids with --id-field"
+            raise InputError(message, param="id_field")
+        earlier = np.unique(known[known >= 0])
+        new_count = int(is_new.sum())
+        order = np.zeros(len(texts), np.int64)
+        order[is_new] = np.arange(new_count)
+        order = order[first]
+        order[known >= 0] = new_count + np.searchsorted(earlier, known[known >= 0])
+        order[~good] = new_count + len(earlier) + np.arange(len(texts) - int(good.sum()))
+        return Rows(
+            block=block,
+            keys=keys,
+            ids=self._make_ids(block, keys, good, ~is_new),
+            new=[text for text, new in zip(texts, is_new, strict=True) if new and isinstance(text, str)],
+            earlier=earlier,
+            errors=[str(text) for text in texts if not isinstance(text, str)],
+            bad=~good,
+            order=order,
+        )
+
+    def _make_ids(
+        self, block: Block, keys: Digests, good: npt.NDArray[np.bool_], again: npt.NDArray[np.bool_]
+    ) -> Sequence[str] | None:
+        """An id per row: of the file's name, the text, and how often the text has occurred before. again: rows that are not new."""
+        if self._counts is None:
+            return None
+        named = keys ^ digests([Path(block.file).name])
+        if again.any():
+            counts = occurrences(self._counts, keys[again], good[again].astype(np.int64))
+            if counts is None:
+                raise InputError("too many texts occur again to make ids; name a column of ids with --id-field", param="id_field")
+            names = hexadecimal(named[again])
+            named[again] = digests(f"{name} {count}" if count else name for name, count in zip(names, counts, strict=True))
+        return hexadecimal(named)
+
+    def _finish(self) -> None:
+        while self._waiting and len(self._waiting[0].new) <= self._count:
+            rows = self._waiting.popleft()
+            count = len(rows.new)
+            merged, self._results = (joined(self._results), []) if count else (None, self._results)
+            if merged is not None and len(merged.errors) > count:
+                merged, rest = split(merged, count)
+                self._results = [rest]
+            for _ in range(count):
+                self._texts.popleft()
+            self._count -= count
+            self._done(self._assembled(rows, _with_errors(self._options.columns, rows.new, merged)), rows)
+
+    def _assembled(self, rows: Rows, computed: pa.Table) -> pa.Table:
+        parts = [computed]
+        if len(rows.earlier):
+            assert self._earlier is not None
+            parts.append(self._earlier(rows.earlier).select(computed.schema.names))
+        if rows.errors:
+            parts.append(_failed_rows(computed.schema, rows.errors))
+        table = computed
+        if len(parts) > 1 or len(rows.order) != computed.num_rows:
+            table = pa.concat_tables(parts).combine_chunks().take(pa.array(rows.order))
+        return _with_input(self._options, rows, table)
+
+
+def _persistent(texts: Sequence[str], result: EmbedResult, again: Compute) -> EmbedResult:
+    """The result, without errors that are not the texts' own: those texts are tried again. Raises JobError in the end."""
+    for pause in _PAUSES:
+        blameless = next((error for error in result.errors if error is not None and not isinstance(error, InputError)), None)
+        if blameless is None:
+            return result
+        time.sleep(pause)
+        (result,) = again(texts)
+    blameless = next((error for error in result.errors if error is not None and not isinstance(error, InputError)), None)
+    if blameless is not None:
+        raise JobError(f"{blameless}; tried {len(_PAUSES) + 1} times") from blameless
+    return result
+
+
+def _with_errors(columns: Columns, texts: Sequence[str], result: EmbedResult | None) -> pa.Table:
+    if result is None:
+        table = columns.schema.empty_table()
+        return table.append_column(ERROR, pa.array([], pa.string()))
+    errors = [error and str(error) for error in result.errors]
+    return columns.table(texts, result).append_column(ERROR, pa.array(errors, pa.string()))
+
+
+def _failed_rows(schema: pa.Schema, errors: Sequence[str]) -> pa.Table:
+    columns = [pa.array(errors, pa.string()) if field.name == ERROR else pa.nulls(len(errors), field.type) for field in schema]
+    return pa.table(columns, schema=schema)
+
+
+def _with_input(options: RowOptions, rows: Rows, computed: pa.Table) -> pa.Table:
+    """The columns of the input, what was computed, and where rows with errors stand."""
+    block = rows.block
+    index = pa.array(np.arange(block.first, block.first + len(block)))
+    columns: dict[str, Any] = {INDEX: index}
+    fields = [pa.field(INDEX, pa.int64())]
+    if rows.ids is not None:
+        columns[ROW_ID] = pa.array(rows.ids, pa.string())
+        fields.append(pa.field(ROW_ID, pa.string()))
+    own = {INDEX, ROW_ID, HASH, PLACE, "chunk", *computed.schema.names}
+    for name in block.table.schema.names if options.keep is None else _names(options):
+        if name not in block.table.schema.names:
+            continue
+        if name in own:
+            others = ", ".join(other for other in block.table.schema.names if other not in own)
+            message = f"`{block.file}` has a column `{name}`, and so has the output; choose the columns to keep: --columns {others}"
+            raise InputError(message, param="columns")
+        columns[name] = _without_dictionary(block.table[name])
+        fields.append(block.table.schema.field(name).with_type(columns[name].type))
+    for name in computed.schema.names:
+        columns[name] = computed[name]
+        fields.append(computed.schema.field(name))
+    columns[PLACE] = _places(block, computed[ERROR])
+    columns[HASH] = pa.array(hexadecimal(rows.keys), pa.string(), mask=rows.bad)
+    fields += [pa.field(PLACE, pa.string()), pa.field(HASH, pa.string())]
+    return pa.table(list(columns.values()), schema=pa.schema(fields))
+
+
+def _names(options: RowOptions) -> Sequence[str]:
+    return list(dict.fromkeys((*filter(None, [options.id_field]), *(options.keep or ()))))
+
+
+def _places(block: Block, errors: pa.ChunkedArray) -> pa.Array:
+    if errors.null_count == len(errors):
+        return pa.nulls(len(errors), pa.string())
+    return pa.array([block.place(row) if error else None for row, error in enumerate(errors.to_pylist())], pa.string())
+
+
+def _without_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
