@@ -27,7 +27,7 @@ from npu_proxy.bulk.job import Job, Progress, run
 from npu_proxy.bulk.rows import RowOptions
 from npu_proxy.bulk.texts import TextSource
 from npu_proxy.errors import DeadlineError, JobError
-from npu_proxy.types import EmbedResult
+from npu_proxy.types import EmbedResult, TextInput
 
 TEXTS = ["the cat", 'a "quoted", text\nof two lines', "naïve café", "sea " * 70, "the cat"]
 
@@ -43,7 +43,7 @@ def make(engine: Engine, source: Path, target: Path | None, output: Any = "dense
 
 
 def start(engine: Engine, job: Job, **options: Any) -> Progress:
-    def compute(texts: Iterable[str]) -> Iterator[EmbedResult]:
+    def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
         return engine.results(texts, batch_size=3, output_type=job.rows.columns.output_type, **options)
 
     return run(job, compute)
@@ -285,7 +285,7 @@ def test_errors_that_are_not_the_texts_own_are_tried_again_and_never_null(
     source = write_rows(tmp_path / "a.jsonl", ["the cat", "the dog"])
     failures = iter([True, True])
 
-    def compute(texts: Iterable[str]) -> Iterator[EmbedResult]:
+    def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
         for result in engine.results(texts):
             yield replace(result, errors=[DeadlineError("too late")] * len(result.errors)) if next(failures, False) else result
 
@@ -369,7 +369,7 @@ def test_a_job_killed_at_any_point_ends_with_the_output_of_an_undisturbed_one(
     numbers, kills = random.Random(2), 0
     functions = (("replace", Path), ("fsync", os), ("open", Path), ("unlink", Path))
 
-    def compute(texts: Iterable[str]) -> Iterator[EmbedResult]:
+    def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
         for result in engine.results(texts, batch_size=3):
             if numbers.random() < 0.15:
                 raise Killed
@@ -405,7 +405,7 @@ def test_what_changed_since_a_job_began_is_refused_by_name(tmp_path: Path, engin
     known = source.stat()
 
     def begin(**changes: Any) -> None:
-        def compute(texts: Iterable[str]) -> Iterator[EmbedResult]:
+        def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
             for count, result in enumerate(engine.results(texts, batch_size=3)):
                 if count == 15:
                     raise Killed
@@ -472,7 +472,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, engine: Engine, small_pa
         def __exit__(self, *_: object) -> None:
             self.file.close()
 
-    def compute(texts: Iterable[str]) -> Iterator[EmbedResult]:
+    def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
         return engine.results(texts, batch_size=3)
 
     whole = Path.open
@@ -509,13 +509,13 @@ def test_shards_and_limits_cover_everything_once(tmp_path: Path, engine: Engine,
 def test_equal_texts_are_computed_once_and_have_ids_of_their_own(tmp_path: Path, engine: Engine, small_parts: None) -> None:
     texts = random_texts(300, 5)
     source = write_rows(tmp_path / "a.jsonl", texts)
-    asked: list[str] = []
+    asked: list[TextInput] = []
 
-    def compute(given: Iterable[str]) -> Iterator[EmbedResult]:
+    def compute(given: Iterable[TextInput]) -> Iterator[EmbedResult]:
         return engine.results((asked.append(text) or text for text in given), batch_size=3)
 
     run(make(engine, source, tmp_path / "out.parquet"), compute)
-    assert sorted(asked) == sorted(set(texts))
+    assert sorted(map(str, asked)) == sorted(set(texts))
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert len({row["row_id"] for row in rows}) == 300
     first = {text: number for number, text in reversed(list(enumerate(texts)))}
@@ -526,6 +526,47 @@ def test_equal_texts_are_computed_once_and_have_ids_of_their_own(tmp_path: Path,
     run(make(engine, source, tmp_path / "again.parquet"), compute)
     again = pq.read_table(tmp_path / "again.parquet").to_pylist()
     assert [row["row_id"] for row in again[1:]] == [row["row_id"] for row in rows]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("per_chunk", [False, True])
+def test_an_output_is_brought_up_to_date(tmp_path: Path, small_parts: None, suffix: str, per_chunk: bool) -> None:
+    asked: list[TextInput] = []
+    target = tmp_path / f"out.{suffix}"
+    options: Any = {"truncate": "chunk", "chunking": Chunking(spans=True)} if per_chunk else {}
+    long = "the cat sat on the mat. " * 20
+
+    with Engine(golden("mean")[0]) as engine:
+
+        def compute(given: Iterable[TextInput]) -> Iterator[EmbedResult]:
+            return engine.results((asked.append(text) or text for text in given), batch_size=3, **options)
+
+        def rows_after(start: Any, texts: list[str], name: Path = target) -> list[dict[str, Any]]:
+            source = write_rows(tmp_path / "a.jsonl", texts)
+            asked.clear()
+            run(make(engine, source, name, start=start, per_chunk=per_chunk, options=options), compute)
+            return (pq.read_table(name) if suffix == "parquet" else feather.read_table(name)).to_pylist()
+
+        texts = [*(f"cat {number}" for number in range(50)), "", long, *(f"dog {number}" for number in range(50))]
+        rows_after("update", texts)
+        assert len(asked) == 102
+        changed = ["new", *texts[10:60], "newer", long + "more", *texts[55:]]
+        found = rows_after("update", changed)
+        assert sorted(map(str, asked)) == sorted(["", "new", "newer", long + "more"])
+        whole = rows_after("new", changed, tmp_path / f"whole.{suffix}")
+        vectors = [[row.pop("embedding") or [1.0] * 32 for row in rows] for rows in (found, whole)]
+        assert found == whole
+        assert smallest_cosine(*map(np.array, vectors)) > 0.999999
+        assert rows_after("update", changed[::-1])[0]["embedding"] == pytest.approx(vectors[0][-1])
+        assert asked == [""]
+        with pytest.raises(InputError, match=r"was made with fingerprint=.*--overwrite"):
+            run(make(engine, tmp_path / "a.jsonl", target, start="update", metadata={"fingerprint": "0"}, options=options), compute)
+        pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
+        with pytest.raises(InputError, match="is no output of npu-proxy embed"):
+            run(make(engine, tmp_path / "a.jsonl", tmp_path / "other.parquet", start="update"), compute)
+        np.save(tmp_path / "other.npy", np.zeros([1, 2]))
+        with pytest.raises(InputError, match=r"only \.parquet and \.arrow and \.feather outputs can be brought up to date"):
+            run(make(engine, tmp_path / "a.jsonl", tmp_path / "other.npy", start="update"), compute)
 
 
 @given(st.lists(st.integers(0, 30), max_size=200), st.integers(1, 9))

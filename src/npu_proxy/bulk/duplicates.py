@@ -136,3 +136,8 @@ def hexadecimal(keys: Digests) -> Sequence[str]:
     """Digests as 32 hexadecimal digits each."""
     flat: Any = np.ascontiguousarray(keys).tobytes().hex()
     return [flat[start : start + 2 * DIGEST_BYTES] for start in range(0, len(flat), 2 * DIGEST_BYTES)]
+
+
+def from_hexadecimal(names: Sequence[str]) -> Digests:
+    """Digests of which ``hexadecimal`` made these names."""
+    return np.frombuffer(bytearray.fromhex("".join(names)), np.uint64).reshape(-1, 2)

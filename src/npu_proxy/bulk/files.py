@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from npu_proxy.errors import InputError
 
-STANDARD_INPUT = "-"
+STANDARD_INPUT = "/dev/stdin"
+"""What `-` stands for, on every system."""
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -139,8 +140,8 @@ def find_inputs(names: Sequence[str], format: str | None = None) -> list[InputFi
 
 
 def _expanded(name: str, format: str | None) -> Iterable[InputFile]:
-    if name == STANDARD_INPUT:
-        return [_checked(InputFile(name=name, format=format or "txt"))]
+    if name in ("-", STANDARD_INPUT):
+        return [_checked(InputFile(name=STANDARD_INPUT, format=format or "txt"))]
     if "://" in name:
         return _remote(name, format)
     path = Path(name)

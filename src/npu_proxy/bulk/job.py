@@ -11,17 +11,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from npu_proxy.bulk.arrow import compute as arrow
+from npu_proxy.bulk.duplicates import Numbers
 from npu_proxy.bulk.files import InputFile
 from npu_proxy.bulk.output import Output, write_errors
 from npu_proxy.bulk.parts import Parts
+from npu_proxy.bulk.previous import Previous
 from npu_proxy.bulk.readers import Block, Inputs, ReadOptions
-from npu_proxy.bulk.rows import ERROR, HASH, ROW_ID, Compute, Pipeline, RowOptions, Rows
+from npu_proxy.bulk.rows import ERROR, HASH, PREVIOUS, ROW_ID, Compute, Pipeline, RowOptions, Rows
 from npu_proxy.bulk.work_folder import Start, WorkFolder, open_work
 from npu_proxy.bulk.writers import PLACE, Format, OutputSchema, format_of, json_lines, row_schema
 from npu_proxy.errors import InputError
@@ -86,7 +90,7 @@ def run(job: Job, compute: Compute, report: Report = lambda _: None) -> Progress
         report(progress)
 
     if job.target is None:
-        stream(job, _own(job, inputs), compute, tell)
+        stream(job, own_blocks(job, inputs), compute, tell)
         return progress
     target = checked_target(job)
     form = _checked_format(job, target)
@@ -95,7 +99,7 @@ def run(job: Job, compute: Compute, report: Report = lambda _: None) -> Progress
         for part in work.parts:
             tell(work.table(part))
         progress.resumed, progress.resumed_tokens = progress.rows, progress.tokens
-        _write_parts(job, work, form, _own(job, inputs), compute, progress, tell)
+        _write_parts(job, work, form, own_blocks(job, inputs), compute, progress, tell)
     return progress
 
 
@@ -124,7 +128,10 @@ def _write_parts(
                 raise problem
             parts.add(table, rows)
 
-        pipeline = Pipeline(job.rows, done, parts.earlier)
+        previous = Previous(work.target, job.rows, job.metadata) if job.start == "update" and work.target.exists() else None
+        pipeline = Pipeline(job.rows, done, partial(_earlier, parts, previous))
+        for keys, numbers in previous.hashes() if previous else ():
+            pipeline.know(keys, numbers)
         parts.skip(blocks, pipeline)
         for result in compute(pipeline.texts(blocks)):
             pipeline.take(result, compute)
@@ -136,6 +143,16 @@ def _write_parts(
         written = output.finish()
         write_errors(work, work.target)
         work.finish(written)
+
+
+def _earlier(parts: Parts, previous: Previous | None, numbers: Numbers) -> pa.Table:
+    """What was computed for earlier rows of this job, and for rows of the output before it, by their sorted numbers."""
+    if previous is None:
+        return parts.earlier(numbers)
+    cut = int(np.searchsorted(numbers, PREVIOUS))
+    found = [parts.earlier(numbers[:cut])] if cut else []
+    found += [previous.take(numbers[cut:])] if cut < len(numbers) else []
+    return pa.concat_tables(found)
 
 
 def _too_many_errors(job: Job, form: Format, table: pa.Table, failed: int) -> InputError | None:
@@ -222,7 +239,7 @@ def _plan(job: Job) -> Mapping[str, Any]:
     }
 
 
-def _own(job: Job, blocks: Iterable[Block]) -> Iterator[Block]:
+def own_blocks(job: Job, blocks: Iterable[Block]) -> Iterator[Block]:
     """The blocks of a job's shard, within its limit."""
     number, count = job.shard
     left = job.limit

@@ -20,12 +20,14 @@ from npu_proxy.bulk.readers import Block
 from npu_proxy.bulk.texts import TextSource
 from npu_proxy.bulk.writers import PLACE
 from npu_proxy.errors import InputError, JobError
-from npu_proxy.types import EmbedResult
+from npu_proxy.types import EmbedResult, TextInput
 
 INDEX_BYTES = 1_000_000_000
 """Most memory for the digests of texts (24 million of them), and as much for counts of those that occur again."""
 _PAUSES = (1.0, 5.0, 20.0)
 """Seconds before texts that failed through no fault of their own are tried again."""
+PREVIOUS = 1 << 62
+"""Rows of an earlier output are numbered from here on."""
 INDEX, ROW_ID, HASH, ERROR = "index", "row_id", "hash", "error"
 """Columns of every row: its number among all inputs, its id, the digest of its text, and why it failed."""
 
@@ -33,7 +35,7 @@ INDEX, ROW_ID, HASH, ERROR = "index", "row_id", "hash", "error"
 class Compute(Protocol):
     """Computes texts: yields results in order, each for as many texts as it likes."""
 
-    def __call__(self, texts: Iterable[str], /) -> Iterator[EmbedResult]: ...
+    def __call__(self, texts: Iterable[TextInput], /) -> Iterator[EmbedResult]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class Rows:
     block: Block
     keys: Digests
     ids: Sequence[str] | None
-    new: Sequence[str]
+    new: Sequence[TextInput]
     earlier: Numbers
     errors: Sequence[str]
     bad: npt.NDArray[np.bool_]
@@ -90,16 +92,21 @@ class Pipeline:
         self._index = DigestIndex(INDEX_BYTES) if earlier else None
         self._counts = DigestIndex(INDEX_BYTES) if earlier and not options.id_field else None
         self._waiting: deque[Rows] = deque()
-        self._texts: deque[str] = deque()
+        self._texts: deque[TextInput] = deque()
         self._results: list[EmbedResult] = []
         self._count = 0
 
-    def texts(self, blocks: Iterable[Block]) -> Iterator[str]:
+    def know(self, keys: Digests, numbers: Numbers) -> None:
+        """Texts that need not be computed; ``earlier`` finds what they have by these numbers."""
+        if self._index is not None:
+            self._index.put(keys, numbers)
+
+    def texts(self, blocks: Iterable[Block]) -> Iterator[TextInput]:
         """The texts to compute, each once as far as that is known."""
         for block in blocks:
             yield from self.take_block(block)
 
-    def take_block(self, block: Block) -> Sequence[str]:
+    def take_block(self, block: Block) -> Sequence[TextInput]:
         """Receive the next block; returns the texts of it that are to be computed."""
         rows = self.prepare(block)
         self._waiting.append(rows)
@@ -123,15 +130,16 @@ class Pipeline:
     def prepare(self, block: Block) -> Rows:
         """Find out which texts of a block are new. Raises InputError if ids cannot be made."""
         texts = self._options.text.texts(block)
-        good = np.array([isinstance(text, str) for text in texts], np.bool_)
+        good = np.array([not isinstance(text, InputError) for text in texts], np.bool_)
         keys = digests(map(str, texts))
         numbers = np.arange(len(texts))
         first = numbers.copy()
         first[good] = numbers[good][first_of_each(keys[good])]
         known = self._index.find(keys) if self._index is not None else np.full(len(texts), -1, np.int64)
         known[~good] = -1
-        is_new = good & (first == numbers) & (known < 0)
-        fits = self._index is None or self._index.put(keys[is_new], numbers[is_new] + block.first)
+        is_first = good & (first == numbers) & ((known < 0) | (known >= PREVIOUS))
+        is_new = is_first & (known < 0)
+        fits = self._index is None or self._index.put(keys[is_first], numbers[is_first] + block.first)
         if not fits and self._counts is not None:
             message = "there are more different texts than ids can be made for; name a column of ids with --id-field"
             raise InputError(message, param="id_field")
@@ -145,10 +153,10 @@ class Pipeline:
         return Rows(
             block=block,
             keys=keys,
-            ids=self._make_ids(block, keys, good, ~is_new),
-            new=[text for text, new in zip(texts, is_new, strict=True) if new and isinstance(text, str)],
+            ids=self._make_ids(block, keys, good, ~is_first),
+            new=[text for text, new in zip(texts, is_new, strict=True) if new and not isinstance(text, InputError)],
             earlier=earlier,
-            errors=[str(text) for text in texts if not isinstance(text, str)],
+            errors=[str(text) for text in texts if isinstance(text, InputError)],
             bad=~good,
             order=order,
         )
@@ -156,7 +164,7 @@ class Pipeline:
     def _make_ids(
         self, block: Block, keys: Digests, good: npt.NDArray[np.bool_], again: npt.NDArray[np.bool_]
     ) -> Sequence[str] | None:
-        """An id per row: of the file's name, the text, and how often the text has occurred before. again: rows that are not new."""
+        """An id per row: of the file's name, the text, and how often it has occurred before. again: rows of texts that have."""
         if self._counts is None:
             return None
         named = keys ^ digests([Path(block.file).name])
@@ -194,7 +202,7 @@ class Pipeline:
         return _with_input(self._options, rows, table)
 
 
-def _persistent(texts: Sequence[str], result: EmbedResult, again: Compute) -> EmbedResult:
+def _persistent(texts: Sequence[TextInput], result: EmbedResult, again: Compute) -> EmbedResult:
     """The result, without errors that are not the texts' own: those texts are tried again. Raises JobError in the end."""
     for pause in _PAUSES:
         blameless = next((error for error in result.errors if error is not None and not isinstance(error, InputError)), None)
@@ -208,7 +216,7 @@ def _persistent(texts: Sequence[str], result: EmbedResult, again: Compute) -> Em
     return result
 
 
-def _with_errors(columns: Columns, texts: Sequence[str], result: EmbedResult | None) -> pa.Table:
+def _with_errors(columns: Columns, texts: Sequence[TextInput], result: EmbedResult | None) -> pa.Table:
     if result is None:
         table = columns.schema.empty_table()
         return table.append_column(ERROR, pa.array([], pa.string()))

@@ -14,6 +14,7 @@ from npu_proxy.bulk.arrow import are_json_texts, is_json, json_as_texts, json_va
 from npu_proxy.bulk.files import InputFile
 from npu_proxy.bulk.readers import Block, Inputs, ReadOptions
 from npu_proxy.errors import InputError
+from npu_proxy.types import Pair
 
 _decode = msgspec.json.decode
 _MISSING = object()
@@ -22,13 +23,21 @@ _KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list",
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """What of a row is its text: a field, or several in a template such as `{title}: {text}`."""
+    """What of a row is its text: a field, or several in a template such as `{title}: {text}`.
+
+    query: the field of a query, with which the text becomes a Pair, for rerankers.
+    """
 
     field: str = "text"
     template: str | None = None
+    query: str | None = None
 
     def fields(self) -> Sequence[str]:
         """The fields it needs. Raises InputError for a template that is wrong."""
+        own = self._fields_of_text()
+        return own if self.query is None else list(dict.fromkeys((*own, self.query)))
+
+    def _fields_of_text(self) -> Sequence[str]:
         if self.template is None:
             return [self.field]
         names = list(dict.fromkeys(name for _, name in self._parts() if name is not None))
@@ -50,9 +59,19 @@ class TextSource:
             raise InputError(f"the template {self.template!r} needs names of fields in braces, such as {{title}}", param="template")
         return [(text, name) for text, name, _, _ in parsed]
 
-    def texts(self, block: Block) -> list[str | InputError]:
+    def texts(self, block: Block) -> list[str | Pair | InputError]:
         """The text of each row, or what is wrong with it."""
-        values = [list(column_values(block.table, name)) for name in self.fields()]
+        texts = self._texts(block)
+        if self.query is None:
+            return list(texts)
+        queries = TextSource(field=self.query).texts(block)
+        pairs: list[str | Pair | InputError] = []
+        for query, text in zip(queries, texts, strict=True):
+            pairs.append(Pair(query, text) if isinstance(query, str) and isinstance(text, str) else _first_error(query, text))
+        return pairs
+
+    def _texts(self, block: Block) -> list[str | InputError]:
+        values = [list(column_values(block.table, name)) for name in self._fields_of_text()]
         make = self._of_field if self.template is None else self._of_template
         texts: list[str | InputError] = []
         for row, fields in enumerate(zip(*values, strict=True)):
@@ -74,8 +93,12 @@ class TextSource:
     def _of_template(self, values: Sequence[Any]) -> str | InputError:
         if all(value is None or value is _MISSING for value in values):
             return _wrong(f"has none of the fields of the template {self.template!r}")
-        written = dict(zip(self.fields(), map(_written, values), strict=True))
+        written = dict(zip(self._fields_of_text(), map(_written, values), strict=True))
         return "".join(text + (written[name] if name else "") for text, name in self._parts())
+
+
+def _first_error(*values: object) -> InputError:
+    return next(value for value in values if isinstance(value, InputError))
 
 
 def _wrong(what: str) -> InputError:
@@ -96,6 +119,7 @@ def read_texts(files: Sequence[InputFile], source: TextSource, delimiter: str | 
         for row, text in enumerate(source.texts(block)):
             if isinstance(text, InputError):
                 raise InputError(f"{block.place(row)}: {text}", param="input")
+            assert isinstance(text, str)  # there is no query
             yield text
 
 

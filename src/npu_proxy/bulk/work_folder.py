@@ -23,7 +23,8 @@ import pyarrow as pa
 from npu_proxy.bulk.arrow import compute, read_mapped
 from npu_proxy.errors import InputError, JobError
 
-Start = Literal["new", "resume", "overwrite"]
+Start = Literal["new", "resume", "overwrite", "update"]
+"""What to do with an unfinished job: refuse it, continue it, begin again, or continue it unless it has become another one."""
 _MANIFEST = "manifest.jsonl"
 _LOCK = "lock"
 _OPEN_PARTS = 8
@@ -79,6 +80,8 @@ class WorkFolder:
         if not lines and start == "resume" and self.target.exists():
             message = f"`{self.target}` exists, and there is no unfinished job of it to resume; replace it with --overwrite"
             raise InputError(message, param="resume")
+        if lines and start == "update" and lines[0].get("plan") != plan:
+            lines = []
         if not lines or start == "overwrite":
             self._clear()
             _append(manifest, {"plan": plan})

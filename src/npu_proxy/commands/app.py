@@ -6,7 +6,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, config
 from rich.console import Console
 from rich.markup import escape
 
+from npu_proxy.bulk.files import STANDARD_INPUT
 from npu_proxy.commands.cache import cache
 from npu_proxy.commands.embed import embed
 from npu_proxy.commands.files import PARAMETERS, Ended
@@ -133,7 +134,7 @@ def _quit(message: str, code: int) -> NoReturn:
 
 def _without_old_spellings(arguments: Iterable[str]) -> Iterable[str]:
     """Translate `--fallback off` and `--profile off`, the syntax of earlier versions, to `--no-fallback` and `--no-profile`."""
-    remaining = iter(arguments)
+    remaining = _without_lone_hyphens(arguments)
     for argument in remaining:
         name, equals, value = argument.partition("=")
         if name not in ("--fallback", "--profile"):
@@ -146,6 +147,15 @@ def _without_old_spellings(arguments: Iterable[str]) -> Iterable[str]:
             yield argument
             if not equals and following is not None:
                 yield following
+
+
+def _without_lone_hyphens(arguments: Iterable[str]) -> Iterator[str]:
+    """Translate `--input -`, which the parser would take for a flag."""
+    is_input = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            is_input = argument == "--input"
+        yield STANDARD_INPUT if is_input and argument == "-" else argument
 
 
 def _check_environment() -> None:

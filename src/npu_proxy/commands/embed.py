@@ -19,7 +19,7 @@ from npu_proxy.engine.encode_options import find_prompt
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.options import RequestOptions, make_request
 from npu_proxy.errors import InputError
-from npu_proxy.types import Chunking, DType, EmbedResult, Truncate
+from npu_proxy.types import Chunking, DType, EmbedResult, TextInput, Truncate
 
 
 def embed(
@@ -92,11 +92,11 @@ def embed(
     with Engine(settings=settings) as engine:
         columns = columns_of(output_type, engine.spec, options, ColumnOptions(per_chunk=per_chunk))
 
-        def compute(texts: Iterable[str]) -> Iterator[EmbedResult]:
+        def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
             results = engine.results
             return results(texts, batch_size=batch_size, parallel=parallel, output_type=columns.output_type, **options)
 
-        metadata = _metadata(engine, output_type, options)
+        metadata = job_metadata(engine, output_type, options)
         if texts:
             rows = RowOptions(text=TextSource(), columns=columns, keep=())
             given = Job(files=[], rows=rows, metadata=metadata, on_error=writing.on_error or "stop")
@@ -104,8 +104,8 @@ def embed(
                 raise InputError("--output needs --input; texts on the command line are printed", param="output")
             stream(given, [_given(texts)], compute)
             return
-        job = make_job(reading, writing, columns, metadata)
-        run_job(engine, job, compute, writing.progress if writing.output or reading.input else "none")
+        job = make_job(reading.text(), reading, writing, columns, metadata)
+        run_job(engine, job, compute, writing)
 
 
 def _given(texts: Sequence[str]) -> Block:
@@ -114,7 +114,7 @@ def _given(texts: Sequence[str]) -> Block:
     return Block(file="command line", unit="text", places=range(1, len(texts) + 1), table=table)
 
 
-def _metadata(engine: Engine, output_type: OutputName, options: RequestOptions) -> dict[str, Any]:
+def job_metadata(engine: Engine, output_type: OutputName, options: RequestOptions) -> dict[str, Any]:
     """What made the vectors; stored in files, and compared when a job is resumed."""
     request = make_request(["a"], options, None)
     spec = engine.spec

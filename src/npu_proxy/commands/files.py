@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal, NoReturn
 from cyclopts import Parameter
 
 from npu_proxy.bulk.columns import Columns
+from npu_proxy.bulk.dry_run import forecast, told
 from npu_proxy.bulk.files import STANDARD_INPUT, find_inputs
 from npu_proxy.bulk.job import Job, OnError, Progress, run
 from npu_proxy.bulk.output import errors_file
 from npu_proxy.bulk.progress import ProgressStyle, shown_progress
-from npu_proxy.bulk.rows import RowOptions
+from npu_proxy.bulk.rows import Compute, RowOptions
 from npu_proxy.bulk.texts import TextSource
+from npu_proxy.bulk.work_folder import Start
 from npu_proxy.bulk.writers import format_of, row_schema
 from npu_proxy.commands.shared import say
 from npu_proxy.engine.engine import Engine
@@ -81,12 +83,19 @@ class OutputFlags:
     overwrite: bool = False
     """Replace the output, and start an unfinished job again."""
 
+    update: bool = False
+    """Bring an existing .parquet or .arrow output up to date: texts that it has are not computed again, and rows that are gone from
+    the input are left out."""
+
     on_error: OnError | None = None
     """What becomes of a row whose text cannot be embedded: stop the job, write null, or skip the row. Such rows are listed in
     OUTPUT.errors.jsonl. Default: null, or stop where the output has no null (integer .npy, standard output)."""
 
     max_errors: int = 100
     """Stop when more rows have failed."""
+
+    dry_run: bool = False
+    """Read the input, compute a sample of it, and say what the job would take: rows, tokens, time and size."""
 
     progress: ProgressStyle = "auto"
     """A bar (on a terminal), or JSON lines every ten seconds."""
@@ -113,38 +122,42 @@ INPUT = InputFlags()
 OUTPUT = OutputFlags()
 
 
-def make_job(reading: InputFlags, writing: OutputFlags, columns: Columns, metadata: Mapping[str, Any]) -> Job:
+def make_job(text: TextSource, reading: InputFlags, writing: OutputFlags, columns: Columns, metadata: Mapping[str, Any]) -> Job:
     """The job that the flags describe. Raises InputError."""
     for name, value, least in (("limit", reading.limit, 1), ("max_errors", writing.max_errors, 0)):
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, not {value}", param=name)
     if reading.delimiter is not None and len(reading.delimiter.encode()) != 1:
         raise InputError(f"delimiter is {reading.delimiter!r}; it must be one character", param="delimiter")
-    if writing.resume and writing.overwrite:
-        raise InputError("--resume and --overwrite contradict each other", param="resume")
+    starts: list[Start] = [name for name in ("resume", "overwrite", "update") if getattr(writing, name)]
+    if len(starts) > 1:
+        raise InputError(f"--{starts[0]} and --{starts[1]} contradict each other", param=starts[0])
     has_null = writing.output is not None and format_of(writing.output).has_null
     return Job(
         files=find_inputs(reading.input or (STANDARD_INPUT,), reading.format),
-        rows=RowOptions(text=reading.text(), columns=columns, keep=writing.keep(), id_field=writing.id_field),
+        rows=RowOptions(text=text, columns=columns, keep=writing.keep(), id_field=writing.id_field),
         metadata=metadata,
         delimiter=reading.delimiter,
         limit=reading.limit,
         shard=writing.shards(),
         target=writing.output,
-        start="resume" if writing.resume else "overwrite" if writing.overwrite else "new",
+        start=starts[0] if starts else "new",
         on_error=writing.on_error or ("null" if has_null and has_null(row_schema(columns.schema)) else "stop"),
         max_errors=writing.max_errors,
     )
 
 
-def run_job(engine: Engine, job: Job, compute: Any, style: ProgressStyle) -> None:
-    """Run a job with its progress shown, and tell what was done."""
+def run_job(engine: Engine, job: Job, compute: Compute, writing: OutputFlags) -> None:
+    """Run a job with its progress shown, and tell what was done; or only what it would do."""
+    if writing.dry_run:
+        print(told(forecast(job, compute)))
+        return
 
     def padding() -> float | None:
         counters = engine.stats().counters
         return 1 - counters.tokens / counters.positions if counters.positions else None
 
-    with _ended_by_signals(), _hint(job), shown_progress(style, padding) as report:
+    with _ended_by_signals(), _hint(job), shown_progress(writing.progress, padding) as report:
         progress = run(job, compute, report)
     say(_told(progress, engine, job))
 

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
 
+from npu_proxy.bulk.columns import ColumnOptions, OutputName, columns_of
 from npu_proxy.bulk.files import STANDARD_INPUT, find_inputs
-from npu_proxy.bulk.texts import read_texts
+from npu_proxy.bulk.texts import TextSource, read_texts
 from npu_proxy.bulk.verify import verify as compare_vectors
-from npu_proxy.commands.files import INPUT, InputFlags
+from npu_proxy.commands.files import INPUT, OUTPUT, InputFlags, OutputFlags, make_job, run_job
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings
 from npu_proxy.engine.engine import Engine
+from npu_proxy.engine.options import RequestOptions
 from npu_proxy.engine.validation import can_classify, can_rerank
 from npu_proxy.errors import InputError
 from npu_proxy.models.resolve import read_model
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
-from npu_proxy.types import Similarity
+from npu_proxy.types import EmbedResult, Similarity, TextInput
 
 
 def rerank(
-    query: str,
+    query: str = "",
+    /,
     *documents: str,
     reading: InputFlags = INPUT,
+    query_field: str | None = None,
+    writing: OutputFlags = OUTPUT,
     top_n: int | None = None,
     raw: bool = False,
     json: bool = False,
@@ -36,7 +41,8 @@ def rerank(
     """Rank documents by relevance to a query, best first. A long document is scored by its best part.
 
     Uses the first cross-encoder or late-interaction model in the setting `model`. If neither documents nor --input are given, each
-    line of standard input is a document. Blank documents are not ranked.
+    line of standard input is a document. Blank documents are not ranked. With --query-field and --output, every row of the input is
+    a query and a document, and the output has their score.
 
     Parameters
     ----------
@@ -44,6 +50,8 @@ def rerank(
         The query.
     documents
         The documents, one per argument; those of --input follow.
+    query_field
+        Field or column of the input that contains a query; needs --output, and a cross-encoder.
     top_n
         Show only the best `top_n` documents.
     raw
@@ -51,8 +59,16 @@ def rerank(
     json
         Print one JSON object per document: its index among all documents, blank ones included, its score, and the document.
     """
+    settings = _with_first(settings, can_rerank)
+    if (query_field is None) != (writing.output is None) or (query_field is not None and (query or documents)):
+        message = "--query-field and --output belong together: a query and a document per row, without others on the command line"
+        raise InputError(message, param="query_field")
+    if query_field is not None:
+        text = replace(reading.text(), query=query_field)
+        _run_scores("relevance", text, reading, writing, ColumnOptions(raw=raw), settings)
+        return
     candidates = _texts(documents, reading)
-    with Engine(settings=_with_first(settings, can_rerank)) as engine:
+    with Engine(settings=settings) as engine:
         for result in engine.rerank(query, [text for _, text in candidates], top_n=top_n, raw=raw, truncate="chunk"):
             index, document = candidates[result.index]
             if json:
@@ -64,6 +80,7 @@ def rerank(
 def classify(
     *texts: str,
     reading: InputFlags = INPUT,
+    writing: OutputFlags = OUTPUT,
     top_n: int | None = 1,
     raw: bool = False,
     json: bool = False,
@@ -72,7 +89,7 @@ def classify(
     """Classify texts.
 
     Uses the first sequence classification model in the setting `model`. If neither texts nor --input are given, each line of
-    standard input is a text. Blank texts are left out.
+    standard input is a text. Blank texts are left out. With --output, the labels of each row are written to a file.
 
     Parameters
     ----------
@@ -85,17 +102,39 @@ def classify(
     json
         Print one JSON object per text: its index among all texts, blank ones included, the text, and its labels.
     """
+    settings = _with_first(settings, can_classify)
+    if writing.output is not None:
+        if texts:
+            raise InputError("--output needs --input; labels of texts on the command line are printed", param="output")
+        _run_scores("labels", reading.text(), reading, writing, ColumnOptions(top_n=top_n, raw=raw), settings)
+        return
     inputs = _texts(texts, reading)
     if not inputs:
         message = "there are no texts to classify; give texts as arguments, a file with --input, or lines on standard input"
         raise InputError(message, param="input")
-    with Engine(settings=_with_first(settings, can_classify)) as engine:
+    with Engine(settings=settings) as engine:
         found = engine.classify([text for _, text in inputs], top_n=top_n, raw=raw)
         for (index, text), labels in zip(inputs, found, strict=True):
             if json:
                 _print({"index": index, "text": text, "labels": [asdict(label) for label in labels]})
             else:
                 print(f"{', '.join(f'{label.label} {label.score:.4f}' for label in labels)}  {text}")
+
+
+def _run_scores(
+    output: OutputName, text: TextSource, reading: InputFlags, writing: OutputFlags, options: ColumnOptions, settings: Settings
+) -> None:
+    """Run a job that writes the labels or the relevance of each row."""
+    with Engine(settings=replace(settings, cache_mb=0)) as engine:
+        columns = columns_of(output, engine.spec, {}, options)
+        request: RequestOptions = {"truncate": "chunk"} if output == "relevance" else {}
+
+        def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
+            return engine.results(texts, output_type=columns.output_type, **request)
+
+        metadata = {"model": engine.spec.name, "fingerprint": engine.spec.fingerprint, "output": output, **asdict(options)}
+        job = make_job(text, reading, writing, columns, metadata)
+        run_job(engine, job, compute, writing)
 
 
 def similarity(
