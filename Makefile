@@ -82,6 +82,16 @@ clients: weights .venv-clients/.done .venv-clients-older/.done  ## test with rea
 	.venv-clients/bin/python -m pytest -p no:asyncio tests/clients
 	.venv-clients-older/bin/python -m pytest -p no:asyncio tests/clients/test_older_sdks.py
 
+.venv-bulk/.done: requirements/bulk.txt pyproject.toml
+	$(PYTHON) -m venv .venv-bulk
+	.venv-bulk/bin/python $(HASHED)/build.txt
+	.venv-bulk/bin/python $(HASHED)/bulk.txt
+	.venv-bulk/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+sinks: weights .venv-bulk/.done  ## test databases and indexes as outputs of jobs, Ray, and adapters against their libraries (2 GB in .venv-bulk)
+	.venv-bulk/bin/python -m pytest -p no:asyncio -p no:anyio -p no:langsmith tests/sinks tests/ray tests/compat
+
 quality: $(VENV)/.bench weights  ## measure the default model on STS-B and SciFact, and the example models on SciFact and Banking77
 	$(BIN)/python bench/quality.py --data $(DATA)
 
@@ -140,10 +150,11 @@ lock: $(VENV)/.python  ## regenerate requirements/*.txt from pyproject.toml
 	$(LOCK) -c requirements/run.txt --group dev -o requirements/dev.txt
 	$(LOCK) -c requirements/run.txt --group clients pyproject.toml -o requirements/clients.txt
 	$(LOCK) -c requirements/run.txt --group clients-older pyproject.toml -o requirements/clients-older.txt
+	$(LOCK) -c requirements/run.txt --group bulk pyproject.toml -o requirements/bulk.txt
 	$(LOCK) -c requirements/run.txt --group bench --group quality -o requirements/bench.txt
 
 docs:  ## make docs/fields.md from the body types of the APIs
 	$(BIN)/python tools/docs/fields.py > docs/fields.md
 
 clean:  ## remove the environments and the caches of tools
-	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients .venv-clients-older tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients .venv-clients-older .venv-bulk tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis

@@ -216,7 +216,7 @@ def test_sparse_token_label_and_relevance_columns(tmp_path: Path) -> None:
         with Engine(GOLDEN / model) as engine:
             target = tmp_path / f"{model}.parquet"
             assert start(engine, make(engine, source, target, output)).failed == 1
-            with pytest.raises(InputError, match="npy format stores one vector"):
+            with pytest.raises(InputError, match="this format stores one vector"):
                 start(engine, make(engine, source, tmp_path / "out.npy", output))
             expected = check(engine)
         row, bad, _ = pq.read_table(target).to_pylist()

@@ -48,8 +48,8 @@ def forecast(job: Job, compute: Compute) -> Forecast:
         rows += len(block)
         bad += len(prepared.errors)
         kept += block.table.nbytes if job.rows.keep is None else 0
-        places = [block.place(int(row)) for row in prepared.bad.nonzero()[0][:_MOST_SHOWN]]
-        problems += [f"{place}: {error}" for place, error in zip(places, prepared.errors[:_MOST_SHOWN], strict=True)]
+        places = [block.place(row) for row, text in enumerate(prepared.hashes) if text is None]
+        problems += [f"{place}: {error}" for place, error in zip(places, prepared.errors, strict=True)][:_MOST_SHOWN]
         for text in prepared.new:
             texts += 1
             if len(sample) < _SAMPLE:

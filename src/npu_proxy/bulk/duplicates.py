@@ -35,6 +35,13 @@ def first_of_each(keys: Digests) -> Numbers:
     return np.fromiter(map(first.setdefault, names, itertools.count()), np.int64, len(names))
 
 
+def first_of(keys: Digests, among: npt.NDArray[np.bool_]) -> Numbers:
+    """For each digest the number of the first that equals it; of those ``among`` only, and otherwise its own number."""
+    first = np.arange(len(keys))
+    first[among] = first[among][first_of_each(keys[among])]
+    return first
+
+
 class DigestIndex:
     """Digests and a number for each, in a hash table with linear probing. Once it is full, it takes no more.
 

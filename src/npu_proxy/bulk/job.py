@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,17 @@ import numpy as np
 import pyarrow as pa
 
 from npu_proxy.bulk.arrow import compute as arrow
+from npu_proxy.bulk.delivery import Delivery, check_table, key_of
 from npu_proxy.bulk.duplicates import Numbers
 from npu_proxy.bulk.files import InputFile
 from npu_proxy.bulk.output import Output, write_errors
 from npu_proxy.bulk.parts import Parts
 from npu_proxy.bulk.previous import Previous
 from npu_proxy.bulk.readers import Block, Inputs, ReadOptions
-from npu_proxy.bulk.rows import ERROR, HASH, PREVIOUS, ROW_ID, Compute, Pipeline, RowOptions, Rows
-from npu_proxy.bulk.work_folder import Start, WorkFolder, open_work
+from npu_proxy.bulk.rows import ERROR, HASH, PREVIOUS, ROW_ID, Compute, Pipeline, RowOptions, Rows, Unchanged
+from npu_proxy.bulk.sinks.base import Place
+from npu_proxy.bulk.sinks.table import Database, open_sink
+from npu_proxy.bulk.work_folder import Part, Start, WorkFolder, open_work
 from npu_proxy.bulk.writers import PLACE, Format, OutputSchema, format_of, json_lines, row_schema
 from npu_proxy.errors import InputError
 
@@ -37,7 +41,8 @@ OnError = Literal["stop", "null", "skip"]
 class Job:
     """What to read, what to compute and where to write it.
 
-    shard: (i, n), computes every n-th block from the i-th on. target: None writes JSON lines to standard output. on_error: what
+    shard: (i, n), computes every n-th block from the i-th on. target: a file, or the table of a database; None writes JSON lines to
+    standard output. on_error: what
     becomes of a row whose text cannot be embedded. max_errors: how many of those there may be. metadata: about the model and the
     options, stored in the output; an unfinished job is only resumed if it is the same.
     """
@@ -48,7 +53,7 @@ class Job:
     delimiter: str | None = None
     limit: int | None = None
     shard: tuple[int, int] = (1, 1)
-    target: Path | None = None
+    target: Path | Database | None = None
     start: Start = "new"
     on_error: OnError = "null"
     max_errors: int = 0
@@ -56,7 +61,10 @@ class Job:
 
 @dataclass(kw_only=True)
 class Progress:
-    """Counts of a job so far. resumed, resumed_tokens, resumed_fraction: what was done before."""
+    """Counts of a job so far. resumed, resumed_tokens, resumed_fraction: what was done before.
+
+    unchanged: rows that a database has already. deleted: rows of it that are gone from the input.
+    """
 
     rows: int = 0
     resumed: int = 0
@@ -65,6 +73,8 @@ class Progress:
     tokens: int = 0
     truncated: int = 0
     failed: int = 0
+    unchanged: int = 0
+    deleted: int = 0
     fraction: float | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -92,45 +102,87 @@ def run(job: Job, compute: Compute, report: Report = lambda _: None) -> Progress
     if job.target is None:
         stream(job, own_blocks(job, inputs), compute, tell)
         return progress
+    if isinstance(job.target, Database):
+        _run_into_database(job, job.target, inputs, compute, progress, tell)
+        return progress
     target = checked_target(job)
     form = _checked_format(job, target)
     with open_work(target) as work:
         work.begin(_plan(job), job.start)
-        for part in work.parts:
-            tell(work.table(part))
-        progress.resumed, progress.resumed_tokens = progress.rows, progress.tokens
-        _write_parts(job, work, form, own_blocks(job, inputs), compute, progress, tell)
+        previous = Previous(target, job.rows, job.metadata) if job.start == "update" and target.exists() else None
+        schema = OutputSchema(form, {**job.metadata, "id": job.rows.id_field or ROW_ID}, job.rows.computed())
+        with Output(work, form, schema, skip_failed=job.on_error == "skip") as output:
+            _compute_parts(job, work, own_blocks(job, inputs), compute, output.add, _Known(progress, tell, previous, form))
+            written = output.finish()
+            write_errors(work, target)
+            work.finish(written)
     return progress
 
 
-def _write_parts(
+def _run_into_database(
+    job: Job, target: Database, inputs: Inputs, compute: Compute, progress: Progress, tell: Callable[[pa.Table], None]
+) -> None:
+    """Write to a database instead of a file."""
+    key = key_of(job.rows.id_field or ROW_ID, job.rows.computed())
+    vector = job.rows.columns.fields[0].name
+    place = Place(location=target.location, table=target.table, key=key, vector=vector, metadata=job.metadata)
+    with open_work(target.work) as work, closing(open_sink(target.scheme, place)) as sink:
+        work.begin(_plan(job), job.start)
+        if not work.delivered:
+            check_table(sink, place, job.start)
+        schema = OutputSchema(Format(write=_no_file), job.metadata, job.rows.computed())
+        delivery = Delivery(work, sink, place, schema, job.rows.id_field or ROW_ID)
+        if job.start == "update":
+            delivery.remember()
+        known = _Known(progress, tell, None, Format(write=_no_file), delivery.unchanged)
+        _compute_parts(job, work, own_blocks(job, inputs), compute, delivery.add, known)
+        if job.start == "update":
+            progress.deleted = delivery.delete_gone()
+        write_errors(work, target.work)
+        work.remove()
+
+
+def _no_file(tables: object, schema: object, path: object) -> None:
+    raise AssertionError("a database is no file")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What receives the progress of a job, and what is known before it begins."""
+
+    progress: Progress
+    tell: Callable[[pa.Table], None]
+    previous: Previous | None
+    form: Format
+    unchanged: Unchanged | None = None
+
+
+def _compute_parts(
     job: Job,
     work: WorkFolder,
-    form: Format,
     blocks: Iterator[Block],
     compute: Compute,
-    progress: Progress,
-    tell: Callable[[pa.Table], None],
+    receive: Callable[[Part], None],
+    known: _Known,
 ) -> None:
-    """Compute what is missing, and make the output of all parts."""
-    schema = OutputSchema(form, job.metadata, job.rows.computed())
-    with (
-        Output(work, form, schema, skip_failed=job.on_error == "skip") as output,
-        Parts(work, output.add, job.rows.computed()) as parts,
-    ):
-        for part in work.parts:
-            output.add(part)
+    """Compute what is missing. receive: gets all parts in order, those of an earlier run first."""
+    progress = known.progress
+    for part in work.parts:
+        known.tell(work.table(part))
+        receive(part)
+    progress.resumed, progress.resumed_tokens = progress.rows, progress.tokens
+    with Parts(work, receive, job.rows.computed()) as parts:
 
         def done(table: pa.Table, rows: Rows) -> None:
-            tell(table)
-            if problem := _too_many_errors(job, form, table, progress.failed):
+            progress.unchanged += len(rows.keys) - len(rows.numbers)
+            known.tell(table)
+            if problem := _too_many_errors(job, known.form, table, progress.failed):
                 parts.finish()
                 raise problem
             parts.add(table, rows)
 
-        previous = Previous(work.target, job.rows, job.metadata) if job.start == "update" and work.target.exists() else None
-        pipeline = Pipeline(job.rows, done, partial(_earlier, parts, previous))
-        for keys, numbers in previous.hashes() if previous else ():
+        pipeline = Pipeline(job.rows, done, partial(_earlier, parts, known.previous), known.unchanged)
+        for keys, numbers in known.previous.hashes() if known.previous else ():
             pipeline.know(keys, numbers)
         parts.skip(blocks, pipeline)
         for result in compute(pipeline.texts(blocks)):
@@ -140,9 +192,6 @@ def _write_parts(
         if not work.parts:  # no file had a row or columns
             pipeline.take_block(Block(file="", unit="row", places=(), table=pa.table({})))
             parts.finish()
-        written = output.finish()
-        write_errors(work, work.target)
-        work.finish(written)
 
 
 def _earlier(parts: Parts, previous: Previous | None, numbers: Numbers) -> pa.Table:
@@ -197,7 +246,7 @@ _INNER = (ROW_ID, PLACE, HASH)
 def _checked_format(job: Job, target: Path) -> Format:
     """The output's format. Raises InputError if it cannot hold what is computed."""
     form, schema = format_of(target), row_schema(job.rows.columns.schema)
-    form.check(schema)
+    form.check(schema, str(job.metadata.get("dtype", "")))
     if job.on_error == "null" and not form.has_null(schema):
         message = "this output has no value for a row that failed"
         raise InputError(f"{message}; write parquet or jsonl, or leave such rows out with --on-error skip", param="on_error")
@@ -206,7 +255,7 @@ def _checked_format(job: Job, target: Path) -> Format:
 
 def checked_target(job: Job) -> Path:
     """The file that will be the output; a symbolic link stands for the file it names. Raises InputError if it cannot be."""
-    assert job.target is not None
+    assert isinstance(job.target, Path)
     target = Path(os.path.realpath(job.target))
     format_of(job.target)
     if target.is_dir():

@@ -100,7 +100,7 @@ class Parts:
 
     def earlier(self, numbers: Numbers) -> pa.Table:
         """What was computed for earlier rows, by their sorted numbers."""
-        sources = [(part.first, partial(self._work.table, part)) for part in self._work.parts]
+        sources = [(part.first, partial(self._work.table, part)) for part in self._work.parts if part.rows]
         tables = [table for table in (*self._being_written, *self._tables) if table.num_rows]
         sources += [(table[INDEX][0].as_py(), partial(_same, table)) for table in tables]
         sources.sort(key=itemgetter(0))

@@ -57,6 +57,14 @@ class Block:
         """The first rows of this block."""
         return self if rows >= len(self) else replace(self, places=self.places[:rows], table=self.table.slice(0, rows))
 
+    def take(self, rows: Sequence[int]) -> Block:
+        """Some rows of this block, by their ascending positions; ``first`` stays that of the whole block."""
+        if len(rows) == len(self):
+            return self
+        errors = {new: self.errors[old] for new, old in enumerate(rows) if old in self.errors}
+        table = self.table.take(pa.array(rows, pa.int64())) if self.table.num_columns else no_columns(len(rows))
+        return replace(self, places=[self.places[row] for row in rows], table=table, errors=errors)
+
     def __len__(self) -> int:
         return len(self.places)
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from npu_proxy.bulk.columns import Columns, joined, split
-from npu_proxy.bulk.duplicates import DigestIndex, Digests, Numbers, digests, first_of_each, hexadecimal, occurrences
+from npu_proxy.bulk.duplicates import DigestIndex, Digests, Numbers, digests, first_of, hexadecimal, occurrences
 from npu_proxy.bulk.readers import Block
-from npu_proxy.bulk.texts import TextSource
+from npu_proxy.bulk.texts import TextSource, column_values
 from npu_proxy.bulk.writers import PLACE
 from npu_proxy.errors import InputError, JobError
 from npu_proxy.types import EmbedResult, TextInput
@@ -26,6 +27,9 @@ INDEX_BYTES = 1_000_000_000
 """Most memory for the digests of texts (24 million of them), and as much for counts of those that occur again."""
 _PAUSES = (1.0, 5.0, 20.0)
 """Seconds before texts that failed through no fault of their own are tried again."""
+Flags = npt.NDArray[np.bool_]
+_SEEN = -2
+"""Stands for the number of a row that was not computed."""
 PREVIOUS = 1 << 62
 """Rows of an earlier output are numbered from here on."""
 INDEX, ROW_ID, HASH, ERROR = "index", "row_id", "hash", "error"
@@ -42,13 +46,15 @@ class Compute(Protocol):
 class RowOptions:
     """What becomes of rows: their text, what is computed, which columns of the input are kept (None: all), and their ids.
 
-    id_field: a column; None makes an id of the file's name, the text, and how often it occurred before.
+    id_field: a column; None makes an id of the file's name, the text, and how often it occurred before. hash_rows: make `hash` of
+    the whole row instead of its text.
     """
 
     text: TextSource
     columns: Columns
     keep: Sequence[str] | None = None
     id_field: str | None = None
+    hash_rows: bool = False
 
     def needed(self) -> Sequence[str] | None:
         """The columns to read; None for all."""
@@ -63,32 +69,42 @@ class RowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """A block, what is wrong with its rows, and where each row's columns come from.
+    """The rows of a block that the job has to write, and where each one's columns come from.
 
-    order: for each row a position in what is new, then what earlier rows have, then the errors. earlier: row numbers. bad: whether
-    a row has no text.
+    numbers: of the rows among those of all inputs. keys: digests of all texts of the block, also those that need not be written.
+    order: for each row a position in what is new, then what earlier rows have, then the errors. earlier: row numbers.
     """
 
     block: Block
+    numbers: Numbers
     keys: Digests
     ids: Sequence[str] | None
+    hashes: Sequence[str | None]
     new: Sequence[TextInput]
     earlier: Numbers
     errors: Sequence[str]
-    bad: npt.NDArray[np.bool_]
     order: Numbers
+
+
+Unchanged = Callable[[Sequence[str], Sequence[str]], Flags]
+"""Which rows need not be written, by their ids and hashes."""
 
 
 class Pipeline:
     """Between rows and the engine: ``texts`` is what to compute, ``take`` receives it, ``done`` gets the finished blocks."""
 
     def __init__(
-        self, options: RowOptions, done: Callable[[pa.Table, Rows], None], earlier: Callable[[Numbers], pa.Table] | None
+        self,
+        options: RowOptions,
+        done: Callable[[pa.Table, Rows], None],
+        earlier: Callable[[Numbers], pa.Table] | None,
+        unchanged: Unchanged | None = None,
     ) -> None:
         """earlier: looks up finished rows; None computes a text again in every block."""
         self._options = options
         self._done = done
         self._earlier = earlier
+        self._unchanged = unchanged
         self._index = DigestIndex(INDEX_BYTES) if earlier else None
         self._counts = DigestIndex(INDEX_BYTES) if earlier and not options.id_field else None
         self._waiting: deque[Rows] = deque()
@@ -130,40 +146,67 @@ class Pipeline:
     def prepare(self, block: Block) -> Rows:
         """Find out which texts of a block are new. Raises InputError if ids cannot be made."""
         texts = self._options.text.texts(block)
-        good = np.array([not isinstance(text, InputError) for text in texts], np.bool_)
         keys = digests(map(str, texts))
-        numbers = np.arange(len(texts))
-        first = numbers.copy()
-        first[good] = numbers[good][first_of_each(keys[good])]
+        good = np.array([not isinstance(text, InputError) for text in texts], np.bool_)
         known = self._index.find(keys) if self._index is not None else np.full(len(texts), -1, np.int64)
         known[~good] = -1
-        is_first = good & (first == numbers) & ((known < 0) | (known >= PREVIOUS))
+        occurred = (known == _SEEN) | ((known >= 0) & (known < PREVIOUS))
+        ids = self._make_ids(block, keys, good, ~good | occurred | (first_of(keys, good) != np.arange(len(texts))))
+        hashes = self._hashes(block, keys, good)
+        write = ~(good & self._are_unchanged(block, ids, hashes))
+
+        wanted = good & write
+        is_first = wanted & (first_of(keys, wanted) == np.arange(len(texts)))
         is_new = is_first & (known < 0)
-        fits = self._index is None or self._index.put(keys[is_first], numbers[is_first] + block.first)
-        if not fits and self._counts is not None:
-            message = "there are more different texts than ids can be made for; name a column of ids with --id-field"
-            raise InputError(message, param="id_field")
-        earlier = np.unique(known[known >= 0])
-        new_count = int(is_new.sum())
+        self._remember(keys, good & ~write & (known == -1), is_first & ((known < 0) | (known >= PREVIOUS)), block.first)
+        earlier = np.unique(known[wanted & (known >= 0)])
         order = np.zeros(len(texts), np.int64)
-        order[is_new] = np.arange(new_count)
-        order = order[first]
-        order[known >= 0] = new_count + np.searchsorted(earlier, known[known >= 0])
-        order[~good] = new_count + len(earlier) + np.arange(len(texts) - int(good.sum()))
+        order[is_new] = np.arange(int(is_new.sum()))
+        order = order[first_of(keys, wanted)]
+        from_earlier = wanted & (known >= 0)
+        order[from_earlier] = int(is_new.sum()) + np.searchsorted(earlier, known[from_earlier])
+        order[~good] = int(is_new.sum()) + len(earlier) + np.arange(int((~good).sum()))
+        rows = np.flatnonzero(write)
         return Rows(
-            block=block,
+            block=block.take(rows.tolist()),
+            numbers=rows + block.first,
             keys=keys,
-            ids=self._make_ids(block, keys, good, ~is_first),
+            ids=ids if ids is None else [ids[row] for row in rows.tolist()],
+            hashes=[hashes[row] for row in rows.tolist()],
             new=[text for text, new in zip(texts, is_new, strict=True) if new and not isinstance(text, InputError)],
             earlier=earlier,
             errors=[str(text) for text in texts if isinstance(text, InputError)],
-            bad=~good,
-            order=order,
+            order=order[rows],
         )
 
-    def _make_ids(
-        self, block: Block, keys: Digests, good: npt.NDArray[np.bool_], again: npt.NDArray[np.bool_]
-    ) -> Sequence[str] | None:
+    def _remember(self, keys: Digests, seen: Flags, computed: Flags, first: int) -> None:
+        """Note texts that have occurred, and the rows at which they are computed. Raises InputError if ids need more than fits."""
+        if self._index is None:
+            return
+        fits = True
+        for rows, numbers in ((seen, np.full(len(keys), _SEEN)), (computed, np.arange(len(keys)) + first)):
+            distinct = rows & (first_of(keys, rows) == np.arange(len(keys)))
+            fits = self._index.put(keys[distinct], numbers[distinct]) and fits
+        if not fits and self._counts is not None:
+            message = "there are more different texts than ids can be made for; name a column of ids with --id-field"
+            raise InputError(message, param="id_field")
+
+    def _are_unchanged(self, block: Block, ids: Sequence[str] | None, hashes: Sequence[str | None]) -> Flags:
+        if self._unchanged is None:
+            return np.zeros(len(block), np.bool_)
+        own = ids or [str(value) for value in column_values(block.table, self._options.id_field or "")]
+        return self._unchanged(own, [text or "" for text in hashes])
+
+    def _hashes(self, block: Block, keys: Digests, good: Flags) -> Sequence[str | None]:
+        names = hexadecimal(keys)
+        if self._options.hash_rows:
+            kept = block.table.schema.names if self._options.keep is None else _names(self._options)
+            columns = [block.table[name].to_pylist() for name in kept if name in block.table.schema.names]
+            rows = zip(names, *columns, strict=True)
+            names = hexadecimal(digests(msgspec.json.encode(row, enc_hook=str).decode() for row in rows))
+        return [name if is_good else None for name, is_good in zip(names, good, strict=True)]
+
+    def _make_ids(self, block: Block, keys: Digests, good: Flags, again: Flags) -> Sequence[str] | None:
         """An id per row: of the file's name, the text, and how often it has occurred before. again: rows of texts that have."""
         if self._counts is None:
             return None
@@ -232,8 +275,7 @@ def _failed_rows(schema: pa.Schema, errors: Sequence[str]) -> pa.Table:
 def _with_input(options: RowOptions, rows: Rows, computed: pa.Table) -> pa.Table:
     """The columns of the input, what was computed, and where rows with errors stand."""
     block = rows.block
-    index = pa.array(np.arange(block.first, block.first + len(block)))
-    columns: dict[str, Any] = {INDEX: index}
+    columns: dict[str, Any] = {INDEX: pa.array(rows.numbers)}
     fields = [pa.field(INDEX, pa.int64())]
     if rows.ids is not None:
         columns[ROW_ID] = pa.array(rows.ids, pa.string())
@@ -252,7 +294,7 @@ def _with_input(options: RowOptions, rows: Rows, computed: pa.Table) -> pa.Table
         columns[name] = computed[name]
         fields.append(computed.schema.field(name))
     columns[PLACE] = _places(block, computed[ERROR])
-    columns[HASH] = pa.array(hexadecimal(rows.keys), pa.string(), mask=rows.bad)
+    columns[HASH] = pa.array(rows.hashes, pa.string())
     fields += [pa.field(PLACE, pa.string()), pa.field(HASH, pa.string())]
     return pa.table(list(columns.values()), schema=pa.schema(fields))
 

@@ -27,6 +27,7 @@ Start = Literal["new", "resume", "overwrite", "update"]
 """What to do with an unfinished job: refuse it, continue it, begin again, or continue it unless it has become another one."""
 _MANIFEST = "manifest.jsonl"
 _LOCK = "lock"
+_DELIVERED = "delivered"
 _OPEN_PARTS = 8
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -53,7 +54,7 @@ class Part:
 class WorkFolder:
     """``OUTPUT.job``, held by one process at a time. Use ``open_work`` to make one.
 
-    is_ours: whether what is in it belongs to this job, so that it may be removed.
+    is_ours: whether what is in it belongs to this job, so that it may be removed. delivered: how many parts a database has.
     """
 
     def __init__(self, folder: Path, target: Path) -> None:
@@ -61,6 +62,7 @@ class WorkFolder:
         self.target = target
         self.parts: list[Part] = []
         self.is_ours = False
+        self.delivered = 0
         self._open: OrderedDict[str, pa.Table] = OrderedDict()
 
     @property
@@ -93,10 +95,14 @@ class WorkFolder:
     def _take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Take the parts that are as the manifest says, up to the first that is not, and remove everything else."""
         for line in lines[1:]:
+            if _DELIVERED in line:
+                self.delivered = line[_DELIVERED]
+                continue
             part = Part(**line)
             if not self._is_whole(part):
                 break
             self.parts.append(part)
+        self.delivered = min(self.delivered, len(self.parts))
         kept = {_MANIFEST, _LOCK, *(part.file for part in self.parts)}
         for file in self.folder.iterdir():
             if file.name not in kept:
@@ -128,6 +134,11 @@ class WorkFolder:
         self.parts.append(part)
         return part
 
+    def deliver(self, parts: int) -> None:
+        """Note that a database has received so many parts."""
+        _append(self.folder / _MANIFEST, {_DELIVERED: parts})
+        self.delivered = parts
+
     def table(self, part: Part) -> pa.Table:
         """The rows of a part, mapped into memory."""
         if part.file in self._open:
@@ -148,7 +159,9 @@ class WorkFolder:
         return read_mapped(self.folder / part.file)
 
     def finish(self, written: Path) -> None:
-        """Make ``written`` the output, and remove everything else."""
+        """Make ``written`` the output, with the files beside it, and remove everything else."""
+        for beside in self.folder.glob(f"{written.name}.*"):
+            beside.replace(self.target.with_name(f"{self.target.name}.{beside.name.removeprefix(written.name + '.')}"))
         with written.open("rb+") as file:
             os.fsync(file.fileno())
         written.replace(self.target)
@@ -177,7 +190,7 @@ class WorkFolder:
     def _rewrite(self, plan: Mapping[str, Any]) -> None:
         """Write the manifest without a line that was cut off."""
         partial = self.folder / f"{_MANIFEST}.tmp"
-        lines = [{"plan": plan}, *map(asdict, self.parts)]
+        lines = [{"plan": plan}, *map(asdict, self.parts), {_DELIVERED: self.delivered}]
         with _durable(partial) as file:
             file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         partial.replace(self.folder / _MANIFEST)

@@ -6,6 +6,7 @@ import base64
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from npu_proxy.bulk.arrow import JSON, are_json_texts, compute, is_json, json_as_texts, json_values
 from npu_proxy.bulk.columns import CHUNKS
+from npu_proxy.bulk.indexes import check_index, vector_of, write_faiss, write_usearch
 from npu_proxy.errors import InputError
 
 _GROUP_ROWS = 16_384
@@ -30,12 +32,13 @@ Tables = Iterable[pa.Table]
 class Format:
     """write: writes tables of one schema to a file. typed: whether a column has one type, so that JSON values get one.
 
-    check: raises InputError if the format cannot hold the columns. has_null: whether it can say that a row has no vector.
+    check: raises InputError if the format cannot hold the columns, with vectors of a dtype. has_null: whether it can say that a row
+    has no vector.
     """
 
     write: Callable[[Tables, pa.Schema, Path], None]
     typed: bool = True
-    check: Callable[[pa.Schema], None] = lambda _: None
+    check: Callable[[pa.Schema, str], None] = lambda _, __: None
     has_null: Callable[[pa.Schema], bool] = lambda _: True
 
 
@@ -90,7 +93,8 @@ class OutputSchema:
             if is_json(own) or pa.types.is_string(own.type):
                 continue  # has values of any type
             found = self._typed(part, field)
-            if found is None or _unified(own, found) != own.remove_metadata():
+            both = None if found is None else _unified(own, found)
+            if both is None or both != own.remove_metadata():
                 return False
         return True
 
@@ -215,7 +219,7 @@ def _write_arrow(tables: Tables, schema: pa.Schema, path: Path) -> None:
 
 def _write_npy(tables: Tables, schema: pa.Schema, path: Path) -> None:
     """One array [n, width] for numpy.load, which can map it into memory."""
-    vector = _vector_field(schema)
+    vector = vector_of(schema)
     kind, rows = np.dtype(vector.type.value_type.to_pandas_dtype()), 0
 
     def header(file: BinaryIO) -> None:
@@ -234,27 +238,34 @@ def _write_npy(tables: Tables, schema: pa.Schema, path: Path) -> None:
         header(file)
 
 
-def _check_npy(schema: pa.Schema) -> None:
-    _vector_field(schema)
-
-
-def _vector_field(schema: pa.Schema) -> pa.Field:
-    found = [field for field in schema if pa.types.is_fixed_size_list(field.type) and field.name not in _kept(schema)]
-    if len(found) != 1:
-        message = "the npy format stores one vector of numbers per row, so neither base64, sparse and token vectors nor labels"
-        raise InputError(f"{message}; write jsonl or parquet", param="output")
-    return found[0]
-
-
-def _kept(schema: pa.Schema) -> Sequence[str]:
-    """The columns of the input."""
-    return msgspec.json.decode((schema.metadata or {}).get(METADATA, b"{}")).get("kept", [])
+def _check_npy(schema: pa.Schema, dtype: str) -> None:
+    vector_of(schema)
 
 
 def _write_jsonl(tables: Tables, schema: pa.Schema, path: Path) -> None:
     with path.open("wb") as file:
         for table in tables:
             file.write(json_lines(table))
+
+
+def _write_bulk(tables: Tables, schema: pa.Schema, path: Path) -> None:
+    """The bulk format of Elasticsearch and OpenSearch: an action and a document per row; rows that failed are left out.
+
+    Documents go to the index in the URL, as in `curl --data-binary @FILE localhost:9200/NAME/_bulk`.
+    """
+    id_column = id_of(schema)
+    with path.open("wb") as file:
+        for table in tables:
+            there = table.filter(compute.is_null(table["error"]))
+            ids = there[id_column].to_pylist()
+            for id_, line in zip(ids, json_lines(there).splitlines(keepends=True), strict=True):
+                action = {"index": {"_id": str(msgspec.json.decode(id_) if is_json(schema.field(id_column)) else id_)}}
+                file.write(_encode(action) + b"\n" + line)
+
+
+def id_of(schema: pa.Schema) -> str:
+    """The column that identifies rows."""
+    return msgspec.json.decode(schema.metadata[METADATA])["id"]
 
 
 def json_lines(table: pa.Table) -> bytes:
@@ -294,7 +305,10 @@ FORMATS: dict[str, Format] = {
     ".arrow": Format(write=_write_arrow),
     ".feather": Format(write=_write_arrow),
     ".npy": Format(
-        write=_write_npy, check=_check_npy, has_null=lambda schema: pa.types.is_floating(_vector_field(schema).type.value_type)
+        write=_write_npy, check=_check_npy, has_null=lambda schema: pa.types.is_floating(vector_of(schema).type.value_type)
     ),
     ".jsonl": Format(write=_write_jsonl, typed=False),
+    ".bulk": Format(write=_write_bulk, typed=False),
+    ".faiss": Format(write=write_faiss, check=partial(check_index, "faiss")),
+    ".usearch": Format(write=write_usearch, check=partial(check_index, "usearch")),
 }

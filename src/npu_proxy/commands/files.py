@@ -19,6 +19,7 @@ from npu_proxy.bulk.job import Job, OnError, Progress, run
 from npu_proxy.bulk.output import errors_file
 from npu_proxy.bulk.progress import ProgressStyle, shown_progress
 from npu_proxy.bulk.rows import Compute, RowOptions
+from npu_proxy.bulk.sinks.table import Database, as_target
 from npu_proxy.bulk.texts import TextSource
 from npu_proxy.bulk.work_folder import Start
 from npu_proxy.bulk.writers import format_of, row_schema
@@ -64,9 +65,10 @@ class InputFlags:
 class OutputFlags:
     """Where to write, and what becomes of rows that fail."""
 
-    output: Path | None = None
-    """File to write: .parquet, .arrow, .npy (vectors alone) or .jsonl. An unfinished job keeps what it has done in OUTPUT.job. If
-    it is not set, JSON lines are written to standard output."""
+    output: str | None = None
+    """File to write: .parquet, .arrow, .npy (vectors alone), .jsonl, .faiss, .usearch, or .bulk (for Elasticsearch); or a
+    table of a database: lancedb:FOLDER#TABLE, duckdb:FILE#TABLE, qdrant:URL#COLLECTION, postgresql://HOST/DATABASE#TABLE. An
+    unfinished job keeps what it has done in OUTPUT.job. If it is not set, JSON lines are written to standard output."""
 
     columns: Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True, negative_iterable=())] = None
     """Columns of the input to keep in the output; `none` for none. Default: all, or none on standard output."""
@@ -132,17 +134,24 @@ def make_job(text: TextSource, reading: InputFlags, writing: OutputFlags, column
     starts: list[Start] = [name for name in ("resume", "overwrite", "update") if getattr(writing, name)]
     if len(starts) > 1:
         raise InputError(f"--{starts[0]} and --{starts[1]} contradict each other", param=starts[0])
-    has_null = writing.output is not None and format_of(writing.output).has_null
+    target = None if writing.output is None else as_target(writing.output)
+    has_null = format_of(target).has_null if isinstance(target, Path) else lambda _: target is not None
     return Job(
         files=find_inputs(reading.input or (STANDARD_INPUT,), reading.format),
-        rows=RowOptions(text=text, columns=columns, keep=writing.keep(), id_field=writing.id_field),
+        rows=RowOptions(
+            text=text,
+            columns=columns,
+            keep=writing.keep(),
+            id_field=writing.id_field,
+            hash_rows=isinstance(target, Database),
+        ),
         metadata=metadata,
         delimiter=reading.delimiter,
         limit=reading.limit,
         shard=writing.shards(),
-        target=writing.output,
+        target=target,
         start=starts[0] if starts else "new",
-        on_error=writing.on_error or ("null" if has_null and has_null(row_schema(columns.schema)) else "stop"),
+        on_error=writing.on_error or ("null" if has_null(row_schema(columns.schema)) else "stop"),
         max_errors=writing.max_errors,
     )
 
@@ -164,10 +173,12 @@ def run_job(engine: Engine, job: Job, compute: Compute, writing: OutputFlags) ->
 
 def _told(progress: Progress, engine: Engine, job: Job) -> str:
     notes = f", {progress.resumed} of them done before" * bool(progress.resumed)
+    notes += f", {progress.unchanged} unchanged" * bool(progress.unchanged)
+    notes += f", {progress.deleted} deleted" * bool(progress.deleted)
     notes += f", {progress.truncated} truncated" * bool(progress.truncated)
     if progress.failed:
         notes += f", {progress.failed} failed"
-        notes += f": {errors_file(job.target)}" if job.target else ""
+        notes += f": {errors_file(_file(job.target))}" if job.target else ""
     return f"{progress.rows} texts, {progress.tokens} tokens on {_devices(engine)}{notes}"
 
 
@@ -179,13 +190,18 @@ def _devices(engine: Engine) -> str:
     return ", ".join(f"{device} ({texts} texts)" for device, texts in executed.items())
 
 
+def _file(target: Path | Database) -> Path:
+    """The output's file, or what stands for it."""
+    return target if isinstance(target, Path) else target.work
+
+
 @contextmanager
 def _hint(job: Job) -> Generator[None]:
     """Say that what is done is kept, when a job ends before its time."""
     try:
         yield
     except BaseException as error:
-        folder = job.target and job.target.with_name(f"{job.target.name}.job")
+        folder = job.target and _file(job.target).with_name(f"{_file(job.target).name}.job")
         if folder and folder.is_dir() and any(folder.glob("part-*.arrow")) and "--resume" not in str(error):
             say(f"npu-proxy: what is done is kept in `{folder}`; --resume continues")
         raise

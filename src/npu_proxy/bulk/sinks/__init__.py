@@ -1,0 +1,1 @@
+"""Databases that a job can write to."""
