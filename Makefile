@@ -89,8 +89,16 @@ clients: weights .venv-clients/.done .venv-clients-older/.done  ## test with rea
 	.venv-bulk/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-sinks: weights .venv-bulk/.done  ## test databases and indexes as outputs of jobs, Ray, and adapters against their libraries (2 GB in .venv-bulk)
-	.venv-bulk/bin/python -m pytest -p no:asyncio -p no:anyio -p no:langsmith tests/sinks tests/ray tests/compat
+bulk: weights .venv-bulk/.done  ## test databases and indexes as outputs of jobs, Ray, and adapters against their libraries (2 GB in .venv-bulk)
+	.venv-bulk/bin/python -m pytest -p no:asyncio -p no:anyio -p no:langsmith tests/sinks tests/cluster tests/compat
+
+.venv-compat/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install --quiet torch==2.13.0 sentence-transformers fastembed pytest pytest-timeout hypothesis --editable .
+	touch $@
+
+compat: weights .venv-compat/.done  ## hold the adapters to sentence-transformers and FastEmbed themselves (installs torch in .venv-compat)
+	TEST_DATA=$(abspath $(DATA)) .venv-compat/bin/python -m pytest -p no:anyio tests/compat
 
 quality: $(VENV)/.bench weights  ## measure the default model on STS-B and SciFact, and the example models on SciFact and Banking77
 	$(BIN)/python bench/quality.py --data $(DATA)
@@ -157,4 +165,4 @@ docs:  ## make docs/fields.md from the body types of the APIs
 	$(BIN)/python tools/docs/fields.py > docs/fields.md
 
 clean:  ## remove the environments and the caches of tools
-	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients .venv-clients-older .venv-bulk tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-golden .venv-train .venv-peers .venv-clients .venv-clients-older .venv-bulk .venv-compat tests/clients/npm/node_modules .pytest_cache .ruff_cache .hypothesis

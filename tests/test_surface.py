@@ -27,6 +27,7 @@ ORDER = (
     ("bulk",),
     ("prepare",),
     ("server",),
+    ("ray", "compat"),
     ("commands",),
 )
 """The files and folders of the package, lowest first. Each imports only from rows above it."""

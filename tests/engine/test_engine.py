@@ -346,9 +346,9 @@ def test_settings_refuse_nonsense() -> None:
 def test_workers_that_read_different_versions_of_a_model_are_not_mixed() -> None:
     from types import SimpleNamespace
 
-    from npu_proxy.engine.parallel import _SameModel
+    from npu_proxy.engine.parallel import SameModel
 
-    same_model = _SameModel()
+    same_model = SameModel()
     results: list[Any] = [SimpleNamespace(fingerprint=version) for version in ("a", "a", "b")]
     assert same_model(results[:2]) == results[:2]
     with pytest.raises(DeviceError, match="different versions of the model"):

@@ -1,6 +1,6 @@
 """Databases and indexes as outputs, each against the real library: right vectors, rows by id, and what is gone is deleted.
 
-They need the packages of the dependency group `bulk` (`make sinks`); those that are not installed are skipped.
+They need the packages of the dependency group `bulk` (`make bulk`); those that are not installed are skipped.
 """
 
 import json

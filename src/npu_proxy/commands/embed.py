@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,13 +13,13 @@ from npu_proxy.bulk.job import Job, stream
 from npu_proxy.bulk.readers import Block
 from npu_proxy.bulk.rows import RowOptions
 from npu_proxy.bulk.texts import TextSource
-from npu_proxy.commands.files import INPUT, OUTPUT, InputFlags, OutputFlags, make_job, run_job
+from npu_proxy.commands.files import INPUT, OUTPUT, InputFlags, OutputFlags, computing, make_job, run_job
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings
 from npu_proxy.engine.encode_options import find_prompt
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.options import RequestOptions, make_request
 from npu_proxy.errors import InputError
-from npu_proxy.types import Chunking, DType, EmbedResult, TextInput, Truncate
+from npu_proxy.types import Chunking, DType, Truncate
 
 
 def embed(
@@ -91,21 +91,17 @@ def embed(
         settings = replace(settings, cache_mb=0)  # a job itself computes equal texts once; vectors on disk are still used
     with Engine(settings=settings) as engine:
         columns = columns_of(output_type, engine.spec, options, ColumnOptions(per_chunk=per_chunk))
-
-        def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
-            results = engine.results
-            return results(texts, batch_size=batch_size, parallel=parallel, output_type=columns.output_type, **options)
-
         metadata = job_metadata(engine, output_type, options)
-        if texts:
-            rows = RowOptions(text=TextSource(), columns=columns, keep=())
-            given = Job(files=[], rows=rows, metadata=metadata, on_error=writing.on_error or "stop")
+        job = None if texts else make_job(reading.text(), reading, writing, columns, metadata)
+        with computing(engine, columns.output_type, options, writing, batch_size=batch_size, parallel=parallel) as compute:
+            if job is not None:
+                run_job(engine, job, compute, writing)
+                return
             if writing.output is not None:
                 raise InputError("--output needs --input; texts on the command line are printed", param="output")
+            rows = RowOptions(text=TextSource(), columns=columns, keep=())
+            given = Job(files=[], rows=rows, metadata=metadata, on_error=writing.on_error or "stop")
             stream(given, [_given(texts)], compute)
-            return
-        job = make_job(reading.text(), reading, writing, columns, metadata)
-        run_job(engine, job, compute, writing)
 
 
 def _given(texts: Sequence[str]) -> Block:

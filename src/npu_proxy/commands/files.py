@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +25,9 @@ from npu_proxy.bulk.work_folder import Start
 from npu_proxy.bulk.writers import format_of, row_schema
 from npu_proxy.commands.shared import say
 from npu_proxy.engine.engine import Engine
+from npu_proxy.engine.options import RequestOptions
 from npu_proxy.errors import InputError, NpuProxyError
+from npu_proxy.types import EmbedResult, OutputType, TextInput
 
 _NO_COLUMNS = "none"
 
@@ -79,6 +81,15 @@ class OutputFlags:
     shard: str | None = None
     """i/n, such as 2/4: do the i-th of n parts of the work, for several machines with the same files."""
 
+    ray: str | None = None
+    """Compute on a Ray cluster: its address, `auto`, or `local` for one on this machine. Needs npu-proxy[ray]."""
+
+    ray_workers: str = "1"
+    """How many workers the cluster runs, or the fewest and the most, such as 2:16. More join when machines do."""
+
+    ray_cpus: int = 1
+    """Processors per worker."""
+
     resume: bool = False
     """Continue an unfinished job of this output, if there is one."""
 
@@ -107,6 +118,13 @@ class OutputFlags:
         if self.columns is None:
             return None if self.output else ()
         return () if self.columns == (_NO_COLUMNS,) else self.columns
+
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most workers on a cluster. Raises InputError."""
+        least, _, most = self.ray_workers.partition(":")
+        if not least.isdigit() or not (most or least).isdigit():
+            raise InputError(f"--ray-workers is `{self.ray_workers}`; write a number, or two such as 2:16", param="ray_workers")
+        return int(least), int(most or least)
 
     def shards(self) -> tuple[int, int]:
         """Number of the shard, from 1, and how many there are. Raises InputError."""
@@ -215,6 +233,27 @@ class Ended(NpuProxyError):
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
         self.signal = number
+
+
+@contextmanager
+def computing(
+    engine: Engine, output_type: OutputType, request: RequestOptions, writing: OutputFlags, *, batch_size: int, parallel: int | None
+) -> Generator[Compute]:
+    """What computes the texts of a job: this process, worker processes, or a Ray cluster."""
+    if writing.ray is not None:
+        from npu_proxy.ray.cluster import Cluster, ClusterOptions
+
+        if parallel is not None:
+            raise InputError("--ray and --parallel contradict each other", param="parallel")
+        options = ClusterOptions(address=writing.ray, workers=writing.workers(), cpus=writing.ray_cpus)
+        with Cluster(options, engine.settings, output_type, request) as cluster:
+            yield cluster
+        return
+
+    def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
+        return engine.results(texts, batch_size=batch_size, parallel=parallel, output_type=output_type, **request)
+
+    yield compute
 
 
 @contextmanager

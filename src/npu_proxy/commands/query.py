@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from npu_proxy.bulk.columns import ColumnOptions, OutputName, columns_of
 from npu_proxy.bulk.files import STANDARD_INPUT, find_inputs
 from npu_proxy.bulk.texts import TextSource, read_texts
 from npu_proxy.bulk.verify import verify as compare_vectors
-from npu_proxy.commands.files import INPUT, OUTPUT, InputFlags, OutputFlags, make_job, run_job
+from npu_proxy.commands.files import INPUT, OUTPUT, InputFlags, OutputFlags, computing, make_job, run_job
 from npu_proxy.commands.shared import DEFAULTS, SharedSettings
+from npu_proxy.engine.calls import BATCH_SIZE
 from npu_proxy.engine.engine import Engine
 from npu_proxy.engine.options import RequestOptions
 from npu_proxy.engine.validation import can_classify, can_rerank
@@ -23,7 +24,7 @@ from npu_proxy.errors import InputError
 from npu_proxy.models.resolve import read_model
 from npu_proxy.settings import Settings
 from npu_proxy.spec import ModelSpec
-from npu_proxy.types import EmbedResult, Similarity, TextInput
+from npu_proxy.types import Similarity
 
 
 def rerank(
@@ -129,12 +130,10 @@ def _run_scores(
         columns = columns_of(output, engine.spec, {}, options)
         request: RequestOptions = {"truncate": "chunk"} if output == "relevance" else {}
 
-        def compute(texts: Iterable[TextInput]) -> Iterator[EmbedResult]:
-            return engine.results(texts, output_type=columns.output_type, **request)
-
         metadata = {"model": engine.spec.name, "fingerprint": engine.spec.fingerprint, "output": output, **asdict(options)}
         job = make_job(text, reading, writing, columns, metadata)
-        run_job(engine, job, compute, writing)
+        with computing(engine, columns.output_type, request, writing, batch_size=BATCH_SIZE, parallel=None) as compute:
+            run_job(engine, job, compute, writing)
 
 
 def similarity(

@@ -49,7 +49,7 @@ def parallel_results(
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(engine_class, settings))
     futures: deque[Future[list[EmbedResult]]] = deque()
     try:
-        same_model = _SameModel()
+        same_model = SameModel()
         for batch in batches:
             futures.append(pool.submit(_embed, batch, output_type, options))
             if len(futures) >= _AHEAD * workers:
@@ -71,7 +71,7 @@ def _kill(pool: ProcessPoolExecutor) -> None:
         process.kill()
 
 
-class _SameModel:
+class SameModel:
     """Checks that all results have the same fingerprint: each worker loads the model, which may change in between."""
 
     def __init__(self) -> None:
