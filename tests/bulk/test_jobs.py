@@ -19,11 +19,12 @@ from pyarrow import feather
 
 from conftest import GOLDEN, fake_engine, golden, smallest_cosine
 from npu_proxy import Chunking, DType, Engine, InputError
-from npu_proxy.bulk import parts, rows, work_folder
+from npu_proxy.bulk import parts, rows, work_folder, writers
 from npu_proxy.bulk.columns import ColumnOptions, columns_of
 from npu_proxy.bulk.duplicates import DigestIndex, digests, occurrences
 from npu_proxy.bulk.files import find_inputs
 from npu_proxy.bulk.job import Job, Progress, run
+from npu_proxy.bulk.readers import Inputs, ReadOptions
 from npu_proxy.bulk.rows import RowOptions
 from npu_proxy.bulk.texts import TextSource
 from npu_proxy.errors import DeadlineError, JobError
@@ -198,7 +199,9 @@ def test_a_row_per_chunk_has_its_span(tmp_path: Path) -> None:
         assert len(rows) > 4
         assert (rows[0]["start"], rows[0]["stop"]) == (0, 7)
         assert (rows[1]["start"], rows[-2]["stop"]) == (0, len(long.rstrip()))
-        parts = [row["text"][row["start"] : row["stop"]] for row in rows[:-1]]
+        parts = [row["chunk_text"] for row in rows[:-1]]
+        assert parts[1] == long[: rows[1]["stop"]]
+        assert "text" not in table.schema.names
         assert smallest_cosine(np.array([row["embedding"] for row in rows[:-1]]), engine.embed(parts)) > 0.9999
     assert rows[-1]["embedding"] is None
     assert "empty" in rows[-1]["error"]
@@ -592,3 +595,50 @@ def test_an_index_grows_up_to_its_bound() -> None:
     assert (index.find(digests(map(str, range(60_000)))) == np.arange(60_000)).all()
     assert not index.put(digests(map(str, range(100_000, 140_000))), np.arange(40_000))
     assert len(index) == 60_000
+
+
+def test_ids_of_the_input_must_be_unique(tmp_path: Path, engine: Engine, small_parts: None) -> None:
+    source = tmp_path / "a.jsonl"
+    for last, words in (
+        ({"n": 3}, "line 21: the id 3 in field `n` has occurred before"),
+        ({}, "line 21: the row has no id"),
+        ({"n": 1.5}, "no id"),
+    ):
+        rows = [*({"n": number, "text": f"cat {number}"} for number in range(20)), {"text": "x", **last}]
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(InputError, match=words):
+            start(engine, make(engine, source, tmp_path / "out.jsonl", id_field="n", start="overwrite"))
+    start(engine, make(engine, source, tmp_path / "out.jsonl", id_field="n", keep=[], limit=20, start="overwrite"))
+    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert list(first) == ["index", "n", "embedding", "tokens", "truncated"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_groups_of_an_output_are_bounded_and_do_not_depend_on_parts(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(writers, "_GROUP_BYTES", 10_000)
+    numbers = random.Random(9)
+    source = write_rows(tmp_path / "a.jsonl", ["cat " * numbers.choice([1, 10, 4000]) for _ in range(150)])
+    outputs: list[bytes] = []
+    for rows_per_part in (1, 20, 10_000):
+        monkeypatch.setattr(parts, "PART_ROWS", rows_per_part)
+        start(engine, make(engine, source, tmp_path / f"out.{suffix}", start="overwrite"))
+        outputs.append((tmp_path / f"out.{suffix}").read_bytes())
+    assert len(set(outputs)) == 1
+    if suffix == "parquet":
+        file = pq.ParquetFile(tmp_path / "out.parquet")
+        sizes = [file.read_row_group(group)["text"].nbytes for group in range(file.num_row_groups)]
+        assert max(sizes) < 10_000 + 16_000
+        assert file.num_row_groups > 20
+    assert len((pq if suffix == "parquet" else feather).read_table(tmp_path / f"out.{suffix}")) == 150
+
+
+def test_blocks_of_tables_with_long_texts_are_small(tmp_path: Path) -> None:
+    table = pa.table({"text": ["x" * 100_000] * 300})
+    pq.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    feather.write_feather(table, tmp_path / "a.arrow", compression="uncompressed")
+    for name in ("a.parquet", "a.arrow"):
+        sizes = [len(block) for block in Inputs(find_inputs([str(tmp_path / name)]), ReadOptions())]
+        assert sum(sizes) == 300
+        assert max(sizes) <= 42

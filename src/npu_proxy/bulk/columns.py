@@ -92,6 +92,7 @@ def _dense(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) -> 
         [
             pa.field("start", pa.int32()),
             pa.field("stop", pa.int32()),
+            pa.field("chunk_text", pa.string()),
             pa.field("chunk_tokens", pa.int32()),
             pa.field(options.name, vector),
         ]
@@ -100,18 +101,21 @@ def _dense(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) -> 
     def chunks(texts: Sequence[TextInput], result: EmbedResult) -> Sequence[pa.Array]:
         bad = _failed(result)
         spans: list[tuple[int, int, int]] = []
+        parts: list[str] = []
         vectors: list[npt.NDArray[Any]] = []
         ends = [0]
         for text, tokens, found, whole, failed in zip(
             texts, result.tokens, result.chunks, cast("Any", result.embeddings), bad, strict=True
         ):
             if not failed:
-                spans += [(part.start, part.stop, part.tokens) for part in found] or [(0, len(text), tokens)]
+                own = [(part.start, part.stop, part.tokens) for part in found] or [(0, len(text), tokens)]
+                spans += own
+                parts += [str(text)[start:stop] for start, stop, _ in own]
                 vectors += [part.vector for part in found] or [whole]
             ends.append(len(spans))
         numbers = np.array(spans, np.int32).reshape(-1, 3)
         stacked = np.stack(vectors) if vectors else np.zeros([0, width], np.float32)
-        flat = [pa.array(numbers[:, column]) for column in range(3)]
+        flat = [pa.array(numbers[:, 0]), pa.array(numbers[:, 1]), pa.array(parts, pa.string()), pa.array(numbers[:, 2])]
         flat.append(_vectors(as_dtype(stacked, dtype), np.zeros(len(spans), np.bool_), vector))
         struct = pa.StructArray.from_arrays(flat, fields=list(chunk))
         return [pa.ListArray.from_arrays(pa.array(ends, pa.int32()), struct, mask=pa.array(bad))]

@@ -122,7 +122,10 @@ def run(job: Job, compute: Compute, report: Report = lambda _: None) -> Progress
 def _run_into_database(
     job: Job, target: Database, inputs: Inputs, compute: Compute, progress: Progress, tell: Callable[[pa.Table], None]
 ) -> None:
-    """Write to a database instead of a file."""
+    """Write to a database instead of a file. Raises InputError if that would delete rows which the job does not read."""
+    if job.start == "update" and (job.shard != (1, 1) or job.limit is not None):
+        what = "--limit" if job.limit is not None else "--shard"
+        raise InputError(f"--update deletes rows that are not in the input, so it cannot be combined with {what}", param="update")
     key = key_of(job.rows.id_field or ROW_ID, job.rows.computed())
     vector = job.rows.columns.fields[0].name
     place = Place(location=target.location, table=target.table, key=key, vector=vector, metadata=job.metadata)

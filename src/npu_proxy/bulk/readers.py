@@ -424,8 +424,15 @@ def _parquet(opened: OpenFile, options: ReadOptions) -> Iterator[Block]:
         roots = None if wanted is None else list(dict.fromkeys(wanted))
         # pyarrow takes the name `a.b` for a field of a struct as well as for a column, so a name with a dot means reading all.
         narrowed = None if roots is None or any("." in name for name in roots) else roots
-        batches = file.iter_batches(BLOCK_ROWS, columns=narrowed)
-        yield from _table_blocks(opened, schema, batches, roots, total)
+        yield from _table_blocks(opened, schema, _row_groups(file, narrowed), roots, total)
+
+
+def _row_groups(file: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """Batches of a bounded size, by the mean size of each group's rows."""
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        rows = _rows_within(group.total_byte_size, group.num_rows)
+        yield from file.iter_batches(rows, row_groups=[number], columns=columns)
 
 
 def _arrow(opened: OpenFile, options: ReadOptions) -> Iterator[Block]:
@@ -462,14 +469,20 @@ def _table_blocks(
     for batch in batches:
         table = pa.Table.from_batches([batch])
         table = table if wanted is None else table.select(wanted)
-        for start in range(0, batch.num_rows, BLOCK_ROWS):
-            part = table.slice(start, BLOCK_ROWS) if table.num_columns else no_columns(min(BLOCK_ROWS, batch.num_rows - start))
-            count = min(BLOCK_ROWS, batch.num_rows - start)
+        rows = _rows_within(table.nbytes, batch.num_rows)
+        for start in range(0, batch.num_rows, rows):
+            count = min(rows, batch.num_rows - start)
+            part = table.slice(start, count) if table.num_columns else no_columns(count)
             yield Block(file=opened.file.name, unit="row", places=range(seen + 1, seen + count + 1), table=part)
             seen += count
 
 
 # -- shared --------------------------------------------------------------------------------------------------------------
+
+
+def _rows_within(size: int, rows: int) -> int:
+    """How many rows of a table of ``size`` bytes a block may have."""
+    return max(1, min(BLOCK_ROWS, _CHUNK * rows // max(1, size)))
 
 
 def _no_rows(name: str, unit: str, schema: pa.Schema) -> Block:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from npu_proxy.bulk.columns import Columns, joined, split
+from npu_proxy.bulk.columns import CHUNKS, Columns, joined, split
 from npu_proxy.bulk.duplicates import DigestIndex, Digests, Numbers, digests, first_of, hexadecimal, occurrences
 from npu_proxy.bulk.readers import Block
 from npu_proxy.bulk.texts import TextSource, column_values
@@ -47,7 +47,7 @@ class RowOptions:
     """What becomes of rows: their text, what is computed, which columns of the input are kept (None: all), and their ids.
 
     id_field: a column; None makes an id of the file's name, the text, and how often it occurred before. hash_rows: make `hash` of
-    the whole row instead of its text.
+    the whole row instead of its text. A row per chunk has the chunk's text; the whole one is only kept if ``keep`` names it.
     """
 
     text: TextSource
@@ -61,6 +61,14 @@ class RowOptions:
         if self.keep is None:
             return None
         return list(dict.fromkeys((*self.keep, *self.text.fields(), *filter(None, [self.id_field]))))
+
+    def kept(self, present: Sequence[str]) -> Sequence[str]:
+        """The columns of a block that the output has."""
+        if self.keep is None:
+            left_out = self.text.fields() if CHUNKS in self.columns.schema.names else ()
+            return [name for name in present if name not in left_out or name == self.id_field]
+        wanted = dict.fromkeys((*filter(None, [self.id_field]), *self.keep))
+        return [name for name in wanted if name in present]
 
     def computed(self) -> Sequence[str]:
         """The names of the columns that are computed."""
@@ -107,6 +115,7 @@ class Pipeline:
         self._unchanged = unchanged
         self._index = DigestIndex(INDEX_BYTES) if earlier else None
         self._counts = DigestIndex(INDEX_BYTES) if earlier and not options.id_field else None
+        self._ids = DigestIndex(INDEX_BYTES) if options.id_field else None
         self._waiting: deque[Rows] = deque()
         self._texts: deque[TextInput] = deque()
         self._results: list[EmbedResult] = []
@@ -145,6 +154,7 @@ class Pipeline:
 
     def prepare(self, block: Block) -> Rows:
         """Find out which texts of a block are new. Raises InputError if ids cannot be made."""
+        self._check_ids(block)
         texts = self._options.text.texts(block)
         keys = digests(map(str, texts))
         good = np.array([not isinstance(text, InputError) for text in texts], np.bool_)
@@ -191,6 +201,25 @@ class Pipeline:
             message = "there are more different texts than ids can be made for; name a column of ids with --id-field"
             raise InputError(message, param="id_field")
 
+    def _check_ids(self, block: Block) -> None:
+        """Raise InputError if a row has no id, or that of a row before it; once the index is full, of a row of this block."""
+        if self._ids is None or not len(block):
+            return
+        name = self._options.id_field or ""
+        ids = list(column_values(block.table, name))
+        for row, value in enumerate(ids):
+            if not isinstance(value, str | int):
+                raise InputError(
+                    f"{block.place(row)}: the row has no id in field `{name}` (a text or an integer)", param="id_field"
+                )
+        keys = digests(map(str, ids))
+        again = (first_of(keys, np.ones(len(ids), np.bool_)) != np.arange(len(ids))) | (self._ids.find(keys) >= 0)
+        if again.any():
+            row = int(np.argmax(again))
+            message = f"{block.place(row)}: the id {ids[row]!r} in field `{name}` has occurred before"
+            raise InputError(f"{message}; ids must be unique", param="id_field")
+        self._ids.put(keys, np.zeros(len(keys), np.int64))
+
     def _are_unchanged(self, block: Block, ids: Sequence[str] | None, hashes: Sequence[str | None]) -> Flags:
         if self._unchanged is None:
             return np.zeros(len(block), np.bool_)
@@ -200,8 +229,7 @@ class Pipeline:
     def _hashes(self, block: Block, keys: Digests, good: Flags) -> Sequence[str | None]:
         names = hexadecimal(keys)
         if self._options.hash_rows:
-            kept = block.table.schema.names if self._options.keep is None else _names(self._options)
-            columns = [block.table[name].to_pylist() for name in kept if name in block.table.schema.names]
+            columns = [block.table[name].to_pylist() for name in self._options.kept(block.table.schema.names)]
             rows = zip(names, *columns, strict=True)
             names = hexadecimal(digests(msgspec.json.encode(row, enc_hook=str).decode() for row in rows))
         return [name if is_good else None for name, is_good in zip(names, good, strict=True)]
@@ -280,10 +308,8 @@ def _with_input(options: RowOptions, rows: Rows, computed: pa.Table) -> pa.Table
     if rows.ids is not None:
         columns[ROW_ID] = pa.array(rows.ids, pa.string())
         fields.append(pa.field(ROW_ID, pa.string()))
-    own = {INDEX, ROW_ID, HASH, PLACE, "chunk", *computed.schema.names}
-    for name in block.table.schema.names if options.keep is None else _names(options):
-        if name not in block.table.schema.names:
-            continue
+    own = {INDEX, ROW_ID, HASH, PLACE, *computed.schema.names, *_chunk_names(options.columns)}
+    for name in options.kept(block.table.schema.names):
         if name in own:
             others = ", ".join(other for other in block.table.schema.names if other not in own)
             message = f"`{block.file}` has a column `{name}`, and so has the output; choose the columns to keep: --columns {others}"
@@ -299,8 +325,10 @@ def _with_input(options: RowOptions, rows: Rows, computed: pa.Table) -> pa.Table
     return pa.table(list(columns.values()), schema=pa.schema(fields))
 
 
-def _names(options: RowOptions) -> Sequence[str]:
-    return list(dict.fromkeys((*filter(None, [options.id_field]), *(options.keep or ()))))
+def _chunk_names(columns: Columns) -> Sequence[str]:
+    if CHUNKS not in columns.schema.names:
+        return ()
+    return ["chunk", *(field.name for field in columns.schema.field(CHUNKS).type.value_type)]
 
 
 def _places(block: Block, errors: pa.ChunkedArray) -> pa.Array:

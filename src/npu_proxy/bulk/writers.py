@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,6 +22,8 @@ from npu_proxy.bulk.indexes import check_index, vector_of, write_faiss, write_us
 from npu_proxy.errors import InputError
 
 _GROUP_ROWS = 16_384
+_GROUP_BYTES = 64_000_000
+"""A group of rows in an output has at most so many rows and, unless it is one row, about so many bytes."""
 METADATA = b"npu_proxy"
 PLACE = "place"
 """Where a row with an error stands; only for the file of errors."""
@@ -132,20 +135,52 @@ def _chunk_fields(chunks: pa.Field) -> list[pa.Field]:
 
 
 def output_tables(parts: Tables, schema: pa.Schema, *, skip_failed: bool) -> Iterator[pa.Table]:
-    """The rows of the parts in the output's columns, in tables of a fixed size, so that equal rows make equal files."""
+    """The rows of the parts in the output's columns. Where tables end does not depend on the parts: equal rows make equal files."""
     waiting: list[pa.Table] = []
-    count = 0
+    rows = size = 0
     for part in parts:
         kept = part.filter(compute.is_null(part["error"])) if skip_failed else part
         table = _in_schema(_exploded(kept) if CHUNKS in kept.schema.names else kept, schema)
-        waiting.append(table)
-        count += table.num_rows
-        while count >= _GROUP_ROWS:
-            whole = pa.concat_tables(waiting)
-            yield whole.slice(0, _GROUP_ROWS)
-            waiting, count = [whole.slice(_GROUP_ROWS)], count - _GROUP_ROWS
-    if count:
+        sizes = np.cumsum(row_bytes(table))
+        start = 0
+        while start < table.num_rows:
+            before = sizes[start - 1] if start else 0
+            fits = int(np.searchsorted(sizes, before + _GROUP_BYTES - size, side="right"))
+            stop = min(start + _GROUP_ROWS - rows, max(fits, start + (not rows)), table.num_rows)
+            waiting.append(table.slice(start, stop - start))
+            rows, size = rows + stop - start, size + int((sizes[stop - 1] if stop else 0) - before)
+            start = stop
+            if start < table.num_rows or rows == _GROUP_ROWS:
+                yield pa.concat_tables(waiting)
+                waiting, rows, size = [], 0, 0
+    if rows:
         yield pa.concat_tables(waiting)
+
+
+def row_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
+    """About how many bytes each row has [n]: those of its texts and lists, and eight per other value."""
+    sizes = np.full(table.num_rows, 8 * table.num_columns, np.int64)
+    for column in table.columns:
+        kind = column.type
+        if pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_string(kind):
+            sizes += compute.fill_null(compute.binary_length(column), 0).to_numpy().astype(np.int64)
+        elif pa.types.is_fixed_size_list(kind):
+            sizes += kind.list_size * max(1, kind.value_type.bit_width // 8) if _is_number(kind.value_type) else 0
+        elif pa.types.is_list(kind):
+            sizes += compute.fill_null(compute.list_value_length(column), 0).to_numpy().astype(np.int64) * _bytes_of(
+                kind.value_type
+            )
+    return sizes
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _bytes_of(kind: pa.DataType) -> int:
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size * _bytes_of(kind.value_type)
+    return max(1, kind.bit_width // 8) if _is_number(kind) else 16
 
 
 def _exploded(part: pa.Table) -> pa.Table:
