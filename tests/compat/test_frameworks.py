@@ -62,12 +62,13 @@ def test_llama_index(engine: Engine, best: list[tuple[int, float]]) -> None:
 
     from npu_proxy.compat.llama_index import NpuProxyEmbedding, NpuProxyRerank
 
-    made = NpuProxyEmbedding(MODEL)
+    made: Any = NpuProxyEmbedding(MODEL)
     assert close(made.get_text_embedding_batch(TEXTS), engine.embed(TEXTS, input_type="document"))
     assert close(made.get_query_embedding("the cat"), engine.embed(["the cat"], input_type="query")[0])
     assert close(asyncio.run(made.aget_query_embedding("the cat")), made.get_query_embedding("the cat"))
     nodes = [NodeWithScore(node=TextNode(text=text), score=0.5) for text in TEXTS]
-    kept = NpuProxyRerank(RERANKER, top_n=2).postprocess_nodes(nodes, query_str="the cat")
+    reranker: Any = NpuProxyRerank(RERANKER, top_n=2)
+    kept = reranker.postprocess_nodes(nodes, query_str="the cat")
     assert [(one.node.get_content(), one.score) for one in kept] == [(TEXTS[n], pytest.approx(score)) for n, score in best]
 
 

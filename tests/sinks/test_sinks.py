@@ -81,11 +81,13 @@ def lancedb_rows(key: str = "row_id") -> dict[str, tuple[str, Any]]:
     return {str(row[key]): (row["text"], row["embedding"]) for row in rows}
 
 
-def duckdb_rows(key: str = "row_id") -> dict[str, tuple[str, Any]]:
+def duckdb_rows(key: str = "row_id", text: str = "text") -> dict[str, tuple[str, Any]]:
     import duckdb
 
     with duckdb.connect("file.duckdb") as connection:
-        return {str(row[0]): (row[1], row[2]) for row in connection.execute(f"SELECT {key}, text, embedding FROM texts").fetchall()}
+        return {
+            str(row[0]): (row[1], row[2]) for row in connection.execute(f"SELECT {key}, {text}, embedding FROM texts").fetchall()
+        }
 
 
 def qdrant_rows(key: str = "row_id") -> dict[str, tuple[str, Any]]:
@@ -174,12 +176,12 @@ def test_a_row_per_chunk_has_a_key_of_its_own(engine: Engine) -> None:
     options = {"truncate": "chunk", "chunking": Chunking(spans=True)}
     rows = [{"n": 1, "text": "the cat. " * 60}, {"n": 2, "text": "sea"}]
     embed(engine, "duckdb:file.duckdb", rows, options=options, id_field="n")
-    keys = sorted(duckdb_rows("chunk_id"))
+    keys = sorted(duckdb_rows("chunk_id", "chunk_text"))
     assert keys[:2] == ["1:0", "1:1"]
     assert keys[-1] == "2:0"
     rows[0]["text"] = "the cat. " * 3
     done = embed(engine, "duckdb:file.duckdb", rows, options=options, id_field="n", start="update")
-    assert sorted(duckdb_rows("chunk_id")) == ["1:0", "2:0"]
+    assert sorted(duckdb_rows("chunk_id", "chunk_text")) == ["1:0", "2:0"]
     assert (done.unchanged, done.deleted) == (1, len(keys) - 2)
 
 

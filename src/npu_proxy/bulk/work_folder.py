@@ -61,8 +61,8 @@ class WorkFolder:
         self.folder = folder
         self.target = target
         self.parts: list[Part] = []
-        self.is_ours = False
-        self.delivered = 0
+        self.is_ours: bool = False
+        self.delivered: int = 0
         self._open: OrderedDict[str, pa.Table] = OrderedDict()
 
     @property
@@ -96,7 +96,7 @@ class WorkFolder:
         """Take the parts that are as the manifest says, up to the first that is not, and remove everything else."""
         for line in lines[1:]:
             if _DELIVERED in line:
-                self.delivered = line[_DELIVERED]
+                self.delivered = int(line[_DELIVERED])
                 continue
             part = Part(**line)
             if not self._is_whole(part):

@@ -1,29 +1,30 @@
 """Chroma: an embedding function that is stored with its collection by name."""
 
-# pyright: reportUntypedBaseClass=false, reportUntypedClassDecorator=false
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from chromadb.api.types import Documents, EmbeddingFunction, Embeddings  # type: ignore[import-not-found]  # an optional package
-from chromadb.utils.embedding_functions import register_embedding_function  # type: ignore[import-not-found]
-
-from npu_proxy.compat.engines import open_engine
+from npu_proxy.compat.engines import FrameworkClass, framework, open_engine
 from npu_proxy.engine.engine import Engine
 
+if TYPE_CHECKING:
+    _Function = FrameworkClass
+else:
+    _Function = framework("chromadb.api.types").EmbeddingFunction
+_register: Any = framework("chromadb.utils.embedding_functions").register_embedding_function
 
-@register_embedding_function
-class NpuProxyEmbeddingFunction(EmbeddingFunction[Documents]):
+
+class NpuProxyEmbeddingFunction(_Function):
     """Vectors of a model in this process. Queries get the model's prompt for them."""
 
     def __init__(self, model: str = "all-minilm", device: str | None = None, dimensions: int | None = None) -> None:
         self._model, self._device, self._dimensions = model, device, dimensions
         self._engine: Engine = open_engine(model, device=device)
 
-    def __call__(self, input: Documents) -> Embeddings:
+    def __call__(self, input: list[str]) -> list[Any]:
         return list(self._engine.embed(list(input), input_type="document", dimensions=self._dimensions))
 
-    def embed_query(self, input: Documents) -> Embeddings:
+    def embed_query(self, input: list[str]) -> list[Any]:
         """Vectors of queries."""
         return list(self._engine.embed(list(input), input_type="query", dimensions=self._dimensions))
 
@@ -50,3 +51,6 @@ class NpuProxyEmbeddingFunction(EmbeddingFunction[Documents]):
         """Raise ValueError if vectors of the two could not be compared."""
         if old_config.get("model") != new_config.get("model") or old_config.get("dimensions") != new_config.get("dimensions"):
             raise ValueError("The model and its dimensions cannot be changed after a collection was made.")
+
+
+_register(NpuProxyEmbeddingFunction)

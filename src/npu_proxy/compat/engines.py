@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from npu_proxy.engine.engine import Engine
@@ -39,6 +40,22 @@ def open_engine(
     store = ModelStore(settings.store)
     pull(store, model, mirrors=settings.mirrors, report=lambda line: print(line, file=sys.stderr))  # noqa: T201 (as the library does)
     return Engine(settings=settings).start()
+
+
+class FrameworkClass:
+    """What type checkers take for a class of a framework that an adapter extends, since most users do not have it."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """Whatever the framework takes."""
+
+
+def framework(module: str) -> Any:
+    """A module of a framework whose classes an adapter extends. Raises ImportError with the framework's name."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        name = module.split(".", maxsplit=1)[0].replace("_", "-")
+        raise ImportError(f"this adapter is for {name}, which is not installed") from error
 
 
 def refuse(arguments: Mapping[str, Any], why: Mapping[str, str], neutral: tuple[Any, ...] = (None, False, {}, [])) -> None:

@@ -1,24 +1,26 @@
 """LanceDB: an embedding function for its registry, `get_registry().get("npu-proxy")`."""
 
-# pyright: reportUntypedBaseClass=false, reportUntypedClassDecorator=false
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lancedb.embeddings import TextEmbeddingFunction, register  # type: ignore[import-not-found]  # an optional package
-from pydantic import PrivateAttr  # type: ignore[import-not-found]
+from npu_proxy.compat.engines import FrameworkClass, framework, open_engine
 
-from npu_proxy.compat.engines import open_engine
+_lancedb: Any = framework("lancedb.embeddings")
+if TYPE_CHECKING:
+    _Function = FrameworkClass
+else:
+    _Function = _lancedb.TextEmbeddingFunction
+_pydantic: Any = framework("pydantic")
 
 
-@register("npu-proxy")
-class NpuProxyEmbeddingFunction(TextEmbeddingFunction):
+class NpuProxyEmbeddingFunction(_Function):
     """Vectors of a model in this process. Queries get the model's prompt for them."""
 
     name: str = "all-minilm"
     device: str | None = None
     dimensions: int | None = None
-    _engine: Any = PrivateAttr(default=None)
+    _engine: Any = _pydantic.PrivateAttr(default=None)
 
     def generate_embeddings(self, texts: Any, *args: Any, **kwargs: Any) -> list[Any]:
         return list(self._loaded().embed(list(texts), input_type="document", dimensions=self.dimensions))
@@ -33,3 +35,6 @@ class NpuProxyEmbeddingFunction(TextEmbeddingFunction):
         if self._engine is None:
             self._engine = open_engine(self.name, device=self.device)
         return self._engine
+
+
+_lancedb.register("npu-proxy")(NpuProxyEmbeddingFunction)

@@ -1,23 +1,24 @@
 """LangChain: Embeddings, and a document compressor that reranks."""
 
-# pyright: reportUntypedBaseClass=false, reportUntypedClassDecorator=false
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from langchain_core.callbacks import Callbacks  # type: ignore[import-not-found]  # an optional package
-from langchain_core.documents import BaseDocumentCompressor, Document  # type: ignore[import-not-found]
-from langchain_core.embeddings import Embeddings  # type: ignore[import-not-found]
-from pydantic import ConfigDict, PrivateAttr  # type: ignore[import-not-found]
-
-from npu_proxy.compat.engines import open_engine
+from npu_proxy.compat.engines import FrameworkClass, framework, open_engine
 from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.engine.engine import Engine
 from npu_proxy.settings import Settings
 
+if TYPE_CHECKING:
+    _Embeddings = _Compressor = FrameworkClass
+else:
+    _Embeddings = framework("langchain_core.embeddings").Embeddings
+    _Compressor = framework("langchain_core.documents").BaseDocumentCompressor
+_pydantic: Any = framework("pydantic")
 
-class NpuProxyEmbeddings(Embeddings):
+
+class NpuProxyEmbeddings(_Embeddings):
     """Vectors of a model in this process, with its prompts for queries and documents."""
 
     def __init__(
@@ -43,19 +44,17 @@ class NpuProxyEmbeddings(Embeddings):
         return (await AsyncEngine(engine=self._engine).embed([text], input_type="query", **self._options))[0].tolist()
 
 
-class NpuProxyRerank(BaseDocumentCompressor):
+class NpuProxyRerank(_Compressor):
     """Keeps the documents that answer a query best, with `relevance_score` in their metadata."""
 
     model: str
     top_n: int | None = 3
     device: str | None = None
     settings: Settings | None = None
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-    _engine: Any = PrivateAttr(default=None)
+    model_config: Any = _pydantic.ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    _engine: Any = _pydantic.PrivateAttr(default=None)
 
-    def compress_documents(
-        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
-    ) -> Sequence[Document]:
+    def compress_documents(self, documents: Sequence[Any], query: str, callbacks: Any = None) -> Sequence[Any]:
         if not documents:
             return []
         if self._engine is None:

@@ -1,26 +1,28 @@
 """LlamaIndex: an embedding model, and a node postprocessor that reranks."""
 
-# pyright: reportUntypedBaseClass=false, reportUntypedClassDecorator=false
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama_index.core.base.embeddings.base import BaseEmbedding  # type: ignore[import-not-found]  # an optional package
-from llama_index.core.bridge.pydantic import Field, PrivateAttr  # type: ignore[import-not-found]
-from llama_index.core.postprocessor.types import BaseNodePostprocessor  # type: ignore[import-not-found]
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle  # type: ignore[import-not-found]
-
-from npu_proxy.compat.engines import open_engine
+from npu_proxy.compat.engines import FrameworkClass, framework, open_engine
 from npu_proxy.engine.async_engine import AsyncEngine
 from npu_proxy.engine.engine import Engine
 from npu_proxy.settings import Settings
 
+if TYPE_CHECKING:
+    _Embedding = _Postprocessor = FrameworkClass
+else:
+    _Embedding = framework("llama_index.core.base.embeddings.base").BaseEmbedding
+    _Postprocessor = framework("llama_index.core.postprocessor.types").BaseNodePostprocessor
+_schema: Any = framework("llama_index.core.schema")
+_pydantic: Any = framework("llama_index.core.bridge.pydantic")
 
-class NpuProxyEmbedding(BaseEmbedding):
+
+class NpuProxyEmbedding(_Embedding):
     """Vectors of a model in this process, with its prompts for queries and documents."""
 
-    _engine: Any = PrivateAttr()
-    _options: Any = PrivateAttr()
+    _engine: Any = _pydantic.PrivateAttr()
+    _options: Any = _pydantic.PrivateAttr()
 
     def __init__(
         self,
@@ -61,12 +63,12 @@ class NpuProxyEmbedding(BaseEmbedding):
         return engine.embed(texts, input_type=side, **self._options).tolist() if texts else []
 
 
-class NpuProxyRerank(BaseNodePostprocessor):
+class NpuProxyRerank(_Postprocessor):
     """Keeps the nodes that answer a query best, with the reranker's scores."""
 
-    model: str = Field(description="A cross-encoder or a late-interaction model.")
-    top_n: int = Field(default=2, description="How many nodes to keep.")
-    _engine: Any = PrivateAttr(default=None)
+    model: str = _pydantic.Field(description="A cross-encoder or a late-interaction model.")
+    top_n: int = _pydantic.Field(default=2, description="How many nodes to keep.")
+    _engine: Any = _pydantic.PrivateAttr(default=None)
 
     def __init__(
         self, model: str, top_n: int = 2, *, device: str | None = None, settings: Settings | None = None, **others: Any
@@ -78,11 +80,11 @@ class NpuProxyRerank(BaseNodePostprocessor):
     def class_name(cls) -> str:
         return "NpuProxyRerank"
 
-    def _postprocess_nodes(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None) -> list[NodeWithScore]:
+    def _postprocess_nodes(self, nodes: list[Any], query_bundle: Any = None) -> list[Any]:
         if query_bundle is None:
             raise ValueError("Missing query bundle in extra info.")
         if not nodes:
             return []
-        texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+        texts = [node.node.get_content(metadata_mode=_schema.MetadataMode.EMBED) for node in nodes]
         best = self._engine.rerank(query_bundle.query_str, texts, top_n=self.top_n)
-        return [NodeWithScore(node=nodes[one.index].node, score=one.score) for one in best]
+        return [_schema.NodeWithScore(node=nodes[one.index].node, score=one.score) for one in best]
