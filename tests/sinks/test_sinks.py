@@ -4,6 +4,9 @@ They need the packages of the dependency group `bulk` (`make bulk`); those that 
 """
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,3 +267,20 @@ def test_outputs_that_are_tables(engine: Engine) -> None:
     assert (target.scheme, target.location, target.table) == ("lancedb", "s3://bucket/folder", "mine")
     assert as_target("postgresql://me@host/db#t").location == "postgresql://me@host/db"  # type: ignore[union-attr]
     assert as_target("a/b.parquet") == Path("a/b.parquet")
+
+
+@pytest.mark.slow
+def test_the_example_that_searches_a_folder(default_model: str, tmp_path: Path) -> None:
+    pytest.importorskip("lancedb")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "examples" / "search_folder.py"), str(tmp_path / "texts"), "How are canaries used?"]
+    (tmp_path / "texts").mkdir()
+    for page in sorted((root / "docs" / "adr").glob("001*.md")):
+        shutil.copy(page, tmp_path / "texts")
+    first, again = (
+        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False) for _ in range(2)
+    )
+    for done in (first, again):
+        assert done.returncode == 0, done.stderr
+        assert "0013-canaries.md" in done.stdout
+    assert "10 unchanged" in again.stderr
