@@ -91,7 +91,7 @@ def test_keys_and_limits_are_taken_over_and_named_and_no_request_is_dropped(tmp_
         assert running.ask(key="second").status_code == 200
         assert running.ask(key="second", texts=3).status_code == 400
         assert "nothing has changed" in running.hang_up()
-        assert "`row_tokens`" in running.hang_up(content.replace("64", "128"))
+        assert "`row_tokens`" in running.hang_up(content.replace("row_tokens = 64", "row_tokens = 128"))
         assert running.ask(key="first").status_code == 200
 
 
