@@ -201,8 +201,10 @@ PEERS = {
         "from infinity_emb import AsyncEmbeddingEngine, EngineArgs\n"
         "async def go():\n"
         "    args = EngineArgs(model_name_or_path=MODEL, engine='torch', device='cpu', model_warmup=False, bettertransformer=False)\n"
-        "    async with AsyncEmbeddingEngine.from_args(args) as engine:\n"
-        "        await engine.embed(sentences=texts())\n"
+        "    engine = AsyncEmbeddingEngine.from_args(args)\n"
+        "    await engine.astart()\n"
+        "    await engine.embed(sentences=texts())\n"
+        "    await engine.astop()\n"
         "asyncio.run(go())\n",
     ),
 }

@@ -47,12 +47,13 @@ class ColumnOptions:
 class Columns:
     """The columns that a job adds to its rows. arrays: one per field, null where a text failed.
 
-    output_type: what the engine is asked for.
+    output_type: what the engine is asked for. vector: the name of the column of vectors, also if rows are chunks.
     """
 
     fields: Sequence[pa.Field]
     arrays: Callable[[Sequence[TextInput], EmbedResult], Sequence[pa.Array]]
     output_type: OutputType
+    vector: str = ""
 
     def table(self, texts: Sequence[TextInput], result: EmbedResult) -> pa.Table:
         """The columns of a result, and how many tokens each text has and whether it was truncated."""
@@ -87,6 +88,7 @@ def _dense(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) -> 
             fields=[pa.field(options.name, vector)],
             arrays=lambda _, result: [_vectors(result.embeddings, _failed(result), vector)],
             output_type=OutputType.DENSE,
+            vector=options.name,
         )
     chunk = pa.struct(
         [
@@ -120,7 +122,8 @@ def _dense(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) -> 
         struct = pa.StructArray.from_arrays(flat, fields=list(chunk))
         return [pa.ListArray.from_arrays(pa.array(ends, pa.int32()), struct, mask=pa.array(bad))]
 
-    return Columns(fields=[pa.field(CHUNKS, pa.list_(chunk))], arrays=chunks, output_type=OutputType.DENSE)
+    fields = [pa.field(CHUNKS, pa.list_(chunk))]
+    return Columns(fields=fields, arrays=chunks, output_type=OutputType.DENSE, vector=options.name)
 
 
 def _sparse(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) -> Columns:
@@ -133,7 +136,8 @@ def _sparse(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) ->
         ]
         return [pa.StructArray.from_arrays(parts, fields=list(SPARSE), mask=pa.array(_failed(result)))]
 
-    return Columns(fields=[pa.field(options.name, SPARSE)], arrays=arrays, output_type=OutputType.SPARSE)
+    fields = [pa.field(options.name, SPARSE)]
+    return Columns(fields=fields, arrays=arrays, output_type=OutputType.SPARSE, vector=options.name)
 
 
 def _tokens(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) -> Columns:
@@ -147,7 +151,8 @@ def _tokens(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) ->
         inner = _vectors(flat, np.zeros(len(flat), np.bool_), vector)
         return [pa.ListArray.from_arrays(ends, inner, mask=pa.array(_failed(result)))]
 
-    return Columns(fields=[pa.field(options.name, pa.list_(vector))], arrays=arrays, output_type=OutputType.TOKENS)
+    fields = [pa.field(options.name, pa.list_(vector))]
+    return Columns(fields=fields, arrays=arrays, output_type=OutputType.TOKENS, vector=options.name)
 
 
 def _labels(spec: ModelSpec, request: RequestOptions, options: ColumnOptions) -> Columns:

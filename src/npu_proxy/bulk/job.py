@@ -127,12 +127,13 @@ def _run_into_database(
         what = "--limit" if job.limit is not None else "--shard"
         raise InputError(f"--update deletes rows that are not in the input, so it cannot be combined with {what}", param="update")
     key = key_of(job.rows.id_field or ROW_ID, job.rows.computed())
-    vector = job.rows.columns.fields[0].name
+    vector = job.rows.columns.vector
     place = Place(location=target.location, table=target.table, key=key, vector=vector, metadata=job.metadata)
     with open_work(target.work) as work, closing(open_sink(target.scheme, place)) as sink:
         work.begin(_plan(job), job.start)
-        if not work.delivered:
+        if work.delivered < 0:
             check_table(sink, place, job.start)
+            work.deliver(0)  # from here on, the table is this job's
         schema = OutputSchema(Format(write=_no_file), job.metadata, job.rows.computed())
         delivery = Delivery(work, sink, place, schema, job.rows.id_field or ROW_ID)
         if job.start == "update":
@@ -188,6 +189,9 @@ def _compute_parts(
         for keys, numbers in known.previous.hashes() if known.previous else ():
             pipeline.know(keys, numbers)
         parts.skip(blocks, pipeline)
+        if work.parts:
+            known.tell(work.table(work.parts[0]).slice(0, 0))
+            progress.resumed_fraction, progress.began = progress.fraction or 0.0, time.monotonic()
         for result in compute(pipeline.texts(blocks)):
             pipeline.take(result, compute)
         pipeline.end()

@@ -54,7 +54,8 @@ class Part:
 class WorkFolder:
     """``OUTPUT.job``, held by one process at a time. Use ``open_work`` to make one.
 
-    is_ours: whether what is in it belongs to this job, so that it may be removed. delivered: how many parts a database has.
+    is_ours: whether what is in it belongs to this job, so that it may be removed. delivered: how many parts a database has, -1
+    before the job has taken its table.
     """
 
     def __init__(self, folder: Path, target: Path) -> None:
@@ -62,7 +63,7 @@ class WorkFolder:
         self.target = target
         self.parts: list[Part] = []
         self.is_ours: bool = False
-        self.delivered: int = 0
+        self.delivered: int = -1
         self._open: OrderedDict[str, pa.Table] = OrderedDict()
 
     @property
